@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""Time the scaling-law fit against scipy's L-BFGS from the same starts, interleaved, on one core.
+
+Set OMP_NUM_THREADS=1 to hold numpy to one core. Prints the objective, the share of starts that reach it, seconds
+and their ratio, and the bootstrap's time and standard errors.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import minimize
+
+from megamm.scaling import laws, minimise
+from megamm.scaling.fit import cluster_labels, resample
+from megamm.scaling.runs import read_runs
+
+DATA = Path(__file__).parents[1] / "tests" / "data" / "chinchilla_runs.csv"
+
+
+def timed(function: Callable) -> tuple[float, object]:
+    begin = time.perf_counter()
+    result = function()
+    return time.perf_counter() - begin, result
+
+
+def lbfgs(problem: minimise.Problem, starts: np.ndarray) -> np.ndarray:
+    """The objective that L-BFGS-B reaches from each start, with the exact gradient."""
+    one = np.ones((1, len(problem.y)))
+
+    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient, *_ = minimise.evaluate(problem, theta[None], one, minimise.DELTA)
+        return value[0], gradient[0]
+
+    bounds = list(zip(*problem.bounds))
+    options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-15, "gtol": 1e-12}
+    found = [minimize(objective, x, jac=True, bounds=bounds, method="L-BFGS-B", options=options) for x in starts]
+    return np.array([result.fun for result in found])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--bootstrap", type=int, default=1000)
+    arguments = parser.parse_args()
+    runs = read_runs(DATA)
+    runs = runs.select(runs.numbers("loss") < np.sort(runs.numbers("loss"))[-5])
+    params, tokens, loss = (runs.numbers(c) for c in ("params", "tokens", "loss"))
+    ones = np.ones((1, len(runs)))
+    problem = minimise.Problem.of(params, tokens, loss)
+    times: dict[str, list[float]] = {"megamm": [], "scipy": []}
+    for repeat in range(arguments.repeats + 1):  # the first is a warm-up
+        ours, (theta, values) = timed(lambda: minimise.minimise(problem, minimise.starts(problem), ones))
+        theirs, reached = timed(lambda: lbfgs(problem, minimise.starts(problem)))
+        if repeat:
+            times["megamm"].append(ours)
+            times["scipy"].append(theirs)
+    best = values.min()
+    print(f"objective {best:.9e} at {problem.to_parameters(theta[values.argmin()])}")
+    for name, objective in (("megamm", values), ("scipy", reached)):
+        share = (objective <= best * (1 + 1e-6)).mean()
+        print(f"{name}: {statistics.median(times[name]):.4f} s for {len(values)} starts, {share:.0%} at the optimum")
+    print(f"ratio {statistics.median(times['scipy']) / statistics.median(times['megamm']):.1f}")
+    weights, _ = resample(runs, cluster_labels(runs), arguments.bootstrap, np.random.default_rng(0))
+    start = np.repeat(theta[values.argmin()][None], arguments.bootstrap, axis=0)
+    seconds, (draws, _) = timed(lambda: minimise.minimise(problem, start, weights))
+    errors = dict(zip(laws.PARAMETERS, problem.to_parameters(draws).std(axis=0, ddof=1).round(5).tolist()))
+    print(f"bootstrap: {arguments.bootstrap} resamples in {seconds:.3f} s; standard errors {errors}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Padding and speed of the packed loader: ours beside greedy packing and best-fit-decreasing, on the same documents.
+
+    python benchmarks/packing.py [--data DIR ...] [--rows 1024 4096] [--window-tokens 1000000]
+
+Without ``--data``: lengths drawn like a 45-45-10 mixture of captions, interleaved pages and text, with images of
+256 patches (224 pixels, patch 14) or 64, and a loader that reads 224-pixel JPEG captions with one worker process.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from megamm.config import DataConfig, SourceConfig
+from megamm.data import images
+from megamm.data.loader import Loader, build_plan, open_sources
+from megamm.data.packing import best_fit_decreasing, num_rows, pack_documents, padding_share
+from megamm.data.shards import FORMAT_VERSION, SCHEMA, ShardedDataset
+from megamm.data.tokens import BOS, EOS, IMAGE_END
+from megamm.errors import exit_on_error
+
+SHARES = {"caption": 0.45, "interleaved": 0.45, "text": 0.10}
+
+
+def greedy(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """The row of each document when they are put down in the order they come."""
+    rows, row, filled = [], 0, 0
+    for length in lengths.tolist():
+        if filled + length > row_length:
+            row, filled = row + 1, 0
+        filled += length
+        rows.append(row)
+    return np.array(rows)
+
+
+def draw_lengths(kind: str, num_tokens: int, row_length: int, patches: int, rng: np.random.Generator) -> np.ndarray:
+    """Lengths of about ``num_tokens`` tokens of prepared documents, none longer than a row."""
+    lengths, total = [], 0
+    while total < num_tokens:
+        if kind == "caption":
+            pieces = [patches + 3 + rng.integers(20, 61)]
+        elif kind == "text":
+            n = int(rng.lognormal(5.8, 1)) + 10
+            pieces = [row_length] * (n // row_length) + [n % row_length]
+        else:  # sections of an image and a paragraph; a page longer than a row is cut, though never in an image
+            pieces = [2]
+            for _ in range(rng.geometric(0.25)):
+                text = 1 + int(min(600, rng.lognormal(4.3, 0.8)))
+                if pieces[-1] + patches + 1 > row_length:
+                    pieces.append(0)
+                pieces[-1] += patches + 1
+                fitting = min(text, row_length - pieces[-1])
+                pieces[-1] += fitting
+                if text > fitting:
+                    pieces.append(text - fitting)
+        lengths += [n for n in pieces if n]
+        total += sum(pieces)
+    return np.array(lengths)
+
+
+def mixture(num_tokens: int, row_length: int, patches: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    parts = [draw_lengths(k, int(num_tokens * share), row_length, patches, rng) for k, share in SHARES.items()]
+    return rng.permutation(np.concatenate(parts))
+
+
+def prepared(paths: list[str], num_tokens: int) -> np.ndarray:
+    """Lengths of the documents of prepared datasets in equal shares, repeated to ``num_tokens``."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for path in paths:
+        lengths = ShardedDataset(path, "train").lengths.sum(1)
+        count = max(1, int(num_tokens / len(paths) / lengths.mean()))
+        parts.append(np.concatenate([rng.permutation(lengths) for _ in range(-(-count // len(lengths)))])[:count])
+    return rng.permutation(np.concatenate(parts))
+
+
+def padding_table(args: argparse.Namespace) -> Table:
+    table = Table(title=f"padding, % of positions, and packing time, ms; windows of {args.window_tokens:,} tokens")
+    for column in ("documents", "row", "number", "greedy", "best-fit-decreasing", "ours", "one row is"):
+        table.add_column(column, justify="right")
+    for row_length in args.rows:
+        cases = {f"{p} patches": mixture(args.window_tokens, row_length, p) for p in (256, 64)}
+        if args.data:
+            cases = {"prepared data": prepared(args.data, args.window_tokens)}
+        for name, lengths in cases.items():
+            cells = []
+            for pack in (greedy, best_fit_decreasing, pack_documents):
+                began = time.perf_counter()
+                rows = num_rows(pack(lengths, row_length))
+                milliseconds = 1000 * (time.perf_counter() - began)
+                cells.append(f"{100 * padding_share(lengths, rows, row_length):.2f}  ({milliseconds:.0f})")
+            table.add_row(name, str(row_length), str(len(lengths)), *cells, f"{100 / rows:.2f}")
+    return table
+
+
+def make_captions(path: Path, num_documents: int) -> None:
+    """A prepared dataset of 224-pixel JPEG images with captions of 20 to 60 tokens."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(num_documents):
+        coarse = rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)
+        words = rng.integers(5, 1000, rng.integers(20, 61)).tolist()
+        rows.append(
+            {
+                "id": str(i),
+                "tokens": [BOS, IMAGE_END, *words, EOS],
+                "layout": [1, -256, len(words) + 2],
+                "images": [images.encode(images.resize(coarse, 224))],
+            }
+        )
+    (path / "train").mkdir(parents=True)
+    with pa.OSFile(str(path / "train/0.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+    np.save(path / "train/lengths.npy", np.array([(len(r["tokens"]), 256) for r in rows], np.int32))
+    split = {"num_documents": num_documents, "shards": [{"file": "0.arrow", "num_documents": num_documents}]}
+    info = {"format_version": FORMAT_VERSION, "vocab_size": 1000, "tokenizer_sha256": "", "image_size": 224}
+    (path / "dataset.json").write_text(json.dumps(info | {"patch_size": 14, "splits": {"train": split}}))
+
+
+def loader_table(paths: list[str], row_length: int, seconds: float = 5) -> Table:
+    config = DataConfig(sources={Path(p).name: SourceConfig(path=p) for p in paths}, row_length=row_length, workers=1)
+    datasets = open_sources(config, "train")
+    plan = build_plan(datasets, [1.0] * len(paths), config)
+    table = Table(title=f"loader, one worker process, batches of 8 rows of {row_length}")
+    for column in ("start at step", "first batch, s", "rows/s", "tokens/s", "images/s"):
+        table.add_column(column, justify="right")
+    patches = (datasets[0].info["image_size"] // datasets[0].info["patch_size"]) ** 2
+    for start in (0, 2000):
+        plan.ensure((start + 1) * 8)
+        began = time.perf_counter()
+        batches = iter(Loader(plan, datasets, config, global_batch_rows=8, start_step=start, end_step=10**9))
+        next(batches)
+        first = time.perf_counter() - began
+        rows = tokens = num_images = 0
+        began = time.perf_counter()
+        while (spent := time.perf_counter() - began) < seconds:
+            (batch,) = next(batches)
+            rows += 8
+            tokens += int((batch.hi >= batch.lo).sum())
+            num_images += len(batch.patches) // patches
+        batches.close()
+        rates = (f"{n / spent:,.0f}" for n in (rows, tokens, num_images))
+        table.add_row(str(start), f"{first:.2f}", *rates)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=[], help="folders written by tools/prepare_data.py")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1024, 1280, 2048, 4096], help="row lengths")
+    parser.add_argument("--window-tokens", type=int, default=1_000_000)
+    args = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(padding_table(args))
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.data:
+            make_captions(Path(folder) / "captions", 500)
+        console.print(loader_table(args.data or [f"{folder}/captions"], args.rows[0]))
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

@@ -1,0 +1,84 @@
+"""The whole way in one command: data -> tokenizer -> shards -> study -> laws -> report.
+
+    python examples/demo.py            built-in scenes, about ten minutes on two cores
+    python examples/demo.py --real     Debian's manuals, stamps and dictionary, prepared by examples/real_data.sh
+
+Each step is one of the commands in tools/, printed before it runs; finished steps are skipped.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from megamm.errors import RunError, exit_on_error
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = {"caption": 18000, "interleaved": 6000, "text": 6000}
+"""Documents of each kind of built-in scenes: a little over one epoch of the largest budget."""
+JOBS = max(1, min(2, os.cpu_count() or 1))
+console = Console(stderr=True, highlight=False)
+
+
+def step(title: str, *command: object, produces: Path | None = None) -> None:
+    """Run one tool, unless what it produces is there."""
+    if produces is not None and produces.exists():
+        console.print(f"[bold]{title}[/]: done before")
+        return
+    console.print(f"[bold]{title}[/]\n  [dim]{shlex.join(map(str, command))}[/]")
+    started = time.monotonic()
+    status = subprocess.run([sys.executable, *map(str, command)]).returncode
+    if status:
+        raise RunError(f"{title}: the command above ended with exit code {status}; run it again to go on")
+    console.print(f"  [dim]{time.monotonic() - started:.0f} s[/]")
+
+
+def prepare_scenes(folder: Path) -> None:
+    """Built-in scenes: a tokenizer and three prepared sources."""
+    tokenizer = folder / "tokenizer.json"
+    inputs = [f"scenes:{kind}" for kind in KINDS]
+    step(
+        "Tokenizer", "tools/train_tokenizer.py", *inputs, "--num-documents", 2000, "--vocab-size", 640,
+        "--out", tokenizer, produces=tokenizer,
+    )  # fmt: skip
+    for kind, count in KINDS.items():
+        out = folder / "data" / kind
+        step(
+            f"Data: {kind}", "tools/prepare_data.py", f"scenes:{kind}", "--num-documents", count, "--out", out,
+            "--tokenizer", tokenizer, "--image-size", 32, "--patch-size", 8, "--max-length", 256,
+            "--val-fraction", 0.05, "--workers", JOBS, produces=out / "dataset.json",
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", action="store_true", help="use the data that examples/real_data.sh prepared")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="ladders trained at the same time")
+    args = parser.parse_args()
+    started = time.monotonic()
+    name = "demo-real" if args.real else "demo"
+    folder = Path(name)
+    os.chdir(ROOT)
+    if not args.real:
+        prepare_scenes(folder)
+    study = folder / "study"
+    step("Study", "tools/run_study.py", f"examples/studies/{name}.yaml", "--out", study, "--jobs", args.jobs)
+    step("Run table", "tools/collect_runs.py", study, "--out", study / "runs.csv")
+    step(
+        "Scaling laws", "tools/fit_scaling_laws.py", study / "runs.csv", "--out", study / "fits",
+        "--group-by", "architecture", "--losses", "all",
+    )  # fmt: skip
+    step("Report", "tools/render_report.py", study, "--out", folder / "report")
+    summary = json.loads((folder / "report" / "summary.json").read_text())
+    console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
+    print(f"Report: {folder / 'report' / 'index.html'}\nVerdict: {summary['verdict']}")
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

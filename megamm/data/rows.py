@@ -1,0 +1,143 @@
+"""From the documents of a row to the arrays of a batch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megamm.config import AugmentConfig
+from megamm.data import images
+from megamm.data.batch import Batch
+from megamm.data.permutation import derive_seed
+from megamm.data.plan import PackPlan
+from megamm.data.shards import Example, ShardedDataset
+from megamm.data.tokens import IGNORE, IMAGE, PAD
+from megamm.errors import RunError
+
+FIELDS = {
+    "tokens": (np.int32, PAD),
+    "positions": (np.int32, 0),
+    "targets": (np.int32, IGNORE),
+    "source": (np.uint8, 0),
+    "modality": (np.uint8, 0),
+    "lo": (np.int32, 0),
+    "hi": (np.int32, 0),
+}
+"""Fields with a value per position: dtype and value at padding (lo and hi get an empty interval there)."""
+
+
+def fill_row(row: dict[str, np.ndarray], examples: Sequence[Example], sources: np.ndarray) -> np.ndarray:
+    """Write documents, end to end, into one row.
+
+    Args:
+        row: views [S] of the batch's fields, as in :data:`FIELDS`, already holding padding.
+        examples: the documents, no longer than S together.
+        sources: integers [num_documents]; source index of each.
+
+    Returns:
+        bool [S]: image positions.
+    """
+    spans = np.concatenate([e.layout for e in examples])
+    sizes = np.abs(spans)
+    doc_sizes = np.array([np.abs(e.layout).sum() for e in examples])
+    end = int(doc_sizes.sum())
+    q = np.arange(end)
+    is_image = np.repeat(spans < 0, sizes)
+    start = np.repeat(np.cumsum(doc_sizes) - doc_sizes, doc_sizes)
+    span_end = np.repeat(np.cumsum(sizes), sizes)
+
+    tokens = np.full(end, IMAGE, np.int32)
+    tokens[~is_image] = np.concatenate([e.tokens for e in examples])
+    row["tokens"][:end] = tokens
+    row["positions"][:end] = q - start
+    labelled = ~is_image[:-1] & ~is_image[1:] & (start[:-1] == start[1:])
+    row["targets"][: end - 1][labelled] = tokens[1:][labelled]
+    row["source"][:end] = np.repeat(sources, doc_sizes)
+    patches_before = np.cumsum(is_image) - is_image
+    row["modality"][: end - 1] = labelled & (patches_before > patches_before[start])[:-1]
+    row["lo"][:end] = start
+    row["hi"][:end] = np.where(is_image, span_end - 1, q)
+    row["lo"][end:] = np.arange(end, len(row["lo"]))
+    row["hi"][end:] = row["lo"][end:] - 1
+    padded = np.zeros(len(row["tokens"]), bool)
+    padded[:end] = is_image
+    return padded
+
+
+class RowReader:
+    """Reads rows of a plan as batches.
+
+    Args:
+        plan: which documents lie in which row.
+        datasets: the plan's sources.
+        augment: image augmentation; drawn from (seed, row, number of the image in its row).
+        seed: seed of the augmentation.
+    """
+
+    def __init__(self, plan: PackPlan, datasets: Sequence[ShardedDataset], augment: AugmentConfig, seed: int):
+        self.plan, self.datasets, self.augment, self.seed = plan, datasets, augment, seed
+
+    def read(self, rows: Sequence[int]) -> Batch:
+        """Rows of the plan as one batch.
+
+        Raises:
+            InputError: a shard is damaged.
+            RunError: a document is damaged; names dataset and document.
+        """
+        shape = len(rows), self.plan.row_length
+        arrays = {name: np.full(shape, value, dtype) for name, (dtype, value) in FIELDS.items()}
+        is_image = np.zeros(shape, bool)
+        patches = []
+        for b, i in enumerate(rows):
+            sources, documents = self.plan.row(i)
+            datasets = [self.datasets[s] for s in sources]
+            examples = [_read(d, int(j)) for d, j in zip(datasets, documents, strict=True)]
+            is_image[b] = fill_row({name: a[b] for name, a in arrays.items()}, examples, sources)
+            first = len(patches)
+            for dataset, example in zip(datasets, examples, strict=True):
+                patches += self._patches(dataset, example, i, len(patches) - first)
+        size = max((d.info["patch_size"] or 0 for d in self.datasets), default=0)
+        return Batch(
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},
+            patches=torch.from_numpy(np.concatenate(patches) if patches else np.zeros((0, size * size * 3), np.uint8)),
+            patch_index=torch.from_numpy(np.flatnonzero(is_image)),
+        )
+
+    def _patches(self, dataset: ShardedDataset, example: Example, row: int, first: int) -> list[np.ndarray]:
+        """Patches of each image of a document; ``first`` counts the images before it in the row."""
+        found = []
+        for k, (data, span) in enumerate(zip(example.images, example.layout[example.layout < 0], strict=True)):
+            try:
+                image = images.decode(data)
+                if self.augment.flip or self.augment.crop_scale_min < 1:
+                    rng = np.random.default_rng(derive_seed(self.seed, row, first + k))
+                    image = images.augment(image, rng, self.augment.crop_scale_min, self.augment.flip)
+                patches = images.patchify(image, dataset.info["patch_size"])
+                if len(patches) != -span:
+                    raise images.ImageError(f"has {len(patches)} patches, the document counts {-span}")
+            except (images.ImageError, ValueError) as error:
+                raise _damaged(dataset, example, f"image {k}: {error}") from error
+            found.append(patches)
+        return found
+
+
+def _read(dataset: ShardedDataset, index: int) -> Example:
+    """A document whose parts agree with each other and with the length that the plan knows."""
+    example = dataset[index]
+    num_patches = -int(example.layout[example.layout < 0].sum())
+    if (len(example.tokens), num_patches) != tuple(dataset.lengths[index].tolist()):
+        raise _damaged(dataset, example, "its length is not that of lengths.npy")
+    if int(example.layout[example.layout > 0].sum()) != len(example.tokens):
+        raise _damaged(dataset, example, "its layout does not fit its tokens")
+    if int((example.layout < 0).sum()) != len(example.images):
+        raise _damaged(dataset, example, "its layout does not fit its images")
+    if len(example.tokens) and not 0 <= example.tokens.min() <= example.tokens.max() < dataset.info["vocab_size"]:
+        raise _damaged(dataset, example, "it has token ids outside the vocabulary")
+    return example
+
+
+def _damaged(dataset: ShardedDataset, example: Example, reason: str) -> RunError:
+    return RunError(
+        f"{dataset.path}: document {example.id!r} of the {dataset.split} split is damaged ({reason}); "
+        "prepare the dataset again"
+    )

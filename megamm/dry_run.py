@@ -1,0 +1,60 @@
+"""What a run would be, without running it: sizes, FLOPs, steps, memory and layout."""
+
+import os
+
+from megamm.config import Config
+from megamm.resolve import resolve_config
+from megamm.scaling.flops import TokenStats, count_parameters, exact_flops_per_token
+
+
+def describe(config: Config) -> str:
+    """A text of a line per quantity. Reads at most the headers of the data.
+
+    Raises:
+        InputError: a size is set neither in the config nor by the data.
+    """
+    config = resolve_config(config)
+    model, train, ranks = (
+        config.model,
+        config.train,
+        config.parallel.data or int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    counts = count_parameters(model)
+    row = config.data.row_length
+    step_tokens = train.batch_rows * row
+    rank_rows = train.batch_rows // ranks
+    micro_rows = train.micro_rows or rank_rows
+    # One document per row and no image: an upper bound on labels and pairs, stated as such.
+    exact = exact_flops_per_token(model, TokenStats(patches=0.0, labels=1.0, pairs=(row + 1) / 2))
+    lines = [
+        f"run                 {train.run_dir}",
+        f"architecture        {model.architecture}, width {model.width}, depth {model.depth}, "
+        f"heads {model.width // model.head_dim} x {model.head_dim}",
+        f"parameters          {counts.total:,} (decoder {counts.decoder:,}, vision tower {counts.vision:,})",
+        f"FLOPs per token     {6 * counts.decoder:.4g} (6N)"
+        + (f" + {6 * counts.vision:.4g} per image patch" if counts.vision else "")
+        + f"; exact, on one text document per row: {exact:.4g}",
+        f"tokens per step     {step_tokens:,} ({train.batch_rows} rows of {row})",
+        f"steps               {train.steps:,}, {train.steps * step_tokens:,} tokens",
+        f"total FLOPs         {6 * counts.decoder * train.steps * step_tokens:.4g} (6ND"
+        + (", vision tower not counted)" if counts.vision else ")"),
+        f"memory per rank     {_gib(counts.total * 16 / ranks)} parameters, gradients and AdamW state (fp32) + about "
+        f"{_gib(_activation_bytes(config, micro_rows))} activations",
+        f"layout              {ranks} rank{'s' * (ranks > 1)}, data parallel (FSDP2); {micro_rows} rows per pass, "
+        f"{-(-rank_rows // micro_rows)} passes per step",
+    ]
+    return "\n".join(lines)
+
+
+def _activation_bytes(config: Config, micro_rows: int) -> float:
+    """Estimate of what one micro-batch keeps for the backward: about 20 widths per position and block."""
+    size = 2 if config.train.dtype == "bfloat16" else 4
+    model = config.model
+    kept = 20 * model.width * model.depth
+    if model.architecture == "late":
+        kept += 20 * model.vision.width * model.vision.depth
+    return size * micro_rows * config.data.row_length * kept
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

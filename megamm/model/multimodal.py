@@ -1,0 +1,108 @@
+"""The native multimodal model: one decoder over packed rows of text tokens and image patches.
+
+    early: pixels -> one linear layer -> decoder
+    late:  pixels -> ViT, per image   -> decoder
+    text:  image positions keep the placeholder's embedding (a blind baseline)
+
+Single-device mathematics only. Shape suffixes: b rows, s positions, w width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from megamm_kernels import attention_plan, linear_cross_entropy, multimodal_embedding, rope_table
+from torch import nn
+
+from megamm.config import ModelConfig
+from megamm.data.batch import Batch
+from megamm.data.tokens import MODALITIES
+from megamm.model.layers import Block, Linear, RMSNorm
+from megamm.model.sizes import hidden_width, resolve_model
+from megamm.model.vision import PatchProjection, VisionTower
+
+
+class LossOutput(NamedTuple):
+    """Summed next-token losses of a batch.
+
+    Attributes:
+        loss: scalar, differentiable; the sum over labelled positions, in nats.
+        sums: float32 [num_sources, num_modalities], the same sum split up, detached.
+        counts: float32, same shape; number of labels.
+    """
+
+    loss: torch.Tensor
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+
+class MultimodalModel(nn.Module):
+    """Decoder with SwiGLU, RMSNorm, QK-norm, RoPE and untied embeddings; no biases (arXiv 2504.07951)."""
+
+    def __init__(self, config: ModelConfig, num_sources: int = 1):
+        super().__init__()
+        resolve_model(config)
+        self.config, self.num_sources = config, num_sources
+        width, eps = config.width, config.norm_eps
+        hidden = hidden_width(width, config.hidden_multiple)
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, width).normal_(std=1.0))
+        self.vision = make_vision(config)
+        self.patches_per_image = (config.image_size // config.patch_size) ** 2
+        self.blocks = nn.ModuleList(
+            Block(width, config.head_dim, hidden, config.depth, eps) for _ in range(config.depth)
+        )
+        self.norm = RMSNorm(width, eps)
+        self.head = Linear(width, config.vocab_size, 1 / width)
+
+    def hidden_states(self, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Final normalised states [B, S, W] of every position, in ``dtype``."""
+        features = self.image_features(batch, dtype) if self.vision else None
+        x_bsw = multimodal_embedding(batch.tokens, self.embedding.to(dtype), features, batch.patch_index)
+        cos, sin = rope_table(batch.positions, self.config.head_dim, self.config.rope_theta)
+        plan = attention_plan(batch.lo, batch.hi, dtype)
+        for block in self.blocks:
+            x_bsw = block(x_bsw, cos, sin, plan)
+        return self.norm(x_bsw)
+
+    def image_features(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """Features [P, W] of the batch's patches.
+
+        A batch without images still runs a black one: ranks whose micro-batches have images must find all
+        others in the same collectives, and an optimizer step must not depend on how rows are split.
+        """
+        if batch.patches.shape[0]:
+            return self.vision(batch.patches, dtype)
+        image = batch.patches.new_zeros(self.patches_per_image, batch.patches.shape[1])
+        return self.vision(image, dtype)[:0]
+
+    def forward(self, batch: Batch, dtype: torch.dtype = torch.float32) -> LossOutput:
+        """Next-token loss on labelled positions; only their rows reach the head."""
+        x_nw = self.hidden_states(batch, dtype).flatten(0, 1)
+        targets = batch.targets.flatten()
+        loss, nll = linear_cross_entropy(x_nw, self.head.weight, targets)
+        group = batch.source.flatten().long() * len(MODALITIES) + batch.modality.flatten().long()
+        zeros = nll.new_zeros(self.num_sources * len(MODALITIES))
+        shape = (self.num_sources, len(MODALITIES))
+        sums = zeros.index_add(0, group, nll).view(shape)
+        counts = zeros.index_add(0, group, (targets >= 0).to(nll.dtype)).view(shape)
+        return LossOutput(loss, sums, counts)
+
+
+def make_vision(config: ModelConfig) -> nn.Module | None:
+    """The image front end of an architecture; None for the blind one."""
+    patch_dim = 3 * config.patch_size**2
+    if config.architecture == "text":
+        return None
+    if config.architecture == "early":
+        return PatchProjection(patch_dim, config.width)
+    vision = config.vision
+    return VisionTower(
+        patch_dim=patch_dim,
+        patches_per_image=(config.image_size // config.patch_size) ** 2,
+        width=vision.width,
+        head_dim=vision.head_dim,
+        hidden=hidden_width(vision.width, config.hidden_multiple),
+        depth=vision.depth,
+        out_width=config.width,
+        rope_theta=config.rope_theta,
+        eps=config.norm_eps,
+    )

@@ -1,0 +1,145 @@
+"""What to distrust in a fit, one sentence each, with the figures that say so."""
+
+import numpy as np
+
+from megamm.scaling import laws
+from megamm.scaling.fit import Fit, distinct
+from megamm.scaling.minimise import EXPONENT_BOUNDS
+
+FEW_RUNS = 8
+FEW_CLUSTERS = 8
+WIDE_INTERVAL = 0.2
+OUTLIER_MADS = 6.0
+SLACK = 1.5
+"""Factor by which an optimum may leave the measured sizes without a warning."""
+SHOWN = 10
+
+
+def warnings_of(fit: Fit) -> list[str]:
+    """All warnings about ``fit``, the gravest kinds first."""
+    return [
+        *_identification(fit),
+        *_bounds(fit),
+        *_starts(fit),
+        *_design(fit),
+        *_bootstrap(fit),
+        *_outliers(fit),
+    ]
+
+
+def _identification(fit: Fit) -> list[str]:
+    found = []
+    low, high = fit.intervals["a"]
+    if high - low > WIDE_INTERVAL:
+        found.append(
+            f"exponents are not identified: the 95% interval of a, {low:.3f} to {high:.3f}, is wider than "
+            f"{WIDE_INTERVAL}; add runs that differ more in size and length"
+        )
+    n = len(fit.table)
+    if n < FEW_RUNS:
+        found.append(f"{n} runs for {len(laws.PARAMETERS)} parameters; intervals are too narrow below {FEW_RUNS} runs")
+    for column in ("params", "tokens"):
+        number = int(distinct(fit.table.numbers(column)).max()) + 1
+        if number < 3:
+            term = "A, alpha" if column == "params" else "B, beta"
+            found.append(
+                f"exponents are not identified: with {number} distinct {column}, {term} and E cannot be told "
+                "apart; at least 3 are needed"
+            )
+    return found
+
+
+def _bounds(fit: Fit) -> list[str]:
+    E, A, alpha, B, beta = fit.parameters
+    lowest = float(fit.table.numbers(fit.loss_column).min())
+    found = []
+    if lowest * 0.02 > E:
+        found.append(f"E = {E:.3g} is close to 0: no irreducible loss shows in this range, and alpha, beta are low")
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not EXPONENT_BOUNDS[0] * 1.01 < value < EXPONENT_BOUNDS[1] * 0.99:
+            found.append(f"{name} = {value:.3g} is at the bound of the search, {EXPONENT_BOUNDS}")
+    terms = {
+        "A/N^alpha": A * fit.table.numbers("params") ** -alpha,
+        "B/D^beta": B * fit.table.numbers("tokens") ** -beta,
+    }
+    for name, term in terms.items():
+        if term.max() < 1e-3 * lowest:
+            found.append(f"{name} is below 0.1% of the loss everywhere: its exponent means nothing")
+    return found
+
+
+def _starts(fit: Fit) -> list[str]:
+    share = fit.starts_at_optimum / fit.starts_total
+    if share >= 0.5:
+        return []
+    found = [f"only {fit.starts_at_optimum} of {fit.starts_total} starts ended at the optimum"]
+    values = fit.draws.copy()
+    # log A at the mean size, not at N = 1, or every fit would show a correlation of 1 with alpha.
+    for term, exponent, column in ((1, 2, "params"), (3, 4, "tokens")):
+        values[:, term] = np.log(values[:, term]) - values[:, exponent] * np.log(fit.table.numbers(column)).mean()
+    spread = values.std(axis=0) > 1e-9 * np.abs(values).max(axis=0)
+    if spread.sum() < 2:
+        return found
+    correlation = np.corrcoef(values[:, spread].T)
+    names = np.array(laws.PARAMETERS)[spread]
+    for i, j in zip(*np.triu_indices(len(names), 1)):
+        if abs(correlation[i, j]) > 0.99:
+            found.append(f"{names[i]} and {names[j]} are correlated at {correlation[i, j]:.3f}: they trade off")
+    return found
+
+
+def _design(fit: Fit) -> list[str]:
+    found = []
+    params, tokens, flops = (fit.table.numbers(c) for c in ("params", "tokens", "flops"))
+    if np.ptp(np.log(params)) > 0 and np.ptp(np.log(tokens)) > 0:
+        correlation = np.corrcoef(np.log(params), np.log(tokens))[0, 1]
+        if abs(correlation) > 0.98:
+            found.append(f"params and tokens vary together (correlation {correlation:.3f}): vary them apart")
+    best = laws.optimum(fit.parameters, np.array(fit.flops_range), fit.kappa)
+    for name, values, optimal in (("params", params, best[0]), ("tokens", tokens, best[1])):
+        if optimal.min() < values.min() / SLACK or optimal.max() > values.max() * SLACK:
+            found.append(
+                f"extrapolation: the optimal {name} over the runs' compute, {optimal.min():.3g} to "
+                f"{optimal.max():.3g}, leave the measured {values.min():.3g} to {values.max():.3g}"
+            )
+    ratio = flops / (6 * params * tokens)
+    if ratio.max() > 1.2 * ratio.min():
+        found.append(
+            f"flops/(6*params*tokens) varies from {ratio.min():.3g} to {ratio.max():.3g}; "
+            f"frontiers use its median, {fit.kappa:.3g}"
+        )
+    mixtures = sorted({str(row.get("mixture")) for row in fit.table.rows if row.get("mixture")})
+    if len(mixtures) > 1:
+        found.append(f"mixtures {', '.join(mixtures)} are fitted together; --group-by mixture keeps them apart")
+    if any(row.get("cooled") is False for row in fit.table.rows):
+        found.append("some runs were not cooled down: their losses are not those of finished runs")
+    return found
+
+
+def _bootstrap(fit: Fit) -> list[str]:
+    found = []
+    if fit.clusters < FEW_CLUSTERS and fit.clusters < len(fit.table):
+        found.append(f"the bootstrap resamples only {fit.clusters} trunks: intervals are rough")
+    if fit.redrawn > 0.01 * len(fit.draws):
+        found.append(
+            f"{fit.redrawn / len(fit.draws):.0%} of the resamples held fewer than 3 distinct sizes and were "
+            "drawn again: intervals are too narrow"
+        )
+    return found
+
+
+def _outliers(fit: Fit) -> list[str]:
+    residuals = fit.residuals
+    middle = np.median(residuals)
+    # Below 1e-4 a residual is beyond what any run can measure, however well the others agree.
+    spread = max(1.4826 * float(np.median(np.abs(residuals - middle))), 1e-4)
+    distance = (residuals - middle) / spread
+    order = np.argsort(-np.abs(distance))
+    order = order[np.abs(distance[order]) > OUTLIER_MADS]
+    names = fit.table.places
+    found = [
+        f"outlier: {names[i]} has a loss {abs(np.expm1(-residuals[i])):.1%} "
+        f"{'above' if residuals[i] < 0 else 'below'} the fit, {abs(distance[i]):.0f} usual deviations off"
+        for i in order[:SHOWN]
+    ]
+    return found + ([f"{len(order) - SHOWN} more outliers"] if len(order) > SHOWN else [])

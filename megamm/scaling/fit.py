@@ -1,0 +1,270 @@
+"""Fit the scaling law to a table of runs: optimum, bootstrap intervals, held-out error, warnings.
+
+Objective `huber_log`: the sum over runs of Huber(log prediction - log loss) with delta 1e-3. Intervals are
+percentiles of the optimum over resampled runs; runs that share a trunk (the same constant-rate steps, so not
+independent) are resampled together.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megamm.errors import InputError
+from megamm.scaling import laws, minimise
+from megamm.scaling.runs import RunTable
+
+OBJECTIVE = "huber_log"
+MIN_RUNS = 5
+MIN_RUNS_HOLDOUT = 8
+HOLDOUT_SHARE = 0.2
+LEVEL = 0.95
+AGREE_RELATIVE = 1e-6
+AGREE_ABSOLUTE = 1e-12
+"""Objectives closer than these are one optimum; the second is for data without noise."""
+
+
+@dataclass(kw_only=True)
+class Fit:
+    """A fitted law of one group of runs; arrays are float64 in the order of laws.PARAMETERS."""
+
+    group: str
+    form: str
+    loss_column: str
+    table: RunTable
+    parameters: np.ndarray
+    """(5,)"""
+    draws: np.ndarray
+    """(R, 5): the optimum of each bootstrap resample."""
+    objective: float
+    starts_total: int
+    starts_at_optimum: int
+    gradient_norm: float
+    """Of the objective in (E, log A, alpha, log B, beta), without components that push against a bound."""
+    kappa: float
+    """Median of flops/(6*params*tokens)."""
+    seed: int
+    clusters: int
+    """Independent units that the bootstrap resamples: trunks, and runs without one."""
+    redrawn: int = 0
+    """Resamples drawn again because they held fewer than 3 distinct sizes."""
+    holdout: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def flops_range(self) -> tuple[float, float]:
+        flops = self.table.numbers("flops")
+        return float(flops.min()), float(flops.max())
+
+    @property
+    def exponents(self) -> dict[str, float]:
+        values = laws.exponents(self.parameters, self.flops_range, self.kappa)
+        return {name: float(value) for name, value in values.items()}
+
+    @property
+    def exponent_draws(self) -> dict[str, np.ndarray]:
+        """Each exponent over the draws, (R,)."""
+        return laws.exponents(self.draws, self.flops_range, self.kappa)
+
+    @property
+    def intervals(self) -> dict[str, list[float]]:
+        """95% percentile intervals of every parameter and exponent."""
+        draws = dict(zip(laws.PARAMETERS, self.draws.T)) | self.exponent_draws
+        tail = 50 * (1 - LEVEL)
+        return {name: np.percentile(x, [tail, 100 - tail]).tolist() for name, x in draws.items()}
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """log prediction - log loss of each run, (n,)."""
+        return log_residuals(self.parameters, self.table, self.loss_column)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of `fits.json`."""
+        params, tokens = self.table.numbers("params"), self.table.numbers("tokens")
+        return {
+            "group": self.group,
+            "form": self.form,
+            "objective_name": OBJECTIVE,
+            "loss_column": self.loss_column,
+            "n_runs": len(self.table),
+            "parameters": dict(zip(laws.PARAMETERS, self.parameters.tolist())),
+            "objective": self.objective,
+            "starts": {"total": self.starts_total, "at_optimum": self.starts_at_optimum},
+            "gradient_norm": self.gradient_norm,
+            "intervals": self.intervals,
+            "standard_errors": dict(zip(laws.PARAMETERS, self.draws.std(axis=0, ddof=1).tolist())),
+            "exponents": self.exponents,
+            "kappa": self.kappa,
+            "ranges": {
+                "params": [params.min(), params.max()],
+                "tokens": [tokens.min(), tokens.max()],
+                "flops": list(self.flops_range),
+            },
+            "bootstrap": {"resamples": len(self.draws), "seed": self.seed, "clusters": self.clusters},
+            "holdout": self.holdout,
+            "warnings": self.warnings,
+        }
+
+
+def fit_group(
+    table: RunTable,
+    *,
+    group: str = "all",
+    loss_column: str = "loss",
+    form: str = "chinchilla",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Fit:
+    """Fit the runs of ``table`` that have a ``loss_column``.
+
+    Raises:
+        InputError: unknown form or column, too few resamples, or fewer than 5 runs.
+    """
+    if form not in laws.FORMS:
+        raise InputError(f"--form: {form!r} is unknown; known: {', '.join(laws.FORMS)}")
+    if resamples < 10:
+        raise InputError(f"--bootstrap: {resamples} resamples cannot give intervals; give at least 10")
+    if loss_column not in table.loss_columns:
+        raise InputError(f"{table.path}: no loss column {loss_column!r}; has {', '.join(table.loss_columns)}")
+    measured = ~np.isnan(table.numbers(loss_column))
+    dropped = int((~measured).sum())
+    table = table.select(measured)
+    if len(table) < MIN_RUNS:
+        lines = ", ".join(map(str, table.lines)) or "none"
+        raise InputError(
+            f"{table.path}: group {group!r}, column {loss_column}: {len(table)} runs (line {lines}), but the "
+            f"{len(laws.PARAMETERS)} parameters need at least {MIN_RUNS}; add runs or remove the group"
+        )
+    problem = _problem(table, loss_column)
+    ends, objectives = _descend_all(problem)
+    theta, objective = ends[0], float(objectives[0])
+    gradient = minimise.evaluate(problem, theta[None], np.ones((1, len(table))), minimise.DELTA)[1]
+    gradient = minimise.projected_gradient(problem, theta[None], gradient)[0]
+    # The batch works on centred logarithms; the chain rule takes the gradient back to log A and log B.
+    gradient[[2, 4]] -= gradient[[1, 3]] * [problem.mean_log_n, problem.mean_log_d]
+    clusters = cluster_labels(table)
+    rng = np.random.default_rng([seed, zlib.crc32(group.encode())])
+    weights, redrawn = resample(table, clusters, resamples, rng)
+    # Where the runs leave a direction flat, the starts end all along it, and so must the draws.
+    near = ends[objectives <= objective * 1.01 + AGREE_ABSOLUTE]
+    draws, _ = minimise.minimise(problem, near[rng.integers(len(near), size=resamples)], weights)
+    fit = Fit(
+        group=group,
+        form=form,
+        loss_column=loss_column,
+        table=table,
+        parameters=problem.to_parameters(theta),
+        draws=problem.to_parameters(draws),
+        objective=objective,
+        starts_total=len(objectives),
+        starts_at_optimum=int((objectives <= objective * (1 + AGREE_RELATIVE) + AGREE_ABSOLUTE).sum()),
+        gradient_norm=float(np.linalg.norm(gradient)),
+        kappa=laws.flops_factor(table.numbers("params"), table.numbers("tokens"), table.numbers("flops")),
+        seed=seed,
+        clusters=int(clusters.max()) + 1,
+        redrawn=redrawn,
+    )
+    fit.holdout = hold_out(fit)
+    if dropped:
+        fit.warnings.append(f"{dropped} runs have no {loss_column} and were left out")
+    return fit
+
+
+def log_residuals(parameters: np.ndarray, table: RunTable, loss_column: str = "loss") -> np.ndarray:
+    """log prediction - log loss of each run, (n,)."""
+    prediction = laws.predict(parameters, table.numbers("params"), table.numbers("tokens"))
+    return np.log(prediction) - np.log(table.numbers(loss_column))
+
+
+def huber_log(parameters: np.ndarray, table: RunTable, loss_column: str = "loss", delta: float = 1e-3) -> float:
+    """The objective at ``parameters`` (5,): the sum over runs of Huber_delta of the log residual."""
+    size = np.abs(log_residuals(parameters, table, loss_column))
+    return float(np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)).sum())
+
+
+def cluster_labels(table: RunTable) -> np.ndarray:
+    """Which independent unit each run belongs to, (n,) int: its trunk, or itself where it has none."""
+    keys = [row.get("trunk") or i for i, row in enumerate(table.rows)]
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return np.array([numbers[key] for key in keys])
+
+
+def resample(table: RunTable, clusters: np.ndarray, resamples: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """How often each run counts in each resample, (R, n) float64, and the number of resamples drawn again.
+
+    A resample with fewer than 3 distinct N or D (where the table has 3) cannot determine the law and is drawn
+    again, up to 100 times; that narrows the intervals, so that a fit says how often it happened.
+    """
+    count = int(clusters.max()) + 1
+    sizes = []
+    for column in ("params", "tokens"):
+        labels = distinct(table.numbers(column))
+        sizes.append((labels[:, None] == np.arange(labels.max() + 1)).astype(float))
+
+    def draw(number: int) -> np.ndarray:
+        return rng.multinomial(count, np.full(count, 1 / count), size=number).astype(float)[:, clusters]
+
+    weights, redrawn = draw(resamples), 0
+    for _ in range(100):
+        poor = np.zeros(resamples, bool)
+        for member in sizes:
+            poor |= ((weights @ member) > 0).sum(-1) < min(3, member.shape[1])
+        if not poor.any():
+            break
+        redrawn = redrawn or int(poor.sum())
+        weights[poor] = draw(int(poor.sum()))
+    return weights, redrawn
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Number of the distinct size that each value belongs to, (n,) int; values within 1% are one size."""
+    order = np.argsort(values, kind="stable")
+    labels = np.empty(len(values), int)
+    labels[order] = np.concatenate([[0], np.cumsum(np.diff(np.log(values[order])) > 0.01)])
+    return labels
+
+
+def hold_out(fit: Fit) -> dict[str, Any]:
+    """Refit without the runs of largest compute and predict them.
+
+    Held back: the highest fifth of the runs by FLOPs, together with any run tied with them.
+    """
+    table = fit.table
+    flops = table.numbers("flops")
+    number = max(1, round(HOLDOUT_SHARE * len(table)))
+    held = flops >= np.sort(flops)[-number] * (1 - 1e-9)
+    rest = table.select(~held)
+    if len(rest) < MIN_RUNS_HOLDOUT:
+        return {
+            "skipped": f"{len(rest)} runs would be left without the {held.sum()} of largest compute; "
+            f"at least {MIN_RUNS_HOLDOUT} are needed"
+        }
+    for column in ("params", "tokens"):
+        if distinct(rest.numbers(column)).max() < 2:
+            return {"skipped": f"fewer than 3 distinct {column} would be left"}
+    problem = _problem(rest, fit.loss_column)
+    parameters = problem.to_parameters(_descend_all(problem)[0][0])
+    kept_back = table.select(held)
+    error = np.expm1(log_residuals(parameters, kept_back, fit.loss_column))
+    exponent = laws.exponents(parameters, fit.flops_range)["a"]
+    return {
+        "rule": f"the {held.sum()} runs of largest FLOPs (highest {HOLDOUT_SHARE:.0%})",
+        "n": int(held.sum()),
+        "runs": kept_back.names,
+        "relative_error_loss": float(np.abs(error).mean()),
+        "relative_errors": error.tolist(),
+        "a_without": float(exponent),
+        "a_with": fit.exponents["a"],
+    }
+
+
+def _problem(table: RunTable, loss_column: str) -> minimise.Problem:
+    return minimise.Problem.of(table.numbers("params"), table.numbers("tokens"), table.numbers(loss_column))
+
+
+def _descend_all(problem: minimise.Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Where all starts end: theta (starts, 5) and objectives (starts,), the best first."""
+    theta, objective = minimise.minimise(problem, minimise.starts(problem), np.ones((1, len(problem.y))))
+    order = np.argsort(objective, kind="stable")
+    return theta[order], objective[order]

@@ -1,0 +1,219 @@
+"""Fit every group of a table and write the folder of results.
+
+The folder holds `fits.json` (the contract), `fits.md` (the same for people), `bootstrap.npz` (per fit a
+float64 array (R, 5) of E, A, alpha, B, beta, one row per resample; keys by compare.key_of; no pickled
+objects) and plots.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from megamm.errors import InputError
+from megamm.files import atomic_path, write_text
+from megamm.scaling import laws
+from megamm.scaling.compare import Law, key_of
+from megamm.scaling.diagnostics import warnings_of
+from megamm.scaling.fit import MIN_RUNS, Fit, fit_group
+from megamm.scaling.runs import RunTable
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+
+def fit_table(
+    table: RunTable,
+    *,
+    group_by: str | None = None,
+    losses: str = "loss",
+    form: str = "chinchilla",
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+    left_out: Callable[[str], None] = lambda text: None,
+) -> list[Fit]:
+    """Fit each group of ``table``.
+
+    Groups are the values of ``group_by``; by default of ``architecture`` where every run has one, else one
+    group named `all`. ``losses`` names a column, several with commas, or `all` for ``loss`` and each
+    ``loss_*`` that at least 5 runs of the group have.
+    Beside a group of 5 runs or more, smaller ones (baselines) are not fitted but told to ``left_out``.
+
+    Raises:
+        InputError: every group has fewer than 5 runs; see also fit.fit_group and runs.RunTable.groups.
+    """
+    if group_by is None and any(row.get("architecture") for row in table.rows):
+        group_by = "architecture"
+    groups = table.groups(group_by)
+    every = losses == "all"
+    columns = table.loss_columns if every else [name.strip() for name in losses.split(",")]
+    fits = []
+    if any(len(runs) >= MIN_RUNS for runs in groups.values()):
+        for group in [group for group, runs in groups.items() if len(runs) < MIN_RUNS]:
+            left_out(f"group {group} has {len(groups.pop(group))} runs, fewer than {MIN_RUNS}: not fitted")
+    for group, runs in groups.items():
+        for column in columns:
+            if every and column != "loss" and np.isfinite(runs.numbers(column)).sum() < MIN_RUNS:
+                continue
+            progress(f"fitting {group}, {column}")
+            fit = fit_group(runs, group=group, loss_column=column, form=form, resamples=resamples, seed=seed)
+            fit.warnings += warnings_of(fit)
+            fits.append(fit)
+    return fits
+
+
+def write_fits(folder: Path | str, fits: list[Fit]) -> list[Path]:
+    """Write the folder of results; everything is computed before the first file is written.
+
+    Returns the paths. Raises InputError if ``folder`` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; --out names a folder")
+    document = json.dumps({"fits": [fit.to_json() for fit in fits]}, indent=2, allow_nan=False)
+    page = to_markdown(fits)
+    plots = draw_plots(fits)
+    draws = io.BytesIO()
+    np.savez(draws, **{key_of(fit.group, fit.loss_column): fit.draws for fit in fits})
+    for name, content in {**plots, "bootstrap.npz": draws.getvalue()}.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_bytes(content)
+    write_text(folder / "fits.md", page)
+    write_text(folder / "fits.json", document + "\n")  # last: whoever finds it finds the rest
+    return [folder / name for name in ("fits.json", "fits.md", "bootstrap.npz", *plots)]
+
+
+# ------------------------------------------------------------------------------------------------- fits.md
+
+
+def to_markdown(fits: list[Fit]) -> str:
+    """All fits as a page: constants, exponents, intervals, held-out error, warnings."""
+    lines = ["# Scaling-law fits", "", "Loss in nats; 95% percentile bootstrap intervals in brackets.", ""]
+    for fit in fits:
+        entry = fit.to_json()
+        intervals = entry["intervals"]
+        lines += [
+            f"## {_title(fit)}: {laws.FORMS[fit.form].formula}",
+            "",
+            "| quantity | value | 95% interval |",
+        ]
+        lines += ["| --- | --- | --- |"]
+        for name, value in {**entry["parameters"], **entry["exponents"]}.items():
+            low, high = intervals[name]
+            lines.append(f"| {_meaning(name)} | {value:.5g} | [{low:.5g}, {high:.5g}] |")
+        unit = "runs" if fit.clusters == len(fit.table) else "trunks"
+        lines += [
+            "",
+            f"- runs: {entry['n_runs']}; FLOPs {fit.flops_range[0]:.3g} to {fit.flops_range[1]:.3g}; "
+            f"FLOPs are {fit.kappa:.4g} times 6ND",
+            f"- objective (huber_log): {fit.objective:.8g}; {fit.starts_at_optimum} of {fit.starts_total} "
+            f"starts ended there; gradient norm {fit.gradient_norm:.2g}",
+            f"- bootstrap: {len(fit.draws)} resamples of {fit.clusters} {unit}, seed {fit.seed}",
+            f"- held out: {_held_out(fit)}",
+            "",
+        ]
+        lines += [f"- **Warning**: {_escape(text)}" for text in fit.warnings] or ["No warnings."]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _title(fit: Fit) -> str:
+    return _escape(fit.group if fit.loss_column == "loss" else f"{fit.group}, {fit.loss_column}")
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _meaning(name: str) -> str:
+    return {"a": "a (N* ~ C^a)", "b": "b (D* ~ C^b)", "c": "c (L* ~ C^c)", "d": "d (D* ~ N*^d)"}.get(name, name)
+
+
+def _held_out(fit: Fit) -> str:
+    result = fit.holdout
+    if "skipped" in result:
+        return f"skipped, {result['skipped']}"
+    return (
+        f"{result['rule']}; mean relative error of their loss {result['relative_error_loss']:.2%}; "
+        f"a {result['a_without']:.4f} without them, {result['a_with']:.4f} with them"
+    )
+
+
+# --------------------------------------------------------------------------------------------------- plots
+
+
+def draw_plots(fits: list[Fit]) -> dict[str, bytes]:
+    """PNG files by name: loss against compute, and residuals against params and tokens, per loss column."""
+    files = {}
+    for column in dict.fromkeys(fit.loss_column for fit in fits):
+        chosen = [fit for fit in fits if fit.loss_column == column]
+        suffix = "" if column == "loss" else f"-{column}"
+        files[f"loss_vs_flops{suffix}.png"] = _png(_plot_frontiers, chosen)
+        for axis in ("params", "tokens"):
+            files[f"residuals_vs_{axis}{suffix}.png"] = _png(_plot_residuals, chosen, axis)
+    return files
+
+
+def _png(plot: Callable, fits: list[Fit], *rest: str) -> bytes:
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    plot(axes, fits, *rest)
+    axes.grid(alpha=0.3, which="major")
+    axes.legend(fontsize=9)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()
+
+
+def _styles(fits: list[Fit]):
+    for i, fit in enumerate(fits):
+        yield fit, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+
+
+def _plot_frontiers(axes, fits: list[Fit]) -> None:
+    for fit, color, marker in _styles(fits):
+        axes.scatter(
+            fit.table.numbers("flops"),
+            fit.table.numbers(fit.loss_column),
+            s=18,
+            marker=marker,
+            facecolors="none",
+            edgecolors=color,
+            label=f"{_plain(fit.group)}: {len(fit.table)} runs",
+        )
+        grid = np.geomspace(*fit.flops_range, 128)
+        law = Law.of_fit(fit)
+        c = fit.exponents["c"]
+        axes.plot(grid, law.frontier(grid), color=color, label=f"{_plain(fit.group)}: frontier, ~ C^{c:.4f}")
+        axes.fill_between(grid, *law.band(grid), color=color, alpha=0.2, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("training compute C (FLOPs)")
+    axes.set_ylabel(f"{fits[0].loss_column} (nats per token)")
+    axes.set_title("Loss against compute, fitted frontier and its 95% band")
+
+
+def _plot_residuals(axes, fits: list[Fit], column: str) -> None:
+    for fit, color, marker in _styles(fits):
+        axes.scatter(
+            fit.table.numbers(column),
+            100 * np.expm1(-fit.residuals),
+            s=18,
+            marker=marker,
+            facecolors="none",
+            edgecolors=color,
+            label=_plain(fit.group),
+        )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel({"params": "parameters N", "tokens": "training tokens D (tokens)"}[column])
+    axes.set_ylabel(f"measured {fits[0].loss_column} above the fit (%)")
+    axes.set_title(f"Residuals against {column}")
+
+
+def _plain(text: str) -> str:
+    """Text without matplotlib's mathematical markup."""
+    return text.replace("$", "\\$")

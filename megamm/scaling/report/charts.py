@@ -1,0 +1,237 @@
+"""Charts as data, drawn twice: by plotly for the page and by matplotlib for PNG files."""
+
+import html
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+from matplotlib.figure import Figure
+
+from megamm.scaling.report.units import digits, log_ticks
+
+GRID, AXIS, FONT = "#e4e7eb", "#5b6270", "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+DASHES = {"solid": "-", "dot": ":", "dash": "--"}
+
+
+@dataclass(kw_only=True)
+class Axis:
+    """An axis; ``form`` writes the ticks of a logarithmic one."""
+
+    label: str
+    log: bool = False
+    form: Callable[[float], str] = digits
+    range: tuple[float, float] | None = None
+
+
+@dataclass(kw_only=True)
+class Series:
+    """Points of one colour, joined by a line, marked, or both; ``band`` (2, m) is shaded around them."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    line: str | None = "solid"
+    width: float = 2.0
+    marker: str | None = None
+    """Filled (``dot``) or hollow (``ring``) marks; None for none."""
+    opacity: float = 1.0
+    band: np.ndarray | None = None
+    hover: Sequence[str] | None = None
+    legend: bool = True
+
+
+@dataclass(kw_only=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    x: Axis
+    y: Axis
+    series: list[Series]
+    baseline: float | None = None
+    """Height of a horizontal reference line."""
+
+
+@dataclass(kw_only=True)
+class Chart:
+    """Panels side by side under one legend (or one each), with a caption in plain text."""
+
+    name: str
+    caption: str
+    panels: list[Panel]
+    columns: int = 3
+    height: int = 300
+    legend_per_panel: bool = False
+
+
+def legend(panels: list[Panel]) -> list[Series]:
+    """One series for each name in the legend."""
+    found: dict[str, Series] = {}
+    for panel in panels:
+        for series in panel.series:
+            if series.legend:
+                found.setdefault(series.name, series)
+    return list(found.values())
+
+
+def extent(panel: Panel, axis: str) -> tuple[float, float]:
+    """The range of an axis: as given, or the data's with a margin."""
+    given = getattr(panel, axis).range
+    if given:
+        return given
+    parts = [np.asarray(getattr(s, axis), float) for s in panel.series]
+    if axis == "y":
+        parts += [np.ravel(s.band) for s in panel.series if s.band is not None]
+        parts += [np.array([panel.baseline])] if panel.baseline is not None else []
+    values = np.concatenate(parts) if parts else np.array([1.0])
+    return padded(values, getattr(panel, axis).log)
+
+
+def padded(values: np.ndarray, log: bool) -> tuple[float, float]:
+    """The finite range of ``values`` widened by 4% on either side."""
+    values = values[np.isfinite(values)]
+    low, high = float(values.min()), float(values.max())
+    if log:
+        margin = (high / low) ** 0.04 if high > low else 1.5
+        return low / margin, high * margin
+    margin = 0.04 * (high - low) or max(abs(high) * 0.1, 1e-9)
+    return low - margin, high + margin
+
+
+# -------------------------------------------------------------------------------------------------- plotly
+
+
+def to_plotly(panel: Panel, height: int) -> go.Figure:
+    """One panel as a plotly figure without a legend; all text is escaped."""
+    figure = go.Figure()
+    for series in panel.series:
+        if series.band is not None:
+            figure.add_trace(_plotly_band(series))
+        figure.add_trace(_plotly_trace(series))
+    if panel.baseline is not None:
+        figure.add_hline(panel.baseline, line={"color": AXIS, "width": 1})
+    figure.update_layout(
+        height=height, margin={"l": 58, "r": 14, "t": 8, "b": 46}, showlegend=False, hovermode="closest",
+        paper_bgcolor="white", plot_bgcolor="white", font={"family": FONT, "size": 12, "color": "#1f2430"},
+        hoverlabel={"bgcolor": "white", "font": {"family": FONT, "size": 12}},
+    )  # fmt: skip
+    for name in ("x", "y"):
+        axis, (low, high) = getattr(panel, name), extent(panel, name)
+        settings = {
+            "title": {"text": html.escape(axis.label), "font": {"size": 12, "color": AXIS}, "standoff": 8},
+            "gridcolor": GRID, "linecolor": "#b8bec7", "showline": True, "ticks": "outside", "ticklen": 4,
+            "tickcolor": "#b8bec7", "zeroline": False, "range": [low, high],
+        }  # fmt: skip
+        if axis.log:
+            values, texts = log_ticks(low, high, axis.form)
+            settings |= {"type": "log", "range": [math.log10(low), math.log10(high)]}
+            settings |= {"tickvals": values, "ticktext": texts}
+        else:
+            settings |= {"nticks": 6}
+        figure.update_layout({f"{name}axis": settings})
+    return figure
+
+
+def _plotly_trace(series: Series) -> go.Scatter:
+    modes = (["lines"] if series.line else []) + (["markers"] if series.marker else [])
+    return go.Scatter(
+        x=_floats(series.x), y=_floats(series.y), mode="+".join(modes), name=html.escape(series.name),
+        opacity=series.opacity,
+        line={"color": series.colour, "width": series.width, "dash": series.line or "solid"},
+        marker={"color": series.colour, "size": 7, "symbol": "circle-open" if series.marker == "ring" else "circle"},
+        text=[html.escape(t).replace("\n", "<br>") for t in series.hover] if series.hover else None,
+        hovertemplate="%{text}<extra></extra>" if series.hover else "%{y:.4g}",
+    )  # fmt: skip
+
+
+def _plotly_band(series: Series) -> go.Scatter:
+    x, (low, high) = np.asarray(series.x, float), series.band
+    return go.Scatter(
+        x=_floats([*x, *x[::-1]]), y=_floats([*high, *low[::-1]]), fill="toself", fillcolor=_faint(series.colour),
+        line={"width": 0}, hoverinfo="skip", mode="lines",
+    )  # fmt: skip
+
+
+def _faint(colour: str, opacity: float = 0.18) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def _floats(values: Sequence[float]) -> list[float | None]:
+    """Plain lists at six significant digits keep the page small and its text readable."""
+    return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values]
+
+
+# ---------------------------------------------------------------------------------------------- matplotlib
+
+
+def to_png(chart: Chart) -> bytes:
+    """The whole chart as a PNG file."""
+    columns = min(chart.columns, len(chart.panels))
+    rows = -(-len(chart.panels) // columns)
+    wide = 7.5 if columns == 1 else 4.2 * columns
+    figure = Figure(figsize=(wide, 3.3 * rows + 0.4 if columns > 1 else 4.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, panel in zip(grid, chart.panels):
+        _draw_panel(axes, panel)
+        if chart.legend_per_panel:
+            axes.legend(handles=_handles(axes, [panel]), fontsize=8, frameon=False)
+    for axes in grid[len(chart.panels) :]:
+        axes.set_visible(False)
+    if not chart.legend_per_panel:
+        handles = _handles(grid[0], chart.panels)
+        across = min(4, len(handles))
+        figure.legend(handles=handles, loc="outside upper center", ncols=across, fontsize=9, frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()
+
+
+def _draw_panel(axes, panel: Panel) -> None:
+    for series in panel.series:
+        if series.band is not None:
+            axes.fill_between(series.x, *series.band, color=series.colour, alpha=0.18, linewidth=0)
+        axes.plot(series.x, series.y, **_matplotlib_style(series))
+    if panel.baseline is not None:
+        axes.axhline(panel.baseline, color=AXIS, linewidth=0.8)
+    for name in ("x", "y"):
+        axis, (low, high) = getattr(panel, name), extent(panel, name)
+        ruler = getattr(axes, f"{name}axis")
+        if axis.log:
+            getattr(axes, f"set_{name}scale")("log")
+            values, texts = log_ticks(low, high, axis.form)
+            ruler.set_ticks(values, labels=texts)
+            ruler.set_ticks([], minor=True)
+        getattr(axes, f"set_{name}lim")(low, high)
+        getattr(axes, f"set_{name}label")(_plain(axis.label), fontsize=9, color=AXIS)
+    axes.set_title(_plain(panel.title), fontsize=10, loc="left")
+    axes.tick_params(labelsize=8.5, color="#b8bec7")
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b8bec7")
+
+
+def _matplotlib_style(series: Series) -> dict:
+    return {
+        "color": series.colour,
+        "alpha": series.opacity,
+        "linestyle": DASHES[series.line] if series.line else "none",
+        "linewidth": series.width * 0.75,
+        "marker": "o" if series.marker else None,
+        "markersize": 4.5,
+        "markerfacecolor": "none" if series.marker == "ring" else series.colour,
+    }
+
+
+def _handles(axes, panels: list[Panel]) -> list:
+    return [axes.plot([], [], label=_plain(s.name), **_matplotlib_style(s))[0] for s in legend(panels)]
+
+
+def _plain(text: str) -> str:
+    """Text without matplotlib's mathematical markup."""
+    return text.replace("$", "\\$")

@@ -1,0 +1,153 @@
+"""What a study shows, in sentences and rows: the verdict first."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megamm.scaling.compare import Comparison, Crossover, Law, compare, verdict
+from megamm.scaling.report.figures import column_name, image_sources, longest, loss_after_image, name_of
+from megamm.scaling.report.study import BLIND, Study
+from megamm.scaling.report.units import digits, power, prettify
+
+
+@dataclass(kw_only=True)
+class Finding:
+    """The comparison of two architectures by one loss under one count of FLOPs."""
+
+    subject: str
+    comparison: Comparison
+
+    @property
+    def verdict(self) -> str:
+        """One sentence, figures as people write them."""
+        comparison = self.comparison
+        named = replace(comparison, first=name_of(comparison.first), second=name_of(comparison.second))
+        text = prettify(verdict(named))
+        return text[0].upper() + text[1:]
+
+    @property
+    def difference(self) -> tuple[str, str]:
+        """Loss of the first minus the second at the largest budget, and its pointwise interval."""
+        low, high = self.comparison.pointwise[:, -1]
+        return signed(self.comparison.difference[-1]), f"[{signed(low)}, {signed(high)}]"
+
+    @property
+    def gain(self) -> tuple[str, str]:
+        """FLOPs of the second over those of the first for equal loss there, and its interval."""
+        low, high = self.comparison.gain_interval[:, -1]
+        return _times(self.comparison.gain[-1]), f"[{_times(low)}, {_times(high)}]"
+
+    @property
+    def crossover(self) -> tuple[str, str]:
+        """Where the frontiers cross, and its interval."""
+        crossing = self.comparison.crossover
+        return ("none in range", "") if crossing is None else (power(crossing.flops), _interval(crossing))
+
+
+def signed(value: float) -> str:
+    """A difference of losses in nats, with its sign."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _times(value: float) -> str:
+    return "∞" if not np.isfinite(value) or value > 1e4 else f"{value:.2f}" if value < 10 else digits(float(value))
+
+
+def _interval(crossing: Crossover) -> str:
+    low, high = crossing.interval
+    return f"[{power(low) if low else 'below range'}, {power(high) if high else 'above range'}]"
+
+
+def findings(study: Study) -> list[Finding]:
+    """Comparisons of the study's pair: the average loss under three counts of FLOPs, then each source."""
+    if study.pair is None:
+        return []
+    found = []
+    for column in study.loss_columns:
+        found += _finding(study, column_name(column), study.laws[column])
+        if column == "loss":
+            found += _finding(study, "average, image encoder not counted", study.recounted("loss", "decoder"))
+            found += _finding(study, "average, every matrix product counted", study.recounted("loss", "exact"))
+    return found
+
+
+def _finding(study: Study, subject: str, laws: dict[str, Law]) -> list[Finding]:
+    if not all(group in laws for group in study.pair):
+        return []
+    return [Finding(subject=subject, comparison=compare(*(laws[group] for group in study.pair)))]
+
+
+def headline(study: Study, found: list[Finding]) -> list[str]:
+    """The verdict in one to three sentences."""
+    if not found:
+        groups = ", ".join(name_of(g) for g in study.groups)
+        return [f"No verdict: a comparison needs the fits of two architectures, and this study has {groups}."]
+    main = found[0]
+    comparison = main.comparison
+    first, second = name_of(comparison.first), name_of(comparison.second)
+    top = power(comparison.flops[-1])
+    sentences = [main.verdict]
+    ratio, (low, high) = comparison.gain[-1], comparison.gain_interval[:, -1]
+    if ratio >= 1:
+        needs, other = second, first
+    else:
+        needs, other, ratio, low, high = first, second, 1 / ratio, 1 / high, 1 / max(low, 1e-9)
+    if _times(ratio) == "∞":
+        sentences.append(f"At {top} FLOPs, {needs} never reaches the loss of {other} within its fitted law.")
+    else:
+        sentences.append(
+            f"At {top} FLOPs, the largest budget that both were measured at, {needs} needs {_times(ratio)} times the "
+            f"compute of {other} for the same average loss (95% interval {_times(low)} to {_times(high)})."
+        )
+    if comparison.crossover:
+        sentences.append(f"The fitted frontiers cross at {' '.join(main.crossover)} FLOPs.")
+    return sentences
+
+
+def cautions(study: Study) -> list[tuple[str, str]]:
+    """Warnings of the fits, each with the fits that it holds for; those of the average loss first."""
+    holders: dict[str, dict[str, list[str]]] = {}
+    for fit in sorted(study.fits, key=lambda f: f.get("loss_column", "loss") != "loss"):
+        for text in fit.get("warnings", []):
+            groups = holders.setdefault(prettify(text), {})
+            groups.setdefault(fit["group"], []).append(column_name(fit.get("loss_column", "loss")))
+    return [(text, _join(groups, study)) for text, groups in holders.items()]
+
+
+def _join(groups: dict[str, list[str]], study: Study) -> str:
+    """Name fits shortly: ``early fusion: caption, text; late fusion: all losses``."""
+    totals = Counter(fit["group"] for fit in study.fits)
+    if {g: len(columns) for g, columns in groups.items()} == totals:
+        return "all fits"
+    parts = []
+    for group, columns in groups.items():
+        every = len(columns) == totals[group] > 1
+        parts.append(f"{name_of(group)}: {'all losses' if every else ', '.join(columns)}")
+    return "; ".join(parts)
+
+
+def image_rows(study: Study) -> list[dict]:
+    """For each source with images and each seeing architecture at its largest size: the three losses."""
+    rows = []
+    groups = sorted({run.architecture for run in study.cooled} - {BLIND})
+    blind = longest(study, BLIND)
+    for source in image_sources(study):
+        for group in groups:
+            runs = [r for r in longest(study, group) if source in (r.result.get("losses_swapped") or {})]
+            if not runs:
+                continue
+            run = runs[-1]
+            match = [r for r in blind if source in r.result["losses"]]
+            near = min(match, key=lambda r: abs(np.log(r.params / run.params))) if match else None
+            rows.append(
+                {
+                    "source": source,
+                    "group": group,
+                    "run": run,
+                    "true": loss_after_image(run.result["losses"][source]),
+                    "swapped": loss_after_image(run.result["losses_swapped"][source]),
+                    "blind": loss_after_image(near.result["losses"][source]) if near else None,
+                }
+            )
+    return rows

@@ -1,0 +1,167 @@
+"""Every operation against its definition in float64, forward and backward."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megamm_kernels import (
+    attention_plan,
+    interval_attention,
+    linear_cross_entropy,
+    multimodal_embedding,
+    qk_norm_rope,
+    rms_norm,
+    rope_table,
+)
+from megamm_kernels.interval_attention import _sdpa_blocks, interval_attention_reference
+from megamm_kernels.linear_cross_entropy import linear_cross_entropy_reference
+from megamm_kernels.qk_norm_rope import qk_norm_rope_reference
+from megamm_kernels.rms_norm import rms_norm_reference
+
+
+def intervals(documents: list[list[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """lo and hi [length] of one row; a document is a list of spans: n > 0 text tokens, n < 0 image patches."""
+    lo, hi = torch.arange(length), torch.arange(length) - 1
+    position = 0
+    for spans in documents:
+        start = position
+        for span in spans:
+            part = slice(position, position + abs(span))
+            lo[part] = start
+            hi[part] = torch.arange(part.start, part.stop) if span > 0 else part.stop - 1
+            position += abs(span)
+    return lo.int(), hi.int()
+
+
+ROWS = {
+    "one-token documents": [[1]] * 12,
+    "all image": [[-40]],
+    "all text": [[300]],
+    "all padding": [],
+    "image across a block edge": [[100], [20, -30, 9, -120, 2], [5]],
+    "odd length": [[7, -13, 3], [1], [60]],
+}
+
+
+@pytest.mark.parametrize("attend", [interval_attention, _sdpa_blocks], ids=["fused", "sdpa"])
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("names", [["one-token documents", "all padding"], ["all image", "odd length"], list(ROWS)])
+def test_interval_attention_matches_the_dense_definition(names, block, attend):
+    torch.manual_seed(0)
+    length = 307
+    lo, hi = (torch.stack(x) for x in zip(*(intervals(ROWS[n], length) for n in names), strict=True))
+    q, k, v = (torch.randn(len(names), length, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = attend(q, k, v, attention_plan(lo, hi, torch.float64, block))
+    expected = interval_attention_reference(q, k, v, lo, hi)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    assert (out[hi < lo] == 0).all()
+    for got, want in zip(
+        torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-9, 9).filter(bool), min_size=1, max_size=5), max_size=6),
+    st.integers(1, 40),
+)
+def test_interval_attention_on_random_rows(documents, block):
+    used = sum(abs(span) for spans in documents for span in spans)
+    lo, hi = (x[None] for x in intervals(documents, used + 3))
+    q, k, v = (torch.randn(1, used + 3, 1, 8, dtype=torch.float64) for _ in range(3))
+    out = interval_attention(q, k, v, attention_plan(lo, hi, torch.float64, block))
+    torch.testing.assert_close(out, interval_attention_reference(q, k, v, lo, hi), atol=1e-12, rtol=0)
+
+
+def test_interval_attention_passes_the_operator_checks():
+    lo, hi = (x[None] for x in intervals([[3, -4, 2], [5]], 16))
+    plan = attention_plan(lo, hi)
+    q, k, v = (torch.randn(1, 16, 2, 8, requires_grad=True) for _ in range(3))
+    torch.library.opcheck(torch.ops.megamm.interval_attention.default, (q, k, v, *plan))
+
+
+def test_bf16_attention_is_as_close_as_torch_own():
+    torch.manual_seed(1)
+    lo, hi = (x[None] for x in intervals([[64]], 64))
+    q, k, v = (torch.randn(1, 64, 2, 16, dtype=torch.float64) for _ in range(3))
+    exact = interval_attention_reference(q, k, v, lo, hi)
+    b = [x.bfloat16() for x in (q, k, v)]
+    ours = interval_attention(*b, attention_plan(lo, hi, torch.bfloat16))
+    theirs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in b), is_causal=True)
+    error, peer = (ours - exact).abs().max(), (theirs.transpose(1, 2) - exact).abs().max()
+    assert error <= 1.5 * peer
+
+
+@pytest.mark.parametrize("labelled", [0, 1, 37, 50])
+def test_linear_cross_entropy(labelled):
+    torch.manual_seed(0)
+    x = torch.randn(50, 24, requires_grad=True)
+    weight = torch.randn(101, 24, requires_grad=True)
+    targets = torch.full((50,), -100)
+    targets[torch.randperm(50)[:labelled]] = torch.randint(0, 101, (labelled,))
+    loss, nll = linear_cross_entropy(x, weight, targets, chunk_bytes=4 * 101 * 16)
+    grads = torch.autograd.grad(loss / 7, (x, weight))
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    want, want_nll = linear_cross_entropy_reference(x64, w64, targets)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(nll.double(), want_nll, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(grads, torch.autograd.grad(want / 7, (x64, w64)), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_cross_entropy_without_gradient_matches():
+    x, weight, targets = torch.randn(9, 4), torch.randn(11, 4), torch.arange(9)
+    with torch.no_grad():
+        loss, _ = linear_cross_entropy(x, weight, targets)
+    torch.testing.assert_close(loss, linear_cross_entropy_reference(x, weight, targets)[0])
+
+
+def test_rms_norm():
+    x, weight = (
+        torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True),
+        torch.rand(16, dtype=torch.float64),
+    )
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+    assert torch.autograd.gradcheck(lambda t: rms_norm(t, weight, 1e-6), x)
+
+
+def test_qk_norm_rope_matches_its_definition():
+    torch.manual_seed(0)
+    qk = torch.randn(2, 5, 2, 3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(2, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = (t.double() for t in rope_table(torch.arange(10).view(2, 5), 8, 100.0))
+    expected = qk_norm_rope_reference(qk, weight, cos, sin, 1e-6)
+    for got, want in zip(qk_norm_rope(qk, weight, cos, sin, 1e-6), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    assert torch.autograd.gradcheck(lambda x, w: qk_norm_rope(x, w, cos, sin, 1e-6), (qk, weight))
+
+
+def test_rope_depends_on_distance_only():
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+    ones = torch.ones(2, 16, dtype=torch.float64)
+
+    def score(i, j):
+        qk = torch.stack((q, k), dim=2).expand(1, 2, 2, 1, 16)
+        cos, sin = rope_table(torch.tensor([[i, j]]), 16, 10000.0)
+        q_rotated, k_rotated = qk_norm_rope(qk, ones, cos, sin, 0.0)
+        return (q_rotated[0, 0] * k_rotated[0, 1]).sum()
+
+    torch.testing.assert_close(score(5, 2), score(105, 102), atol=1e-4, rtol=0)
+    assert abs(score(5, 2) - score(5, 3)) > 1e-3
+
+
+def test_embedding_places_features_and_carries_gradients():
+    table = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    tokens, index = torch.tensor([[1, 3, 3], [5, 6, 1]]), torch.tensor([1, 2])
+
+    def embed(t, f):
+        return multimodal_embedding(tokens, t, f, index)
+
+    out = embed(table, features)
+    assert torch.equal(out.flatten(0, 1)[index], features)
+    assert torch.equal(out[1, 0], table[5])
+    assert torch.autograd.gradcheck(embed, (table, features))
+    assert torch.equal(multimodal_embedding(tokens, table, None, None), table[tokens])

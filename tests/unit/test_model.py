@@ -1,0 +1,188 @@
+"""Models: sizes, FLOPs against a trace, masking, and where the loss is computed."""
+
+import dataclasses
+
+import pytest
+import torch
+from megamm_kernels.interval_attention import interval_attention_reference
+from torch.utils.flop_counter import FlopCounterMode
+
+from megamm.config import ModelConfig, VisionConfig
+from megamm.data.batch import Batch
+from megamm.data.tokens import BOS, EOS, IGNORE, IMAGE, IMAGE_END
+from megamm.model import layers
+from megamm.model.multimodal import MultimodalModel
+from megamm.model.sizes import resolve_model
+from megamm.scaling.flops import TokenStats, count_parameters, exact_flops_per_token, paper_flops
+
+PATCHES = 4
+
+
+def model_config(architecture: str, **kwargs) -> ModelConfig:
+    defaults = {
+        "width": 32, "depth": 2, "head_dim": 16, "hidden_multiple": 16,
+        "vocab_size": 50, "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    vision = VisionConfig(width=16, depth=3, head_dim=8)
+    return resolve_model(ModelConfig(architecture=architecture, vision=vision, **(defaults | kwargs)))
+
+
+def one_row(words: list[int], generator: torch.Generator) -> Batch:
+    """<bos> image <image_end> words <eos>, alone in a row."""
+    tokens = torch.tensor([[BOS, *[IMAGE] * PATCHES, IMAGE_END, *words, EOS]], dtype=torch.int32)
+    length = tokens.shape[1]
+    targets = torch.full_like(tokens, IGNORE)
+    targets[0, PATCHES + 1 : -1] = tokens[0, PATCHES + 2 :]
+    hi = torch.arange(length, dtype=torch.int32)[None].clone()
+    hi[0, 1 : 1 + PATCHES] = PATCHES
+    return Batch(
+        tokens=tokens,
+        positions=torch.arange(length, dtype=torch.int32)[None],
+        targets=targets,
+        source=torch.zeros_like(tokens, dtype=torch.uint8),
+        modality=torch.ones_like(tokens, dtype=torch.uint8),
+        lo=torch.zeros_like(tokens),
+        hi=hi,
+        patches=torch.randint(0, 256, (PATCHES, 192), generator=generator).to(torch.uint8),
+        patch_index=torch.arange(1, 1 + PATCHES),
+    )
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return one_row([7, 8, 9, 10], torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("architecture", ["early", "late", "text"])
+def test_parameter_count(architecture):
+    model = MultimodalModel(model_config(architecture))
+    counts = count_parameters(model.config)
+    assert sum(p.numel() for p in model.parameters()) == counts.total
+    if architecture == "late":
+        tower = [p.numel() for n, p in model.vision.named_parameters() if not n.startswith("projector")]
+        assert sum(tower) == counts.vision
+
+
+@pytest.mark.parametrize(
+    ("architecture", "width", "millions"),
+    [
+        ("early", 800, 275),
+        ("early", 1632, 932),
+        ("early", 2624, 2280),
+        ("late", 768, 290),
+        ("late", 1024, 494),
+    ],
+)
+def test_paper_model_sizes(architecture, width, millions):
+    config = ModelConfig(architecture=architecture, width=width, vocab_size=50432, image_size=224, patch_size=14)
+    assert count_parameters(resolve_model(config)).total == pytest.approx(millions * 1e6, rel=0.005)
+
+
+@pytest.mark.parametrize("architecture", ["early", "late", "text"])
+def test_exact_flops_match_a_trace(architecture, batch, monkeypatch):
+    """The trace sees a dense mask, so every pair counts."""
+    lo, hi = batch.lo, batch.hi
+    monkeypatch.setattr(layers, "interval_attention", lambda q, k, v, _: interval_attention_reference(q, k, v, lo, hi))
+
+    def dense(q, k, v):
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", dense)
+    model = MultimodalModel(model_config(architecture))
+    with FlopCounterMode(display=False) as counter:
+        model(batch).loss.backward()
+    length = batch.tokens.shape[1]
+    patches = 0 if architecture == "text" else PATCHES
+    stats = TokenStats(patches=patches / length, labels=batch.num_labels() / length, pairs=length)
+    assert exact_flops_per_token(model.config, stats) * length == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_paper_flops_count_the_tower_at_patches_only():
+    early, late = (count_parameters(model_config(a)) for a in ("early", "late"))
+    assert paper_flops(early, 1000, 400) == 6 * early.total * 1000
+    assert paper_flops(late, 1000, 400) == 6 * (late.decoder * 1000 + late.vision * 400)
+
+
+@pytest.mark.parametrize("architecture", ["early", "late"])
+def test_documents_of_a_row_do_not_see_each_other(architecture):
+    """Packing two documents in a row gives the losses of the two apart."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = one_row([7, 8, 9], generator), one_row([11, 12], generator)
+    a, b = first.tokens.shape[1], second.tokens.shape[1]
+    joined = {
+        f.name: torch.cat([getattr(x, f.name) for x in (first, second)], dim=-1) for f in dataclasses.fields(Batch)
+    }
+    joined["patches"] = torch.cat((first.patches, second.patches))
+    joined["patch_index"] = torch.cat((first.patch_index, second.patch_index + a))
+    for name in ("lo", "hi"):
+        joined[name][0, a:] += a
+    torch.manual_seed(0)
+    model = MultimodalModel(model_config(architecture)).double()
+    packed = model(Batch(**joined), torch.float64)
+    apart = model(first, torch.float64).loss + model(second, torch.float64).loss
+    torch.testing.assert_close(packed.loss, apart, rtol=1e-6, atol=1e-6)
+    assert packed.counts.sum() == a + b - 2 * (PATCHES + 2)
+
+
+def test_causal_on_text_and_bidirectional_inside_an_image(batch):
+    torch.manual_seed(0)
+    model = MultimodalModel(model_config("early")).double()
+    before = model.hidden_states(batch, torch.float64)
+    changed = dataclasses.replace(batch, patches=batch.patches.clone())
+    changed.patches[-1] = 255 - changed.patches[-1]
+    moved = (model.hidden_states(changed, torch.float64) - before).abs().sum(-1)[0] > 1e-9
+    assert not moved[0], "<bos> comes before the image"
+    assert moved[1 : 1 + PATCHES].all(), "the first patch sees the last"
+    later = dataclasses.replace(batch, tokens=batch.tokens.clone())
+    later.tokens[0, -1] = 20
+    moved = (model.hidden_states(later, torch.float64) - before).abs().sum(-1)[0] > 1e-9
+    assert moved.tolist() == [False] * (len(moved) - 1) + [True]
+
+
+def test_the_blind_baseline_ignores_pixels(batch):
+    model = MultimodalModel(model_config("text"))
+    other = dataclasses.replace(batch, patches=255 - batch.patches)
+    assert torch.equal(model(batch).loss, model(other).loss)
+
+
+def test_unlabelled_positions_never_reach_the_head(batch, monkeypatch):
+    """Rows of the head's matrix product equal the number of labels."""
+    seen = []
+    original = torch.Tensor.__matmul__
+
+    def spy(x, y):
+        if y.shape[-1] == 50:
+            seen.append(x.shape[0])
+        return original(x, y)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
+    MultimodalModel(model_config("early"))(batch)
+    assert sum(seen) == batch.num_labels() == 5
+
+
+def test_losses_split_by_source_and_modality(batch):
+    model = MultimodalModel(model_config("early"), num_sources=2)
+    output = model(batch)
+    assert output.counts.tolist() == [[0, 5], [0, 0]]
+    torch.testing.assert_close(output.sums.sum(), output.loss.detach())
+
+
+def test_bf16_activations_stay_close(batch):
+    torch.manual_seed(0)
+    model = MultimodalModel(model_config("early"))
+    exact, low = model(batch).loss, model(batch, torch.bfloat16).loss
+    torch.testing.assert_close(low, exact, rtol=0.02, atol=0)
+
+
+def test_compiled_blocks_give_the_same_gradients(batch):
+    def gradients(compiled):
+        torch.manual_seed(0)
+        model = MultimodalModel(model_config("early", depth=1))
+        if compiled:
+            for block in model.blocks:
+                block.compile(fullgraph=True)
+        model(batch).loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    for eager, compiled in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,24 @@
+#!/usr/bin/env python
+"""Render a study as one HTML page that needs no network, with PNG plots beside it."""
+
+import argparse
+
+from rich.console import Console
+
+from megamm.errors import exit_on_error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", metavar="STUDY_DIR", help="folder of tools/run_study.py with runs.csv and fits/ in it")
+    parser.add_argument("--out", metavar="DIR", help="folder for index.html and plots (default: STUDY_DIR/report)")
+    arguments = parser.parse_args()
+    with Console(stderr=True).status("drawing"):
+        from megamm.scaling.report import render_report  # torch and plotly are slow to import
+
+        page, verdict = render_report(arguments.study, arguments.out)
+    print(f"{verdict}\n-> {page}")
+
+
+if __name__ == "__main__":
+    exit_on_error(main)
