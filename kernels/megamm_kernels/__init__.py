@@ -4,11 +4,12 @@ from megamm_kernels.interval_attention import AttentionPlan, attention_plan, int
 from megamm_kernels.linear_cross_entropy import linear_cross_entropy
 from megamm_kernels.multimodal_embedding import multimodal_embedding
 from megamm_kernels.qk_norm_rope import qk_norm_rope, rope_table
-from megamm_kernels.rms_norm import rms_norm
+from megamm_kernels.rms_norm import add_rms_norm, rms_norm
 from megamm_kernels.swiglu import swiglu
 
 __all__ = [
     "AttentionPlan",
+    "add_rms_norm",
     "attention_plan",
     "interval_attention",
     "linear_cross_entropy",

@@ -11,5 +11,8 @@ interpret = False
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """Whether the Triton kernels take ``x``."""
-    return x.is_cuda or interpret
+    """Whether the Triton kernels take ``x``; an error where they would but triton is missing."""
+    wanted = x.is_cuda or interpret
+    if wanted and not HAS_TRITON:
+        raise RuntimeError("megamm_kernels runs CUDA tensors with Triton, which is not installed: pip install triton")
+    return wanted

@@ -10,13 +10,11 @@ from megamm_kernels import (
     linear_cross_entropy,
     multimodal_embedding,
     qk_norm_rope,
-    rms_norm,
     rope_table,
 )
 from megamm_kernels.interval_attention import _sdpa_blocks, interval_attention_reference
 from megamm_kernels.linear_cross_entropy import linear_cross_entropy_reference
 from megamm_kernels.qk_norm_rope import qk_norm_rope_reference
-from megamm_kernels.rms_norm import rms_norm_reference
 
 
 def intervals(documents: list[list[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,15 +114,6 @@ def test_linear_cross_entropy_without_gradient_matches():
     with torch.no_grad():
         loss, _ = linear_cross_entropy(x, weight, targets)
     torch.testing.assert_close(loss, linear_cross_entropy_reference(x, weight, targets)[0])
-
-
-def test_rms_norm():
-    x, weight = (
-        torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True),
-        torch.rand(16, dtype=torch.float64),
-    )
-    torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
-    assert torch.autograd.gradcheck(lambda t: rms_norm(t, weight, 1e-6), x)
 
 
 def test_qk_norm_rope_matches_its_definition():
