@@ -7,14 +7,9 @@ from hypothesis import strategies as st
 from megamm_kernels import (
     attention_plan,
     interval_attention,
-    linear_cross_entropy,
     multimodal_embedding,
-    qk_norm_rope,
-    rope_table,
 )
 from megamm_kernels.interval_attention import _sdpa_blocks, interval_attention_reference
-from megamm_kernels.linear_cross_entropy import linear_cross_entropy_reference
-from megamm_kernels.qk_norm_rope import qk_norm_rope_reference
 
 
 def intervals(documents: list[list[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,55 +85,6 @@ def test_bf16_attention_is_as_close_as_torch_own():
     theirs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in b), is_causal=True)
     error, peer = (ours - exact).abs().max(), (theirs.transpose(1, 2) - exact).abs().max()
     assert error <= 1.5 * peer
-
-
-@pytest.mark.parametrize("labelled", [0, 1, 37, 50])
-def test_linear_cross_entropy(labelled):
-    torch.manual_seed(0)
-    x = torch.randn(50, 24, requires_grad=True)
-    weight = torch.randn(101, 24, requires_grad=True)
-    targets = torch.full((50,), -100)
-    targets[torch.randperm(50)[:labelled]] = torch.randint(0, 101, (labelled,))
-    loss, nll = linear_cross_entropy(x, weight, targets, chunk_bytes=4 * 101 * 16)
-    grads = torch.autograd.grad(loss / 7, (x, weight))
-    x64, w64 = (t.detach().double().requires_grad_() for t in (x, weight))
-    want, want_nll = linear_cross_entropy_reference(x64, w64, targets)
-    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(nll.double(), want_nll, rtol=1e-5, atol=1e-5)
-    for got, expected in zip(grads, torch.autograd.grad(want / 7, (x64, w64)), strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_linear_cross_entropy_without_gradient_matches():
-    x, weight, targets = torch.randn(9, 4), torch.randn(11, 4), torch.arange(9)
-    with torch.no_grad():
-        loss, _ = linear_cross_entropy(x, weight, targets)
-    torch.testing.assert_close(loss, linear_cross_entropy_reference(x, weight, targets)[0])
-
-
-def test_qk_norm_rope_matches_its_definition():
-    torch.manual_seed(0)
-    qk = torch.randn(2, 5, 2, 3, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.rand(2, 8, dtype=torch.float64, requires_grad=True)
-    cos, sin = (t.double() for t in rope_table(torch.arange(10).view(2, 5), 8, 100.0))
-    expected = qk_norm_rope_reference(qk, weight, cos, sin, 1e-6)
-    for got, want in zip(qk_norm_rope(qk, weight, cos, sin, 1e-6), expected, strict=True):
-        torch.testing.assert_close(got, want)
-    assert torch.autograd.gradcheck(lambda x, w: qk_norm_rope(x, w, cos, sin, 1e-6), (qk, weight))
-
-
-def test_rope_depends_on_distance_only():
-    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
-    ones = torch.ones(2, 16, dtype=torch.float64)
-
-    def score(i, j):
-        qk = torch.stack((q, k), dim=2).expand(1, 2, 2, 1, 16)
-        cos, sin = rope_table(torch.tensor([[i, j]]), 16, 10000.0)
-        q_rotated, k_rotated = qk_norm_rope(qk, ones, cos, sin, 0.0)
-        return (q_rotated[0, 0] * k_rotated[0, 1]).sum()
-
-    torch.testing.assert_close(score(5, 2), score(105, 102), atol=1e-4, rtol=0)
-    assert abs(score(5, 2) - score(5, 3)) > 1e-3
 
 
 def test_embedding_places_features_and_carries_gradients():
