@@ -82,16 +82,18 @@ def make_batch(rows: list[list[list[int]]], length: int, vocab_size: int, rng: n
     following = np.roll(tokens, -1, axis=1)
     unlabelled = last | (tokens == IMAGE) | (following == IMAGE)
     index = np.flatnonzero(tokens == IMAGE)
+    targets = np.where(unlabelled, IGNORE, following).astype(np.int32)
     arrays = {
         "tokens": tokens,
         "positions": positions,
-        "targets": np.where(unlabelled, IGNORE, following).astype(np.int32),
+        "targets": targets,
         "source": np.zeros(shape, np.uint8),
         "modality": np.zeros(shape, np.uint8),
         "lo": lo,
         "hi": hi,
         "patches": rng.integers(0, 256, (len(index), 3 * PATCH_SIZE**2)).astype(np.uint8),
         "patch_index": index.astype(np.int64),
+        "label_index": np.flatnonzero(targets >= 0),
     }
     return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 

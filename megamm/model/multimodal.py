@@ -7,6 +7,7 @@
 Single-device mathematics only. Shape suffixes: b rows, s positions, w width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -77,14 +78,12 @@ class MultimodalModel(nn.Module):
     def forward(self, batch: Batch, dtype: torch.dtype = torch.float32) -> LossOutput:
         """Next-token loss on labelled positions; only their rows reach the head."""
         x_nw = self.hidden_states(batch, dtype).flatten(0, 1)
-        targets = batch.targets.flatten()
-        loss, nll = linear_cross_entropy(x_nw, self.head.weight, targets)
-        group = batch.source.flatten().long() * len(MODALITIES) + batch.modality.flatten().long()
-        zeros = nll.new_zeros(self.num_sources * len(MODALITIES))
         shape = (self.num_sources, len(MODALITIES))
-        sums = zeros.index_add(0, group, nll).view(shape)
-        counts = zeros.index_add(0, group, (targets >= 0).to(nll.dtype)).view(shape)
-        return LossOutput(loss, sums, counts)
+        group = batch.source.int() * len(MODALITIES) + batch.modality
+        loss, sums, counts, _ = linear_cross_entropy(
+            x_nw, self.head.weight, batch.targets.flatten(), batch.label_index, group.flatten(), math.prod(shape)
+        )
+        return LossOutput(loss, sums.view(shape), counts.view(shape))
 
 
 def make_vision(config: ModelConfig) -> nn.Module | None:

@@ -45,6 +45,7 @@ def one_row(words: list[int], generator: torch.Generator) -> Batch:
         hi=hi,
         patches=torch.randint(0, 256, (PATCHES, 192), generator=generator).to(torch.uint8),
         patch_index=torch.arange(1, 1 + PATCHES),
+        label_index=torch.arange(PATCHES + 1, length - 1),
     )
 
 
@@ -113,7 +114,8 @@ def test_documents_of_a_row_do_not_see_each_other(architecture):
         f.name: torch.cat([getattr(x, f.name) for x in (first, second)], dim=-1) for f in dataclasses.fields(Batch)
     }
     joined["patches"] = torch.cat((first.patches, second.patches))
-    joined["patch_index"] = torch.cat((first.patch_index, second.patch_index + a))
+    for name in ("patch_index", "label_index"):
+        joined[name] = torch.cat((getattr(first, name), getattr(second, name) + a))
     for name in ("lo", "hi"):
         joined[name][0, a:] += a
     torch.manual_seed(0)
