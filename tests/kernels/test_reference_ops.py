@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from megamm_kernels import (
     attention_plan,
     interval_attention,
-    multimodal_embedding,
 )
 from megamm_kernels.interval_attention import _sdpa_blocks, interval_attention_reference
 
@@ -85,18 +84,3 @@ def test_bf16_attention_is_as_close_as_torch_own():
     theirs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in b), is_causal=True)
     error, peer = (ours - exact).abs().max(), (theirs.transpose(1, 2) - exact).abs().max()
     assert error <= 1.5 * peer
-
-
-def test_embedding_places_features_and_carries_gradients():
-    table = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    features = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    tokens, index = torch.tensor([[1, 3, 3], [5, 6, 1]]), torch.tensor([1, 2])
-
-    def embed(t, f):
-        return multimodal_embedding(tokens, t, f, index)
-
-    out = embed(table, features)
-    assert torch.equal(out.flatten(0, 1)[index], features)
-    assert torch.equal(out[1, 0], table[5])
-    assert torch.autograd.gradcheck(embed, (table, features))
-    assert torch.equal(multimodal_embedding(tokens, table, None, None), table[tokens])

@@ -30,8 +30,13 @@ def persistent_programs(x: torch.Tensor, tiles: int, per_multiprocessor: int, mi
     The count depends on the device and the shape only, so sums are taken in the same order every time.
     """
     if not x.is_cuda:
-        return min(tiles, 3)  # the interpreter: few, so that tests see a program take several tiles
-    return min(_multiprocessors(x.device) * per_multiprocessor, triton.cdiv(tiles, min_tiles))
+        return min(tiles, multiprocessors(x))
+    return min(multiprocessors(x) * per_multiprocessor, triton.cdiv(tiles, min_tiles))
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """How many programs run at once where ``x`` lies; few under the interpreter, so that tests see loops."""
+    return _multiprocessors(x.device) if x.is_cuda else 3
 
 
 @lru_cache
