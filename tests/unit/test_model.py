@@ -7,9 +7,10 @@ import torch
 from megamm_kernels.interval_attention import interval_attention_reference
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamm.config import ModelConfig, VisionConfig
+from megamm.config import AttentionConfig, ModelConfig, VisionConfig
 from megamm.data.batch import Batch
 from megamm.data.tokens import BOS, EOS, IGNORE, IMAGE, IMAGE_END
+from megamm.errors import InputError
 from megamm.model import layers
 from megamm.model.multimodal import MultimodalModel
 from megamm.model.sizes import resolve_model
@@ -188,3 +189,25 @@ def test_compiled_blocks_give_the_same_gradients(batch):
 
     for eager, compiled in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_backend_is_obeyed_or_refused(batch):
+    """sdpa is the CPU's default; what cannot run there is bad input that names the setting."""
+    torch.manual_seed(0)
+    model = MultimodalModel(model_config("early"))
+    loss = model(batch).loss
+    for backend in ("sdpa", "interval", "flash"):
+        model.config.attention = AttentionConfig(backend=backend)
+        if backend == "sdpa":
+            assert torch.equal(model(batch).loss, loss)
+        else:
+            with pytest.raises(InputError, match=f"model.attention.backend: attention backend '{backend}'"):
+                model(batch)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_gives_the_same_loss(batch):
+    model = MultimodalModel(model_config("early")).requires_grad_(False)
+    expected = model(batch).loss
+    model.config.attention.backend = "flex"
+    torch.testing.assert_close(model(batch).loss, expected)
