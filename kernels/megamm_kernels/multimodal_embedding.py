@@ -74,9 +74,10 @@ def multimodal_patch_embedding(
         raise ValueError(f"patches are {list(patches.shape)} {patches.dtype}: want [{len(patch_index)}, C] uint8")
     if projection.shape != (table.shape[1], patches.shape[1]):
         raise ValueError(f"projection is {list(projection.shape)}: want [{table.shape[1]}, {patches.shape[1]}]")
-    if dispatch.use_triton(table):
+    # Not every version of Triton compiles a float64 product with uint8 operands for every GPU.
+    if dispatch.use_triton(table) and not (table.is_cuda and dtype == torch.float64):
         return multimodal_patch_embedding_gpu(tokens, table, patches, projection, patch_index, dtype)[0]
-    return multimodal_patch_embedding_reference(tokens, table, patches, projection, patch_index, dtype)
+    return multimodal_embedding(tokens, table, _project(patches, projection, dtype), patch_index, dtype)
 
 
 def multimodal_embedding_reference(
@@ -101,7 +102,11 @@ def multimodal_patch_embedding_reference(
     patch_index: torch.Tensor,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The definition, and the CPU path."""
-    dtype = dtype or table.dtype
-    features = F.linear(patches.to(dtype) / 127.5 - 1, projection.to(dtype))
+    """The definition."""
+    features = _project(patches, projection, dtype or table.dtype)
     return multimodal_embedding_reference(tokens, table, features, patch_index, dtype)
+
+
+def _project(patches: torch.Tensor, projection: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Pixels to [-1, 1], then the linear map: [P, W]."""
+    return F.linear(patches.to(dtype) / 127.5 - 1, projection.to(dtype))

@@ -96,7 +96,7 @@ def _product(x: torch.Tensor, dtype: torch.dtype) -> dict:
     else:
         block, warps = (128, 8) if half else (64, 8) if dtype == torch.float32 else (32, 4)
     return {
-        "BLOCK_P": block, "BLOCK_W": block, "BLOCK_C": min(block, 64), "num_warps": warps, "num_stages": 3,
+        "BLOCK_P": block, "BLOCK_W": block, "BLOCK_C": max(16, block // 2), "num_warps": warps, "num_stages": 3,
         # Triton's interpreter multiplies 16-bit operands wrongly.
         "DOT": {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype] if half and x.is_cuda else
             accumulator(dtype),
