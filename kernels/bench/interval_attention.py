@@ -1,0 +1,185 @@
+"""Interval attention against FlexAttention, SDPA and the dense definition.
+
+Floating-point operations are those of the pairs that the mask admits: 4 D H a pair forward, 2.5 times as many
+backward. A name that ends in "+ mask" makes its mask, ours its plan, anew in every call, as a one-layer model would;
+in the others it is made once, as if shared by very many layers.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from harness import FORWARD, TRAINING, Case, Provider, UnavailableError, Work, gradients, main
+from megamm_kernels import attention_plan, default_backend, interval_attention
+from megamm_kernels.interval_attention import interval_attention_reference
+from packed_rows import random_intervals
+
+TOKENS = 16384
+"""Positions in a batch."""
+
+
+class Inputs(NamedTuple):
+    """Queries, keys and values [B, S, H, D], the gradient of the output, the intervals [B, S]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    grad: torch.Tensor
+    lo: torch.Tensor
+    hi: torch.Tensor
+
+
+def make_case(width: int, head_dim: int, length: int, mixture: str, rows: int | None = None) -> Case:
+    rows = rows or TOKENS // length
+    lo, hi = random_intervals(rows, length, mixture)
+    pairs = int((hi - lo + 1).sum())
+    shape = (rows, length, width // head_dim, head_dim)
+
+    def make(device, dtype):
+        q, k, v, grad = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
+        return Inputs(*(x.requires_grad_() for x in (q, k, v)), grad, lo.to(device), hi.to(device))
+
+    forward = 4.0 * width * pairs
+    return Case(f"w{width} d{head_dim} {length} {mixture}", Work(flops=3.5 * forward), make, Work(flops=forward))
+
+
+def cases(quick: bool) -> list[Case]:
+    """Heads of the paper's models; the last two are what FlashAttention is tuned for."""
+    if quick:
+        return [make_case(32, 16, 384, "45-45-10", rows=2), make_case(32, 16, 64, "one document", rows=1)]
+    mixed = [
+        make_case(width, head_dim, length, mixture)
+        for width, head_dim in ((800, 80), (2624, 64))
+        for length in (1024, 4096)
+        for mixture in ("45-45-10", "text")
+    ]
+    one = [make_case(2048, head_dim, 4096, "one document") for head_dim in (64, 128)]
+    return [*mixed, make_case(5120, 64, 4096, "45-45-10"), *one]
+
+
+def heads_first(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2)
+
+
+def timed(inputs: Inputs, attend, mode: str):
+    """``attend(q, k, v)`` alone or with its backward."""
+    qkv = inputs[:3]
+    if mode == TRAINING:
+        return gradients(lambda: attend(*qkv), qkv, inputs.grad)
+    return torch.no_grad()(lambda: attend(*qkv))
+
+
+def ours(mode: str, backend: str | None = None, plan_each_time: bool = False):
+    def setup(inputs: Inputs):
+        def make_plan():
+            return attention_plan(inputs.lo, inputs.hi, inputs.q.dtype, backend or default_backend(inputs.lo))
+
+        plan = make_plan()
+        return timed(
+            inputs,
+            lambda q, k, v: interval_attention(q, k, v, make_plan() if plan_each_time else plan),
+            mode,
+        )
+
+    return setup
+
+
+def flex(mode: str, mask_each_time: bool = False):
+    """FlexAttention as its authors recommend it: both it and the mask's creation compiled."""
+
+    def setup(inputs: Inputs):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        attend, create = torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+        (rows, length), lo, hi = inputs.lo.shape, inputs.lo, inputs.hi
+
+        def make_mask():
+            def mask_mod(b, h, q, kv):
+                return (lo[b, q] <= kv) & (kv <= hi[b, q])
+
+            return create(mask_mod, rows, None, length, length, device=lo.device)
+
+        mask = make_mask()
+
+        def run(q, k, v):
+            block_mask = make_mask() if mask_each_time else mask
+            return heads_first(attend(*map(heads_first, (q, k, v)), block_mask=block_mask))
+
+        return timed(inputs, run, mode)
+
+    return setup
+
+
+def dense_mask(inputs: Inputs) -> torch.Tensor:
+    """bool [B, 1, S, S]; a padding query sees itself, lest its softmax be 0/0."""
+    position = torch.arange(inputs.lo.shape[1], device=inputs.lo.device)
+    seen = (inputs.lo[..., None] <= position) & (position <= inputs.hi[..., None])
+    return (seen | torch.eye(len(position), dtype=torch.bool, device=seen.device))[:, None]
+
+
+def sdpa_dense(mode: str):
+    def setup(inputs: Inputs):
+        mask = dense_mask(inputs)
+        return timed(
+            inputs,
+            lambda q, k, v: heads_first(F.scaled_dot_product_attention(*map(heads_first, (q, k, v)), attn_mask=mask)),
+            mode,
+        )
+
+    return setup
+
+
+def sdpa_flash(mode: str):
+    """FlashAttention in torch, on rows that are one causal document."""
+
+    def setup(inputs: Inputs):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        position = torch.arange(inputs.lo.shape[1], device=inputs.lo.device)
+        if bool((inputs.lo != 0).any()) or bool((inputs.hi != position).any()):
+            raise UnavailableError("takes no mask but the causal one")
+
+        def run(q, k, v):
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                out = F.scaled_dot_product_attention(*map(heads_first, (q, k, v)), is_causal=True)
+            return heads_first(out)
+
+        return timed(inputs, run, mode)
+
+    return setup
+
+
+def reference(mode: str, compiled: bool = False):
+    def setup(inputs: Inputs):
+        if inputs.lo.shape[1] > 1024:
+            raise UnavailableError("left out: scores of all pairs take too much memory")
+        attend = (
+            torch.compile(interval_attention_reference, dynamic=False) if compiled else interval_attention_reference
+        )
+        return timed(inputs, lambda q, k, v: attend(q, k, v, inputs.lo, inputs.hi), mode)
+
+    return setup
+
+
+def providers() -> list[Provider]:
+    found = []
+    for mode in (TRAINING, FORWARD):
+        found += [
+            Provider("megamm", ours(mode), mode),
+            Provider("megamm + mask", ours(mode, plan_each_time=True), mode),
+            Provider("sdpa flash", sdpa_flash(mode), mode),
+            Provider("sdpa dense mask", sdpa_dense(mode), mode),
+        ]
+    return [
+        *found,
+        Provider("flex + mask", flex(TRAINING, mask_each_time=True), compiles=True),
+        Provider("flex", flex(TRAINING), compiles=True),
+        Provider("flex, our block mask", ours(TRAINING, "flex", plan_each_time=True), compiles=True),
+        Provider("flex", flex(FORWARD), FORWARD, compiles=True),
+        Provider("eager", reference(TRAINING)),
+        Provider("torch.compile", reference(TRAINING, compiled=True), compiles=True),
+    ]
+
+
+if __name__ == "__main__":
+    main("interval_attention", cases, providers())
