@@ -39,10 +39,21 @@ class UnavailableError(Exception):
 
 
 class Work(NamedTuple):
-    """The least that a case needs, whoever does it: floating-point operations, and bytes read and written."""
+    """The least that a case needs, whoever does it.
+
+    Attributes:
+        flops: floating-point operations.
+        bytes: read and written, of tensors whose dtype is always the same.
+        elements: read and written, of tensors in the dtype of the run.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
+    elements: float = 0.0
+
+    def traffic(self, dtype: torch.dtype) -> float:
+        """Bytes read and written in a run in ``dtype``."""
+        return self.bytes + self.elements * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,7 @@ def measure(case: Case, provider: Provider, device: torch.device, dtype: torch.d
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
     work = case.work if provider.mode == TRAINING else case.forward_work or Work()
-    return {"ms": ms, "tflops": work.flops / ms / 1e9, "gbps": work.bytes / ms / 1e6, "peak_mib": memory}
+    return {"ms": ms, "tflops": work.flops / ms / 1e9, "gbps": work.traffic(dtype) / ms / 1e6, "peak_mib": memory}
 
 
 def main(
