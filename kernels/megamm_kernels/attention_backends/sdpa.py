@@ -54,13 +54,13 @@ def plan(
     stored = batch * sum((end - start) * (stop - first) for start, end, first, stop in ranges) <= max_stored
     rows, parts, offset = [], [], 0
     for row in ranges:
-        bias = _bias(lo, hi, row, dtype)
-        if not bool(bias.isinf().any()):
+        hidden = _hidden(lo, hi, row)
+        if not bool(hidden.any()):
             rows.append((*row, UNMASKED))
         elif stored:
             rows.append((*row, offset))
-            parts.append(bias.flatten())
-            offset += bias.numel()
+            parts.append(_bias(hidden, dtype).flatten())
+            offset += hidden.numel()
         else:
             rows.append((*row, UNSTORED))
     return SdpaPlan(
@@ -102,15 +102,19 @@ def attend_in_blocks(
     return out, lse
 
 
-def _bias(lo, hi, row, dtype):
-    """Mask [B, queries, keys] of one block."""
+def _hidden(lo, hi, row):
+    """Which keys [B, queries, keys] of a block are not seen."""
     start, end, first, stop = row[:4]
     keys = torch.arange(first, stop, device=lo.device, dtype=lo.dtype)
     lo_b, hi_b = lo[:, start:end, None], hi[:, start:end, None]
     hidden = (keys < lo_b) | (keys > hi_b)
     # A padding query gets one visible key, lest its softmax be 0/0; its output is zeroed afterwards.
     hidden[..., 0] &= (lo_b <= hi_b).squeeze(-1)
-    return torch.zeros(hidden.shape, dtype=dtype, device=lo.device).masked_fill_(hidden, -torch.inf)
+    return hidden
+
+
+def _bias(hidden, dtype):
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 def _block_inputs(q, k, v, plan, row):
@@ -118,7 +122,7 @@ def _block_inputs(q, k, v, plan, row):
     start, end, first, stop, offset = row
     mask = None
     if offset == UNSTORED:
-        mask = _bias(plan.lo, plan.hi, row, plan.bias.dtype)[:, None]
+        mask = _bias(_hidden(plan.lo, plan.hi, row), plan.bias.dtype)[:, None]
     elif offset != UNMASKED:
         shape = (q.shape[0], 1, end - start, stop - first)
         mask = plan.bias[offset : offset + shape[0] * shape[2] * shape[3]].view(shape)

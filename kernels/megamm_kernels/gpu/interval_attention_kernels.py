@@ -99,7 +99,7 @@ def _forward_step(
     p_mn = tl.math.exp2(s_mn * (SCALE * LOG2E) - shift_m[:, None])
     decay_m = tl.math.exp2(max_m - shift_m)
     v_nd = _load_rows(v_base, start_n, v_stride, end_n, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, MASKED)
-    acc_md = tl.dot(p_mn.to(DOT), v_nd, acc_md * decay_m[:, None], input_precision=PRECISION)
+    acc_md = tl.dot(p_mn.to(DOT), v_nd, acc_md * decay_m[:, None], input_precision=PRECISION, out_dtype=acc_md.dtype)
     return acc_md, new_max_m, sum_m * decay_m + tl.sum(p_mn, 1)
 
 
@@ -160,7 +160,7 @@ def _query_step(
         p_mn = tl.where((n >= lo[:, None]) & (n <= hi[:, None]), p_mn, 0.0)
     dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision=PRECISION)
     ds_mn = p_mn * (dp_mn - delta_m[:, None])
-    return tl.dot(ds_mn.to(DOT), k_nd, dq_md, input_precision=PRECISION)
+    return tl.dot(ds_mn.to(DOT), k_nd, dq_md, input_precision=PRECISION, out_dtype=dq_md.dtype)
 
 
 @triton.jit
@@ -231,10 +231,10 @@ def _key_step(
     p_nm = tl.math.exp2(s_nm * (SCALE * LOG2E) - (lse_m * LOG2E)[None, :])
     if MASKED:
         p_nm = tl.where((m[None, :] >= lo[:, None]) & (m[None, :] <= hi[:, None]), p_nm, 0.0)
-    dv_nd = tl.dot(p_nm.to(DOT), do_md, dv_nd, input_precision=PRECISION)
+    dv_nd = tl.dot(p_nm.to(DOT), do_md, dv_nd, input_precision=PRECISION, out_dtype=dv_nd.dtype)
     dp_nm = tl.dot(v_nd, tl.trans(do_md), input_precision=PRECISION)
     ds_nm = p_nm * (dp_nm - delta_m[None, :])
-    dk_nd = tl.dot(ds_nm.to(DOT), q_md, dk_nd, input_precision=PRECISION)
+    dk_nd = tl.dot(ds_nm.to(DOT), q_md, dk_nd, input_precision=PRECISION, out_dtype=dk_nd.dtype)
     return dk_nd, dv_nd
 
 
