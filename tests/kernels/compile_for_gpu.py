@@ -9,7 +9,15 @@ import sys
 
 import torch
 import triton
-from megamm_kernels.gpu import embedding_gradient, launch, multimodal_embedding, qk_norm_rope, rms_norm, swiglu
+from megamm_kernels.gpu import (
+    embedding_gradient,
+    interval_attention,
+    launch,
+    multimodal_embedding,
+    qk_norm_rope,
+    rms_norm,
+    swiglu,
+)
 from triton.backends.compiler import GPUTarget
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -40,8 +48,8 @@ def compile_launch(kernel, *args, grid, warmup, **meta):
             signature[name], attributes[i,] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
-            signature[name], constants[i,] = "constexpr", 1
+        elif value is None or value == 1:
+            signature[name], constants[i,] = "constexpr", value
         else:
             signature[name] = "i32"
             if value % 16 == 0:
@@ -87,11 +95,22 @@ def multimodal_embedding_kernels(width: int = 800, channels: int = 588, num_patc
     embedding_gradient.table_gradient(grad.flatten(0, 1), empty(128, dtype=torch.int32), 1000, torch.float32)
 
 
+def interval_attention_kernels() -> None:
+    for head_dim, heads, key_heads in ((80, 10, 10), (64, 8, 2)):
+        q = empty(2, 64, heads, head_dim)
+        k, v = empty(2, 64, 2, key_heads, head_dim).unbind(2)
+        plan = [empty(2, 64, dtype=torch.int32) for _ in range(4)]
+        lse = empty(2, heads, 64, dtype=torch.float32)
+        interval_attention.interval_attention_gpu._init_fn(q, k, v, *plan)
+        interval_attention.interval_attention_backward_gpu._init_fn(q, None, q, k, v, q, lse, *plan)
+
+
 OPS = {
     "rms_norm": rms_norm_kernels,
     "swiglu": swiglu_kernels,
     "qk_norm_rope": qk_norm_rope_kernels,
     "multimodal_embedding": multimodal_embedding_kernels,
+    "interval_attention": interval_attention_kernels,
 }
 
 if __name__ == "__main__":

@@ -19,5 +19,6 @@ def test_kernels_compile_for_h100():
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = Counter(line.split()[0] for line in done.stdout.splitlines())
     assert compiled == {
-        "rms_norm": 3, "swiglu": 2, "qk_norm_rope": 6, "multimodal_embedding": 4, "embedding_gradient": 2
+        "rms_norm": 3, "swiglu": 2, "qk_norm_rope": 6, "multimodal_embedding": 4, "embedding_gradient": 2,
+        "interval_attention_kernels": 6,
     }  # fmt: skip
