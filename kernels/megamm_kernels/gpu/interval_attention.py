@@ -121,21 +121,32 @@ def interval_attention_backward_gpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
     grad, q, k, v = (_rows_contiguous(x) for x in (grad, q, k, v))
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grad_q, grad_k, grad_v = (_empty_like(x) for x in (q, k, v))
     delta = _empty_stats(q)
+    grad_q = query_gradient(grad, grad_lse, q, k, v, out, lse, delta, lo, hi)
+    return grad_q, *key_gradient(grad, q, k, v, lse, delta, query_lo, query_hi)
+
+
+def query_gradient(grad, grad_lse, q, k, v, out, lse, delta, lo, hi) -> torch.Tensor:
+    """Gradient of q; also fills ``delta``."""
+    grad_q, grad_lse = _empty_like(q), None if grad_lse is None else grad_lse.contiguous()
     constants = _constants("query", q, k)
     launch(
         query_gradient_kernel, _grid(q, constants["BLOCK_M"]), grad, grad_lse, q, k, v, out, lse, lo, hi,
         grad_q, delta, q.shape[1], k.shape[1], *_strides(grad, q, k, v, out), **constants,
         HAS_DLSE=grad_lse is not None,
     )  # fmt: skip
+    return grad_q
+
+
+def key_gradient(grad, q, k, v, lse, delta, query_lo, query_hi) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of k and v, with the ``delta`` of :func:`query_gradient`."""
+    grad_k, grad_v = _empty_like(k), _empty_like(v)
     constants = _constants("key", q, k)
     launch(
         key_gradient_kernel, _grid(k, constants["BLOCK_N"]), grad, q, k, v, lse, delta, query_lo, query_hi,
         grad_k, grad_v, q.shape[1], k.shape[1], *_strides(grad, q, k, v, grad_k), **constants,
     )  # fmt: skip
-    return grad_q, grad_k, grad_v
+    return grad_k, grad_v
 
 
 @interval_attention_gpu.register_fake
