@@ -1,6 +1,7 @@
 """The benchmarks' harness: figures, errors of peers, and every script at tiny size on the CPU."""
 
 import csv
+import runpy
 import sys
 from pathlib import Path
 
@@ -48,3 +49,15 @@ def test_harness_fails_when_ours_fails_and_skips_when_out_of_time(tmp_path):
     assert status == 1
     _, rows = run(tmp_path, Provider("peer", refuses), extra=("--budget", "0"))
     assert rows["peer"]["error"] == "skipped: out of time"
+
+
+@pytest.mark.parametrize("script", sorted(p.stem for p in BENCH.glob("*.py") if "__main__" in p.read_text()))
+def test_every_script_runs_at_tiny_size(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "--device", "cpu", "--quick", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(BENCH / f"{script}.py"), run_name="__main__")
+    assert not end.value.code
+    with (tmp_path / f"{script}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert any(row["ms"] for row in rows)
+    assert all(row["ms"] for row in rows if row["provider"].startswith("megamm"))
