@@ -89,6 +89,14 @@ def test_head_widths(head_dim, device):
     check(by_default(lo, hi), random_qkv(lo, head_dim=head_dim), lo, hi)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1)])
+def test_degenerate_shapes(shape, device):
+    lo = torch.zeros(shape, dtype=torch.int64, device=device)
+    hi = torch.zeros_like(lo)
+    hi[1:] -= 1
+    check(by_default(lo, hi), random_qkv(lo), lo, hi)
+
+
 def test_views_and_expanded_gradients(device):
     """q, k, v as slices of one projection, and the gradient of a sum, whose strides are zero."""
     lo, hi = batch([[[5, -7], [6]]], 19, device)

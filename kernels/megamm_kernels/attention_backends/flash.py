@@ -4,7 +4,6 @@ These are rows whose documents are all causal (text only) or all bidirectional (
 causal in part, as an image among text needs it, is refused.
 """
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -34,8 +33,7 @@ def plan(lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: int) 
         ImportError: flash-attn is not installed.
         ValueError: these rows or this dtype are beyond flash-attn.
     """
-    if find_spec("flash_attn") is None:
-        raise ImportError("attention backend 'flash' needs the package flash-attn: pip install flash-attn")
+    _varlen_function()
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"attention backend 'flash' takes float16 and bfloat16, not {dtype}; use 'interval' or 'sdpa'")
     batch, length = lo.shape
@@ -65,10 +63,8 @@ def plan(lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: int) 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: FlashPlan, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The log-sum-exp carries no gradient."""
-    from flash_attn import flash_attn_varlen_func
-
-    result = flash_attn_varlen_func(
+    """The log-sum-exp carries no gradient; the backward is flash-attn's deterministic one."""
+    result = _varlen_function()(
         *(x.flatten(0, 1) for x in (q, k, v)), plan.starts, plan.starts, plan.max_length, plan.max_length,
         causal=plan.causal, deterministic=True, return_attn_probs=return_lse,
     )  # fmt: skip
@@ -77,3 +73,12 @@ def attend(
         return out, None
     lse = result[1].detach().T.unflatten(0, q.shape[:2])
     return out, lse.masked_fill(plan.empty[..., None], -torch.inf)
+
+
+def _varlen_function():
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        message = "attention backend 'flash' needs the package flash-attn: pip install flash-attn"
+        raise ImportError(message) from error
+    return flash_attn_varlen_func
