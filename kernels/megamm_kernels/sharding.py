@@ -1,8 +1,11 @@
-"""How the norms and SwiGLU act on DTensors: replicated, or sharded over any dimension but the last.
+"""How the Triton ops act on DTensors.
 
-Importing this module registers the rules with torch.distributed, for the Triton ops (sequence parallelism, for one,
-shards the residual stream over positions). The plain-torch paths need none. A weight must be a replicated DTensor;
-its gradient comes back as a partial sum of each rank, as that of any layer in front of a reduction does.
+Norms and SwiGLU may be replicated, or sharded over any dimension but the last (sequence parallelism, for one, shards
+the residual stream over positions). A weight must be a replicated DTensor; its gradient comes back as a partial sum of
+each rank, as that of any layer in front of a reduction does. Attention may be sharded over rows, its plan too, or over
+heads, its plan replicated.
+
+Importing this module registers the rules with torch.distributed. The plain-torch paths of norms and SwiGLU need none.
 """
 
 import torch
@@ -49,6 +52,27 @@ def swiglu_backward_rule(grad, gate_up):
     return [([p], [p, p]) for p in _row_placements(gate_up.ndim)]
 
 
+def _attention_placements(k) -> list[tuple]:
+    """Placements of [B, S, H, D], of [B, H, S] and of the intervals that go together."""
+    found = [(Replicate(), Replicate(), Replicate()), (Shard(0), Shard(0), Shard(0))]
+    if k.shape[2] % k.mesh.size() == 0:  # query heads stay with the key head that serves them
+        found.append((Shard(2), Shard(1), Replicate()))
+    return found
+
+
+def interval_attention_rule(q, k, v, *plan):
+    """(out, lse) <- (q, k, v, lo, hi, query_lo, query_hi)."""
+    return [([x, stat], [x] * 3 + [interval] * 4) for x, stat, interval in _attention_placements(k)]
+
+
+def interval_attention_backward_rule(grad, grad_lse, q, k, *others):
+    """(grad_q, grad_k, grad_v) <- (grad, grad_lse or None, q, k, v, out, lse, lo, hi, query_lo, query_hi)."""
+    return [
+        ([x] * 3, [x, None if grad_lse is None else stat] + [x] * 4 + [stat] + [interval] * 4)
+        for x, stat, interval in _attention_placements(k)
+    ]
+
+
 if dispatch.HAS_TRITON:
     for _op, _rule in (
         (torch.ops.megamm.rms_norm_gpu, rms_norm_rule),
@@ -56,5 +80,7 @@ if dispatch.HAS_TRITON:
         (torch.ops.megamm.rms_norm_backward_gpu, rms_norm_backward_rule),
         (torch.ops.megamm.swiglu_gpu, swiglu_rule),
         (torch.ops.megamm.swiglu_backward_gpu, swiglu_backward_rule),
+        (torch.ops.megamm.interval_attention_gpu, interval_attention_rule),
+        (torch.ops.megamm.interval_attention_backward_gpu, interval_attention_backward_rule),
     ):
         register_sharding(_op.default)(_rule)

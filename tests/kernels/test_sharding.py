@@ -1,11 +1,11 @@
-"""Norms and SwiGLU on DTensors over two processes, against one process."""
+"""Triton ops on DTensors over two processes, against one process."""
 
 import socket
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from megamm_kernels import add_rms_norm, dispatch, rms_norm, swiglu
+from megamm_kernels import add_rms_norm, attention_plan, dispatch, interval_attention, rms_norm, swiglu
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -40,6 +40,24 @@ def check(mesh, rows) -> None:
         torch.testing.assert_close(got.full_tensor(), expected)
 
 
+def check_attention(mesh, placement, plan_placement) -> None:
+    """Attention with its log-sum-exp, on rows or heads that lie as the placements say."""
+    torch.manual_seed(0)
+    position = torch.arange(6).expand(2, -1)
+    plan = attention_plan(torch.zeros_like(position), position.clamp(min=2), backend="interval")
+    leaves = [torch.randn(2, 6, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    shards = [distribute_tensor(t.detach(), mesh, [placement]).requires_grad_() for t in leaves]
+    sharded_plan = type(plan)(*(distribute_tensor(t, mesh, [plan_placement]) for t in plan))
+    out, lse = interval_attention(*leaves, plan, return_lse=True)
+    got, got_lse = interval_attention(*shards, sharded_plan, return_lse=True)
+    assert got.placements == (placement,)
+    torch.testing.assert_close(got.full_tensor(), out)
+    torch.testing.assert_close(got_lse.full_tensor(), lse)
+    grads = torch.autograd.grad(got.sum() + got_lse.sum(), shards)
+    for a, b in zip(grads, torch.autograd.grad(out.sum() + lse.sum(), leaves), strict=True):
+        torch.testing.assert_close(a.full_tensor(), b)
+
+
 def run(rank: int, port: int, interpret: bool) -> None:
     import megamm_kernels.sharding  # noqa: F401
 
@@ -50,6 +68,9 @@ def run(rank: int, port: int, interpret: bool) -> None:
         dispatch.interpret = mode
         for rows in (Replicate(), Shard(0), Shard(1)):
             check(mesh, rows)
+    if interpret:
+        for placement, plan_placement in ((Replicate(), Replicate()), (Shard(0), Shard(0)), (Shard(2), Replicate())):
+            check_attention(mesh, placement, plan_placement)
     dist.destroy_process_group()
 
 
