@@ -11,8 +11,10 @@ import torch
 import triton
 from megamm_kernels.gpu import (
     embedding_gradient,
+    grouped_experts,
     interval_attention,
     launch,
+    linear_cross_entropy,
     multimodal_embedding,
     qk_norm_rope,
     rms_norm,
@@ -105,12 +107,34 @@ def interval_attention_kernels() -> None:
         interval_attention.interval_attention_backward_gpu._init_fn(q, None, q, k, v, q, lse, *plan)
 
 
+def linear_cross_entropy_kernels() -> None:
+    labels = empty(64, dtype=torch.int64)
+    for needs_grad in (False, True):
+        linear_cross_entropy.softmax_gradient(empty(64, 50432), labels, 0.1, needs_grad)
+    linear_cross_entropy.softmax_gradient(empty(64, 25216), labels, 0.1, True, lambda lse, picked: (lse, picked))
+
+
+def grouped_experts_kernels(width: int = 800, hidden: int = 2304, k: int = 2) -> None:
+    x, order, weights = empty(64, width), empty(64, dtype=torch.int64), empty(32, k, dtype=torch.float32)
+    op = grouped_experts
+    op.gather_copies(x, order, k)
+    op.sum_copies(x, order.view(32, k), weights)
+    op.sum_copies(x, order.view(32, k), None)
+    op.sum_copies_backward(empty(32, width), x, weights, order)
+    weight, offsets = empty(8, hidden, width), empty(8, dtype=torch.int32)
+    op.rows_product(x, weight.transpose(1, 2), offsets)
+    op.rows_product(empty(64, hidden), weight, offsets)
+    op.weight_gradient(empty(64, hidden), x, offsets)
+
+
 OPS = {
     "rms_norm": rms_norm_kernels,
     "swiglu": swiglu_kernels,
     "qk_norm_rope": qk_norm_rope_kernels,
     "multimodal_embedding": multimodal_embedding_kernels,
     "interval_attention": interval_attention_kernels,
+    "linear_cross_entropy": linear_cross_entropy_kernels,
+    "grouped_experts": grouped_experts_kernels,
 }
 
 if __name__ == "__main__":

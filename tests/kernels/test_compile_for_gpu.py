@@ -20,5 +20,5 @@ def test_kernels_compile_for_h100():
     compiled = Counter(line.split()[0] for line in done.stdout.splitlines())
     assert compiled == {
         "rms_norm": 3, "swiglu": 2, "qk_norm_rope": 6, "multimodal_embedding": 4, "embedding_gradient": 2,
-        "interval_attention_kernels": 6,
+        "interval_attention_kernels": 6, "linear_cross_entropy": 4, "grouped_experts": 7,
     }  # fmt: skip

@@ -19,7 +19,7 @@ def gather_copies(x: torch.Tensor, order: torch.Tensor, k: int) -> torch.Tensor:
     """x[order // k]: [n, W] -> [m, W]."""
     x = x.contiguous()
     out = torch.empty(order.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
-    _launch_rows(_gather_copies, order.shape[0], x, out, order, x, x, out, k=k, WEIGHTED=False)
+    _launch_rows(_gather_copies, order.shape[0], x, out, order, x, x, out, k, WEIGHTED=False)
     return out
 
 
@@ -30,7 +30,7 @@ def sum_copies_backward(
     grad, y, weights = grad.contiguous(), y.contiguous(), weights.contiguous()
     grad_y, grad_weights = torch.empty_like(y), torch.empty_like(weights)
     _launch_rows(
-        _gather_copies, y.shape[0], grad, grad_y, order, weights, y, grad_weights, k=weights.shape[1], WEIGHTED=True
+        _gather_copies, y.shape[0], grad, grad_y, order, weights, y, grad_weights, weights.shape[1], WEIGHTED=True
     )
     return grad_y, grad_weights
 
@@ -50,18 +50,8 @@ def _launch_rows(kernel, num_rows, source, *args, **meta):
     """One program per row of the output."""
     width = source.shape[1]
     block = 32 if dispatch.interpret else min(4096, triton.next_power_of_2(width))
-    warps = max(1, min(8, block // 256))
-    launch(
-        kernel,
-        (num_rows,),
-        source,
-        *args,
-        width=width,
-        BLOCK=block,
-        ACC=accumulator(source.dtype),
-        num_warps=warps,
-        **meta,
-    )
+    meta |= {"BLOCK": block, "ACC": accumulator(source.dtype), "num_warps": max(1, min(8, block // 256))}
+    launch(kernel, (num_rows,), source, *args, width, **meta)
 
 
 @triton.jit
