@@ -154,11 +154,11 @@ def _query_step(
     k_nd = _load_rows(k_base, start_n, k_stride, end_n, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, MASKED)
     v_nd = _load_rows(v_base, start_n, v_stride, end_n, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, MASKED)
     s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION)
+    dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision=PRECISION)
     p_mn = tl.math.exp2(s_mn * (SCALE * LOG2E) - lse_m[:, None])
     if MASKED:
         n = start_n + tl.arange(0, BLOCK_N)[None, :]
         p_mn = tl.where((n >= lo[:, None]) & (n <= hi[:, None]), p_mn, 0.0)
-    dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision=PRECISION)
     ds_mn = p_mn * (dp_mn - delta_m[:, None])
     return tl.dot(ds_mn.to(DOT), k_nd, dq_md, input_precision=PRECISION, out_dtype=dq_md.dtype)
 
@@ -187,8 +187,7 @@ def query_gradient_kernel(
     do_md = _load_rows(do_base, start_m, do_stride_s, num_queries, BLOCK_M, HEAD_DIM, BLOCK_D, DOT, True)
     out_md = _load_rows(out_base, start_m, out_stride_s, num_queries, BLOCK_M, HEAD_DIM, BLOCK_D, DOT, True)
     some = lo <= hi
-    do_md = tl.where(some[:, None], do_md, 0.0).to(DOT)
-    delta_m = tl.sum(do_md.to(ACC) * out_md.to(ACC), 1)
+    delta_m = tl.where(some, tl.sum(do_md.to(ACC) * out_md.to(ACC), 1), 0.0)
     stats = (row * tl.num_programs(1) + head) * num_queries + m
     if HAS_DLSE:
         delta_m -= tl.load(dlse_ptr + stats, mask=some, other=0.0)
@@ -208,7 +207,8 @@ def query_gradient_kernel(
             k_stride_s, v_stride_s, SCALE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION, True,
         )  # fmt: skip
     dq_base = dq_ptr + row * out_stride_b + head * out_stride_h
-    _store_rows(dq_md * SCALE, dq_base, start_m, out_stride_s, num_queries, BLOCK_M, HEAD_DIM, BLOCK_D)
+    dq_md = tl.where(some[:, None], dq_md * SCALE, 0.0)
+    _store_rows(dq_md, dq_base, start_m, out_stride_s, num_queries, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
