@@ -24,14 +24,18 @@ def partial_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def persistent_programs(x: torch.Tensor, tiles: int, per_multiprocessor: int, min_tiles: int = 4) -> int:
-    """Programs that share ``tiles`` evenly and keep their partial sums few.
+WARPS = 16
+"""Warps per multiprocessor for programs that stay: as many as fit with 128 registers a thread."""
+
+
+def persistent_programs(x: torch.Tensor, tiles: int, num_warps: int, min_tiles: int = 4) -> int:
+    """Programs of ``num_warps`` that share ``tiles`` evenly, run all at once and keep their partial sums few.
 
     The count depends on the device and the shape only, so sums are taken in the same order every time.
     """
     if not x.is_cuda:
         return min(tiles, multiprocessors(x))
-    return min(multiprocessors(x) * per_multiprocessor, triton.cdiv(tiles, min_tiles))
+    return min(multiprocessors(x) * max(1, WARPS // num_warps), triton.cdiv(tiles, min_tiles))
 
 
 def multiprocessors(x: torch.Tensor) -> int:

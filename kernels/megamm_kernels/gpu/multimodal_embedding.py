@@ -115,7 +115,7 @@ def _slots(tokens: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
 
 def _launch_rows(tokens, table, features, slot, out) -> None:
     width = table.shape[1]
-    block = min(2048, triton.next_power_of_2(width))
+    block = min(1024, triton.next_power_of_2(width))
     table = table.contiguous()
     launch(
         _rows_kernel, (tokens.numel(), triton.cdiv(width, block)), tokens.contiguous(), table,

@@ -217,7 +217,7 @@ def qk_norm_rope_backward_gpu(
     grad_qk = torch.empty_like(qk, memory_format=torch.contiguous_format)
     x = _positions(qk)
     meta, tiles = _tile(x, grad_q.shape[2], len(weight) != 2, 1024)
-    programs = persistent_programs(x, tiles, 4)
+    programs = persistent_programs(x, tiles, 2 * meta["num_warps"])  # of queries, and as many of keys
     partial = torch.empty(programs, *weight.shape, dtype=partial_dtype(x.dtype), device=x.device)
     launch(
         _backward_kernel, (programs, 2), grad_q.contiguous(), grad_k.contiguous(), x, weight.contiguous(),

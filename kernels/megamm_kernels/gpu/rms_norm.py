@@ -39,11 +39,12 @@ def _forward_kernel(
 def _backward_kernel(
     grad_ptr, x_ptr, weight_ptr, scale_ptr, grad_total_ptr, grad_x_ptr, partial_ptr, num_rows,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, DTYPE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, column < WIDTH, other=0.0).to(DTYPE)
     grad_weight = tl.zeros((ROWS, BLOCK), DTYPE)
-    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
         mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
         offset = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -110,12 +111,14 @@ def rms_norm_backward_gpu(
     width, num_rows = x.shape[-1], x.numel() // x.shape[-1]
     grad_x = _empty(x)
     tile = _tile(x, 1024)
-    programs = persistent_programs(x, triton.cdiv(num_rows, tile["ROWS"]), 4 if width <= 2048 else 2)
+    # Fetch the next rows while these are summed, as far as shared memory goes.
+    stages = 2 if tile["BLOCK"] * x.element_size() <= 2**15 else 1
+    programs = persistent_programs(x, triton.cdiv(num_rows, tile["ROWS"]), tile["num_warps"])
     partial = torch.empty(programs, width, dtype=partial_dtype(x.dtype), device=x.device)
     launch(
         _backward_kernel, (programs,),
         grad, x, weight.contiguous(), scale, grad if grad_total is None else grad_total.contiguous(), grad_x, partial,
-        num_rows, WIDTH=width, ADD=grad_total is not None, DTYPE=accumulator(x.dtype), **tile,
+        num_rows, WIDTH=width, ADD=grad_total is not None, DTYPE=accumulator(x.dtype), STAGES=stages, **tile,
     )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
 

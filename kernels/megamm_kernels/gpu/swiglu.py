@@ -40,7 +40,7 @@ def _backward_kernel(grad_ptr, gate_up_ptr, out_ptr, HIDDEN: tl.constexpr, BLOCK
 
 def _launch(kernel, gate_up: torch.Tensor, *tensors: torch.Tensor) -> None:
     hidden = gate_up.shape[-1] // 2
-    block = min(2048, triton.next_power_of_2(hidden))
+    block = min(1024, triton.next_power_of_2(hidden))
     grid = (gate_up.numel() // (2 * hidden), triton.cdiv(hidden, block))
     launch(
         kernel, grid, *tensors, HIDDEN=hidden, BLOCK=block, DTYPE=accumulator(gate_up.dtype),
