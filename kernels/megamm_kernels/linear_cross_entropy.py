@@ -209,8 +209,15 @@ _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _scaled(grad, factor, dtype):
-    """grad * factor, multiplied in the wider of the two dtypes and rounded once."""
-    return torch.mul(grad, factor.view(1), out=torch.empty_like(grad, dtype=dtype))
+    """grad * factor, multiplied in the wider of the two dtypes and rounded once.
+
+    Written over ``grad`` unless the graph is kept for another backward or is being traced: the head's gradient is
+    large, and this is the moment at which a step holds the most memory.
+    """
+    traced = torch._C._len_torch_dispatch_stack() > 0  # by torch.compile, make_fx, fake tensors
+    kept = traced or torch._C._autograd._get_current_graph_task_keep_graph()
+    out = torch.empty_like(grad, dtype=dtype) if kept or grad.dtype != dtype else grad
+    return torch.mul(grad, factor.view(1), out=out)
 
 
 def _chunk_rows(num_labels, vocab_size, x, chunk_bytes):

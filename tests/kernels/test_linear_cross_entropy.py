@@ -112,6 +112,17 @@ def test_is_deterministic_and_untouched_by_what_memory_held(device, monkeypatch)
         assert torch.equal(a, b)
 
 
+def test_a_kept_graph_can_be_run_again(device):
+    x, weight, targets, index, _ = make(device=device)
+    loss = linear_cross_entropy(x, weight, targets, index).loss / 3
+    first, second = (torch.autograd.grad(loss, (x, weight), retain_graph=True) for _ in range(2))
+    last = torch.autograd.grad(loss, (x, weight))
+    for a, b, c in zip(first, second, last, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (x, weight))
+
+
 def test_labels_beyond_the_vocabulary_do_not_pass_unseen(device):
     x, weight, targets, index, _ = make(device=device)
     targets[index[3]] = VOCAB
