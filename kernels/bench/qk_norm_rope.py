@@ -9,7 +9,7 @@ reciprocal norms are not counted.
 from typing import NamedTuple
 
 import torch
-from harness import FORWARD, Case, Provider, Work, gradients, main
+from harness import FORWARD, Case, Provider, UnavailableError, Work, gradients, main
 from megamm_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, rope_table
 
 EPS = 1e-6
@@ -48,7 +48,7 @@ def case(name: str, tokens: int, query_heads: int, key_heads: int, dim: int, ful
 
     def make(device: torch.device, dtype: torch.dtype) -> Inputs:
         batch, heads = tokens // length, query_heads + key_heads
-        # No room for values: their gradient, zeros here, is no part of this op.
+        # No room for values: their gradient would be zeros here, and is no part of this op.
         qkv = torch.randn(batch, length, heads, dim, device=device, dtype=dtype, requires_grad=True)
         weight = torch.ones(heads if full else 2, dim, device=device, requires_grad=True)
         positions = torch.arange(length, device=device).expand(batch, length)
@@ -81,7 +81,6 @@ def compiled(inputs: Inputs):
 
 def liger(inputs: Inputs):
     """Liger's norm of queries and of keys, then its rotation of both, in the layout [B, H, L, D] that it wants."""
-    from harness import UnavailableError
     from liger_kernel.transformers.functional import liger_rms_norm, liger_rope
 
     if len(inputs.weight) != 2:

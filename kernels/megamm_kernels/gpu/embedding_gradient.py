@@ -3,7 +3,8 @@
 Runs differ wildly in length (padding, frequent words), so the sorted positions are cut into chunks of equal size,
 one per program. A product with a 0-1 matrix sums the runs inside a chunk, all at once on tensor cores. Runs that
 lie in one chunk are done; the pieces of the others (at most two a chunk) are kept as carries, which a second kernel
-adds up in order. No count ever comes back to the host.
+adds up in order. No count ever comes back to the host. The price: a gradient that is not finite spoils the sums of
+its whole chunk, not of its token only.
 """
 
 import torch
