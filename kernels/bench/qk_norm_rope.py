@@ -17,7 +17,6 @@ NUM_TOKENS = 32768
 # name: query heads, key heads, head width, full-width norm, 2-D positions, row length
 SHAPES = {
     "width 800": (10, 10, 80, False, False, 1024),
-    "width 1632": (34, 34, 48, False, False, 1024),
     "width 2048": (16, 16, 128, False, False, 1024),
     "width 2048, rows of 4096": (16, 16, 128, False, False, 4096),
     "width 5120": (40, 40, 128, False, False, 1024),

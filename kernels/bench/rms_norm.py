@@ -8,6 +8,7 @@ Bound by memory: the work of a case is the tensors that must be read and written
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from harness import FORWARD, Case, Provider, Work, gradients, main
 from megamm_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 
@@ -63,6 +64,15 @@ def forward(norm, add_norm):
     return lambda inputs: torch.no_grad()(lambda: call(norm, add_norm, inputs))
 
 
+def torch_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def torch_add_norm(x, residual, weight, eps):
+    total = x + residual
+    return torch_norm(total, weight, eps), total
+
+
 def compiled(inputs: Inputs):
     return training(torch.compile(rms_norm_reference), torch.compile(add_rms_norm_reference))(inputs)
 
@@ -83,6 +93,7 @@ PROVIDERS = [
     Provider("megamm", training(rms_norm, add_rms_norm)),
     Provider("megamm", forward(rms_norm, add_rms_norm), FORWARD),
     Provider("eager", training(rms_norm_reference, add_rms_norm_reference)),
+    Provider("torch F.rms_norm", training(torch_norm, torch_add_norm)),
     Provider("torch.compile", compiled, compiles=True),
     Provider("liger", liger),
 ]
