@@ -83,10 +83,22 @@ def test_random_rows(seed, device):
     check(by_default(lo, hi), random_qkv(lo, heads=(4, 2) if seed else (1, 1), head_dim=8), lo, hi)
 
 
-@pytest.mark.parametrize("head_dim", [24, 64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [24, 40, 64, 80, 96, 128, 256])
 def test_head_widths(head_dim, device):
     lo, hi = batch([[[5, -7], [6]]], 19, device)
     check(by_default(lo, hi), random_qkv(lo, head_dim=head_dim), lo, hi)
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="needs triton")
+def test_heads_are_cut_into_powers_of_two():
+    from megamm_kernels.gpu.interval_attention import MAX_HEAD_DIM, parts
+
+    assert [parts(d) for d in (8, 16, 48, 64, 80, 96, 128)] == [
+        (16, 0), (16, 0), (32, 16), (64, 0), (64, 16), (64, 32), (128, 0)
+    ]  # fmt: skip
+    for d in range(1, MAX_HEAD_DIM + 1):
+        main, rest = parts(d)
+        assert main in (16, 32, 64, 128, 256) and rest in (0, 16, 32, 64) and d <= main + rest < max(17, 2 * d)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1)])

@@ -44,25 +44,32 @@ INTERPRETER_TILES = Tiles(32, 16, 1, 4)
 MAX_HEAD_DIM = 256
 
 
-def _tiles(kernel: str, q: torch.Tensor, block_d: int) -> Tiles:
+def parts(head_dim: int) -> tuple[int, int]:
+    """Powers of 2 of at least 16 whose sum is the least that holds a head; the second may be 0."""
+    whole = max(16, triton.next_power_of_2(head_dim))
+    main = whole // 2
+    rest = max(16, triton.next_power_of_2(max(1, head_dim - main)))
+    return (main, rest) if main >= 16 and main + rest < whole else (whole, 0)
+
+
+def _tiles(kernel: str, q: torch.Tensor) -> Tiles:
     if not q.is_cuda:
         return INTERPRETER_TILES
     table = TILES[kernel][q.element_size() > 2]
-    return table[min(width for width in table if width >= block_d)]
+    return table[min(width for width in table if width >= sum(parts(q.shape[-1])))]
 
 
 def _constants(kernel: str, q: torch.Tensor, k: torch.Tensor) -> dict:
     """Compile-time arguments of a kernel."""
-    head_dim = q.shape[-1]
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    tiles = _tiles(kernel, q, block_d)
+    head_dim, (main, rest), tiles = q.shape[-1], parts(q.shape[-1]), _tiles(kernel, q)
     dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(q.dtype, accumulator(q.dtype))
     tf32 = q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "GROUP": q.shape[2] // k.shape[2],
         "SCALE": head_dim**-0.5,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
+        "D": head_dim,
+        "MAIN": main,
+        "REST": rest,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "DOT": dot if q.is_cuda else accumulator(q.dtype),  # the interpreter's bfloat16 products are wrong

@@ -4,6 +4,9 @@ A tile of one side (queries, or in the last kernel keys) meets the other side in
 tile's own intervals give. Inside it lies the range that every member of the tile sees: its tiles go through a loop
 without any mask. The tiles cut by an edge of some interval, before and after it, share one loop with a mask.
 
+A head is held in one part or in two, each a power of 2 wide (80 = 64 + 16), as a tuple of [tile, MAIN] and
+[tile, REST]: padding 80 to 128 would waste a third of all products.
+
 Letters: m queries, n keys, d head width. Scores are kept in units of log2, since exp2 is what the hardware has.
 """
 
@@ -49,46 +52,120 @@ def _edge_start(i, first, before, outer, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(
-    base_ptr, start, stride, end, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, MASKED: tl.constexpr,
+def _load_part(
+    ptr, stride, rows_left, BLOCK: tl.constexpr, WIDTH: tl.constexpr, USED: tl.constexpr, DOT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows start..start+BLOCK of one head as [BLOCK, BLOCK_D] in the dtype of products; zeros outside.
-
-    The start is applied in 64 bits: position times stride may pass 2^31. Without MASKED all rows are inside.
-    """
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    ptrs = base_ptr + start.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
-    if MASKED:
-        inside = (start + rows < end)[:, None]
-        if HEAD_DIM != BLOCK_D:
-            inside = inside & (columns < HEAD_DIM)[None, :]
-        x = tl.load(ptrs, mask=inside, other=0.0)
-    elif HEAD_DIM != BLOCK_D:
-        x = tl.load(ptrs, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    """[BLOCK, WIDTH] in the dtype of products, of which USED columns exist; zeros outside."""
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
+    ptrs = ptr + (rows * stride + columns)
+    if MASKED and USED < WIDTH:
+        x = tl.load(ptrs, mask=(rows < rows_left) & (columns < USED), other=0.0)
+    elif MASKED:
+        x = tl.load(ptrs, mask=rows < rows_left, other=0.0)
+    elif USED < WIDTH:
+        x = tl.load(ptrs, mask=columns < USED, other=0.0)
     else:
         x = tl.load(ptrs)
     return x.to(DOT)
 
 
 @triton.jit
-def _store_rows(x, base_ptr, start, stride, end, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write [BLOCK, BLOCK_D] to rows start..end of one head."""
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    ptrs = base_ptr + start.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
-    inside = (start + rows < end)[:, None] & (columns < HEAD_DIM)[None, :]
-    tl.store(ptrs, x.to(base_ptr.dtype.element_ty), mask=inside)
+def _load_head(
+    base, start, stride, end, BLOCK: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    DOT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows start..start+BLOCK of one head. Without MASKED all of them are below ``end``.
+
+    The start is applied in 64 bits: position times stride may pass 2^31.
+    """
+    ptr = base + start.to(tl.int64) * stride
+    if REST == 0:
+        return (_load_part(ptr, stride, end - start, BLOCK, MAIN, D, DOT, MASKED),)
+    else:
+        return (
+            _load_part(ptr, stride, end - start, BLOCK, MAIN, MAIN, DOT, MASKED),
+            _load_part(ptr + MAIN, stride, end - start, BLOCK, REST, D - MAIN, DOT, MASKED),
+        )
+
+
+@triton.jit
+def _store_part(x, factor, some, ptr, stride, rows_left, BLOCK: tl.constexpr, WIDTH: tl.constexpr, USED: tl.constexpr):
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
+    x = tl.where(some[:, None], x * factor[:, None], 0.0).to(ptr.dtype.element_ty)
+    tl.store(ptr + (rows * stride + columns), x, mask=(rows < rows_left) & (columns < USED))
+
+
+@triton.jit
+def _store_head(
+    x, factor, some, base, start, stride, end, BLOCK: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):  # fmt: skip
+    """Write ``x`` times ``factor``, zero where not ``some``, to rows start..end of one head."""
+    ptr = base + start.to(tl.int64) * stride
+    if REST == 0:
+        _store_part(x[0], factor, some, ptr, stride, end - start, BLOCK, MAIN, D)
+    else:
+        _store_part(x[0], factor, some, ptr, stride, end - start, BLOCK, MAIN, MAIN)
+        _store_part(x[1], factor, some, ptr + MAIN, stride, end - start, BLOCK, REST, D - MAIN)
+
+
+@triton.jit
+def _zeros(BLOCK: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr):
+    """An accumulator as wide as a head."""
+    if REST == 0:
+        return (tl.zeros([BLOCK, MAIN], ACC),)
+    else:
+        return (tl.zeros([BLOCK, MAIN], ACC), tl.zeros([BLOCK, REST], ACC))
+
+
+@triton.jit
+def _scaled(x, factor, REST: tl.constexpr):
+    """Rows of a head times ``factor``."""
+    if REST == 0:
+        return (x[0] * factor[:, None],)
+    else:
+        return (x[0] * factor[:, None], x[1] * factor[:, None])
+
+
+@triton.jit
+def _row_sums(x, y, REST: tl.constexpr, ACC: tl.constexpr):
+    """Sum over d of x * y."""
+    sums = tl.sum(x[0].to(ACC) * y[0].to(ACC), 1)
+    if REST > 0:
+        sums += tl.sum(x[1].to(ACC) * y[1].to(ACC), 1)
+    return sums
+
+
+@triton.jit
+def _product(x, y, REST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """[tile, d] times [tile, d] transposed."""
+    xy = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION, out_dtype=ACC)
+    if REST > 0:
+        xy = tl.dot(x[1], tl.trans(y[1]), xy, input_precision=PRECISION, out_dtype=ACC)
+    return xy
+
+
+@triton.jit
+def _add_product(acc, p, x, REST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """[tile, d] plus [tile, other tile] times [other tile, d]."""
+    p = p.to(x[0].dtype)
+    main = tl.dot(p, x[0], acc[0], input_precision=PRECISION, out_dtype=ACC)
+    if REST == 0:
+        return (main,)
+    else:
+        return (main, tl.dot(p, x[1], acc[1], input_precision=PRECISION, out_dtype=ACC))
 
 
 @triton.jit
 def _forward_step(
-    acc_md, max_m, sum_m, q_md, lo, hi, k_base, v_base, start_n, end_n, k_stride, v_stride, SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    acc, max_m, sum_m, q, lo, hi, k_base, v_base, start_n, end_n, k_stride, v_stride, SCALE: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over one more tile of keys."""
-    k_nd = _load_rows(k_base, start_n, k_stride, end_n, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, MASKED)
-    s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION)
+    k = _load_head(k_base, start_n, k_stride, end_n, BLOCK_N, D, MAIN, REST, DOT, MASKED)
+    s_mn = _product(q, k, REST, ACC, PRECISION)
     if MASKED:
         n = start_n + tl.arange(0, BLOCK_N)[None, :]
         s_mn = tl.where((n >= lo[:, None]) & (n <= hi[:, None]), s_mn, float("-inf"))
@@ -98,9 +175,9 @@ def _forward_step(
         shift_m = tl.where(new_max_m == float("-inf"), 0.0, new_max_m)
     p_mn = tl.math.exp2(s_mn * (SCALE * LOG2E) - shift_m[:, None])
     decay_m = tl.math.exp2(max_m - shift_m)
-    v_nd = _load_rows(v_base, start_n, v_stride, end_n, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, MASKED)
-    acc_md = tl.dot(p_mn.to(DOT), v_nd, acc_md * decay_m[:, None], input_precision=PRECISION, out_dtype=acc_md.dtype)
-    return acc_md, new_max_m, sum_m * decay_m + tl.sum(p_mn, 1)
+    v = _load_head(v_base, start_n, v_stride, end_n, BLOCK_N, D, MAIN, REST, DOT, MASKED)
+    acc = _add_product(_scaled(acc, decay_m, REST), p_mn, v, REST, ACC, PRECISION)
+    return acc, new_max_m, sum_m * decay_m + tl.sum(p_mn, 1)
 
 
 @triton.jit
@@ -108,7 +185,7 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, num_queries, num_keys,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     out_stride_b, out_stride_s, out_stride_h,
-    GROUP: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of queries of one head. The last tiles, in causal rows the longest, start first."""
@@ -120,47 +197,45 @@ def forward_kernel(
     m = start_m + tl.arange(0, BLOCK_M)
     lo, hi = _load_intervals(lo_ptr + row * num_queries, hi_ptr + row * num_queries, m, num_queries)
     first, before, inner, full, outer, edges, end = _split(lo, hi, num_keys, BLOCK_N)
-    q_md = _load_rows(q_base, start_m, q_stride_s, num_queries, BLOCK_M, HEAD_DIM, BLOCK_D, DOT, True)
-    acc_md = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    q = _load_head(q_base, start_m, q_stride_s, num_queries, BLOCK_M, D, MAIN, REST, DOT, True)
+    acc = _zeros(BLOCK_M, MAIN, REST, ACC)
     max_m = tl.full([BLOCK_M], float("-inf"), ACC)
     sum_m = tl.zeros([BLOCK_M], ACC)
     for i in range(full):
-        acc_md, max_m, sum_m = _forward_step(
-            acc_md, max_m, sum_m, q_md, lo, hi, k_base, v_base, inner + i * BLOCK_N, end, k_stride_s, v_stride_s,
-            SCALE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION, False,
+        acc, max_m, sum_m = _forward_step(
+            acc, max_m, sum_m, q, lo, hi, k_base, v_base, inner + i * BLOCK_N, end, k_stride_s, v_stride_s,
+            SCALE, D, MAIN, REST, BLOCK_N, DOT, ACC, PRECISION, False,
         )  # fmt: skip
     for i in range(edges):
         start_n = _edge_start(i, first, before, outer, BLOCK_N)
-        acc_md, max_m, sum_m = _forward_step(
-            acc_md, max_m, sum_m, q_md, lo, hi, k_base, v_base, start_n, end, k_stride_s, v_stride_s,
-            SCALE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION, True,
+        acc, max_m, sum_m = _forward_step(
+            acc, max_m, sum_m, q, lo, hi, k_base, v_base, start_n, end, k_stride_s, v_stride_s,
+            SCALE, D, MAIN, REST, BLOCK_N, DOT, ACC, PRECISION, True,
         )  # fmt: skip
     some = lo <= hi
     sum_m = tl.where(some, sum_m, 1.0)
-    out_md = tl.where(some[:, None], acc_md / sum_m[:, None], 0.0)
     lse_m = tl.where(some, (max_m + tl.math.log2(sum_m)) * LN2, float("-inf"))
     out_base = out_ptr + row * out_stride_b + head * out_stride_h
-    _store_rows(out_md, out_base, start_m, out_stride_s, num_queries, BLOCK_M, HEAD_DIM, BLOCK_D)
+    _store_head(acc, 1.0 / sum_m, some, out_base, start_m, out_stride_s, num_queries, BLOCK_M, D, MAIN, REST)
     tl.store(lse_ptr + (row * tl.num_programs(1) + head) * num_queries + m, lse_m, mask=m < num_queries)
 
 
 @triton.jit
 def _query_step(
-    dq_md, q_md, do_md, lse_m, delta_m, lo, hi, k_base, v_base, start_n, end_n, k_stride, v_stride,
-    SCALE: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    dq, q, do, lse_m, delta_m, lo, hi, k_base, v_base, start_n, end_n, k_stride, v_stride, SCALE: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to the gradient of a tile of queries."""
-    k_nd = _load_rows(k_base, start_n, k_stride, end_n, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, MASKED)
-    v_nd = _load_rows(v_base, start_n, v_stride, end_n, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, MASKED)
-    s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION)
-    dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision=PRECISION)
+    k = _load_head(k_base, start_n, k_stride, end_n, BLOCK_N, D, MAIN, REST, DOT, MASKED)
+    v = _load_head(v_base, start_n, v_stride, end_n, BLOCK_N, D, MAIN, REST, DOT, MASKED)
+    s_mn = _product(q, k, REST, ACC, PRECISION)
+    dp_mn = _product(do, v, REST, ACC, PRECISION)
     p_mn = tl.math.exp2(s_mn * (SCALE * LOG2E) - lse_m[:, None])
     if MASKED:
         n = start_n + tl.arange(0, BLOCK_N)[None, :]
         p_mn = tl.where((n >= lo[:, None]) & (n <= hi[:, None]), p_mn, 0.0)
-    ds_mn = p_mn * (dp_mn - delta_m[:, None])
-    return tl.dot(ds_mn.to(DOT), k_nd, dq_md, input_precision=PRECISION, out_dtype=dq_md.dtype)
+    return _add_product(dq, p_mn * (dp_mn - delta_m[:, None]), k, REST, ACC, PRECISION)
 
 
 @triton.jit
@@ -168,7 +243,7 @@ def query_gradient_kernel(
     do_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, dq_ptr, delta_ptr, num_queries, num_keys,
     do_stride_b, do_stride_s, do_stride_h, q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     v_stride_b, v_stride_s, v_stride_h, out_stride_b, out_stride_s, out_stride_h,
-    GROUP: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
@@ -183,43 +258,43 @@ def query_gradient_kernel(
     out_base = out_ptr + row * out_stride_b + head * out_stride_h
     k_base = k_ptr + row * k_stride_b + (head // GROUP) * k_stride_h
     v_base = v_ptr + row * v_stride_b + (head // GROUP) * v_stride_h
-    q_md = _load_rows(q_base, start_m, q_stride_s, num_queries, BLOCK_M, HEAD_DIM, BLOCK_D, DOT, True)
-    do_md = _load_rows(do_base, start_m, do_stride_s, num_queries, BLOCK_M, HEAD_DIM, BLOCK_D, DOT, True)
-    out_md = _load_rows(out_base, start_m, out_stride_s, num_queries, BLOCK_M, HEAD_DIM, BLOCK_D, DOT, True)
+    q = _load_head(q_base, start_m, q_stride_s, num_queries, BLOCK_M, D, MAIN, REST, DOT, True)
+    do = _load_head(do_base, start_m, do_stride_s, num_queries, BLOCK_M, D, MAIN, REST, DOT, True)
+    out = _load_head(out_base, start_m, out_stride_s, num_queries, BLOCK_M, D, MAIN, REST, DOT, True)
     some = lo <= hi
-    delta_m = tl.where(some, tl.sum(do_md.to(ACC) * out_md.to(ACC), 1), 0.0)
+    delta_m = tl.where(some, _row_sums(do, out, REST, ACC), 0.0)
     stats = (row * tl.num_programs(1) + head) * num_queries + m
     if HAS_DLSE:
         delta_m -= tl.load(dlse_ptr + stats, mask=some, other=0.0)
     tl.store(delta_ptr + stats, delta_m, mask=m < num_queries)
     # An infinite log-sum-exp makes all weights of an empty query zero.
     lse_m = tl.load(lse_ptr + stats, mask=some, other=float("inf")) * LOG2E
-    dq_md = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    dq = _zeros(BLOCK_M, MAIN, REST, ACC)
     for i in range(full):
-        dq_md = _query_step(
-            dq_md, q_md, do_md, lse_m, delta_m, lo, hi, k_base, v_base, inner + i * BLOCK_N, end,
-            k_stride_s, v_stride_s, SCALE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION, False,
+        dq = _query_step(
+            dq, q, do, lse_m, delta_m, lo, hi, k_base, v_base, inner + i * BLOCK_N, end, k_stride_s, v_stride_s,
+            SCALE, D, MAIN, REST, BLOCK_N, DOT, ACC, PRECISION, False,
         )  # fmt: skip
     for i in range(edges):
         start_n = _edge_start(i, first, before, outer, BLOCK_N)
-        dq_md = _query_step(
-            dq_md, q_md, do_md, lse_m, delta_m, lo, hi, k_base, v_base, start_n, end,
-            k_stride_s, v_stride_s, SCALE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION, True,
+        dq = _query_step(
+            dq, q, do, lse_m, delta_m, lo, hi, k_base, v_base, start_n, end, k_stride_s, v_stride_s,
+            SCALE, D, MAIN, REST, BLOCK_N, DOT, ACC, PRECISION, True,
         )  # fmt: skip
     dq_base = dq_ptr + row * out_stride_b + head * out_stride_h
-    dq_md = tl.where(some[:, None], dq_md * SCALE, 0.0)
-    _store_rows(dq_md, dq_base, start_m, out_stride_s, num_queries, BLOCK_M, HEAD_DIM, BLOCK_D)
+    scale_m = tl.full([BLOCK_M], SCALE, ACC)
+    _store_head(dq, scale_m, some, dq_base, start_m, out_stride_s, num_queries, BLOCK_M, D, MAIN, REST)
 
 
 @triton.jit
 def _key_step(
-    dk_nd, dv_nd, k_nd, v_nd, lo, hi, q_base, do_base, lse_base, delta_base, start_m, end_m, q_stride, do_stride,
-    SCALE: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, lo, hi, q_base, do_base, lse_base, delta_base, start_m, end_m, q_stride, do_stride,
+    SCALE: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of queries to the gradients of a tile of keys; ``lo``, ``hi`` are the queries that see each key."""
-    q_md = _load_rows(q_base, start_m, q_stride, end_m, BLOCK_M, HEAD_DIM, BLOCK_D, DOT, MASKED)
-    do_md = _load_rows(do_base, start_m, do_stride, end_m, BLOCK_M, HEAD_DIM, BLOCK_D, DOT, MASKED)
+    q = _load_head(q_base, start_m, q_stride, end_m, BLOCK_M, D, MAIN, REST, DOT, MASKED)
+    do = _load_head(do_base, start_m, do_stride, end_m, BLOCK_M, D, MAIN, REST, DOT, MASKED)
     m = start_m + tl.arange(0, BLOCK_M)
     if MASKED:
         lse_m = tl.load(lse_base + m, mask=m < end_m, other=0.0)
@@ -227,15 +302,14 @@ def _key_step(
     else:
         lse_m = tl.load(lse_base + m)
         delta_m = tl.load(delta_base + m)
-    s_nm = tl.dot(k_nd, tl.trans(q_md), input_precision=PRECISION)
+    s_nm = _product(k, q, REST, ACC, PRECISION)
     p_nm = tl.math.exp2(s_nm * (SCALE * LOG2E) - (lse_m * LOG2E)[None, :])
     if MASKED:
         p_nm = tl.where((m[None, :] >= lo[:, None]) & (m[None, :] <= hi[:, None]), p_nm, 0.0)
-    dv_nd = tl.dot(p_nm.to(DOT), do_md, dv_nd, input_precision=PRECISION, out_dtype=dv_nd.dtype)
-    dp_nm = tl.dot(v_nd, tl.trans(do_md), input_precision=PRECISION)
-    ds_nm = p_nm * (dp_nm - delta_m[None, :])
-    dk_nd = tl.dot(ds_nm.to(DOT), q_md, dk_nd, input_precision=PRECISION, out_dtype=dk_nd.dtype)
-    return dk_nd, dv_nd
+    dv = _add_product(dv, p_nm, do, REST, ACC, PRECISION)
+    dp_nm = _product(v, do, REST, ACC, PRECISION)
+    dk = _add_product(dk, p_nm * (dp_nm - delta_m[None, :]), q, REST, ACC, PRECISION)
+    return dk, dv
 
 
 @triton.jit
@@ -243,7 +317,7 @@ def key_gradient_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, dk_ptr, dv_ptr, num_queries, num_keys,
     do_stride_b, do_stride_s, do_stride_h, q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     v_stride_b, v_stride_s, v_stride_h, dk_stride_b, dk_stride_s, dk_stride_h,
-    GROUP: tl.constexpr, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of keys of one key head, over the queries of all heads of its group, in order."""
@@ -254,30 +328,29 @@ def key_gradient_kernel(
     first, before, inner, full, outer, edges, end = _split(lo, hi, num_queries, BLOCK_M)
     k_base = k_ptr + row * k_stride_b + head * k_stride_h
     v_base = v_ptr + row * v_stride_b + head * v_stride_h
-    k_nd = _load_rows(k_base, start_n, k_stride_s, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, True)
-    v_nd = _load_rows(v_base, start_n, v_stride_s, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, True)
-    dk_nd = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dv_nd = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    k = _load_head(k_base, start_n, k_stride_s, num_keys, BLOCK_N, D, MAIN, REST, DOT, True)
+    v = _load_head(v_base, start_n, v_stride_s, num_keys, BLOCK_N, D, MAIN, REST, DOT, True)
+    dk = _zeros(BLOCK_N, MAIN, REST, ACC)
+    dv = _zeros(BLOCK_N, MAIN, REST, ACC)
     for g in range(GROUP):
         q_head = head * GROUP + g
         q_base = q_ptr + row * q_stride_b + q_head * q_stride_h
         do_base = do_ptr + row * do_stride_b + q_head * do_stride_h
         stats = (row * tl.num_programs(1) * GROUP + q_head) * num_queries
         for i in range(full):
-            dk_nd, dv_nd = _key_step(
-                dk_nd, dv_nd, k_nd, v_nd, lo, hi, q_base, do_base, lse_ptr + stats, delta_ptr + stats,
-                inner + i * BLOCK_M, end, q_stride_s, do_stride_s, SCALE, BLOCK_M, HEAD_DIM, BLOCK_D, DOT,
-                PRECISION, False,
+            dk, dv = _key_step(
+                dk, dv, k, v, lo, hi, q_base, do_base, lse_ptr + stats, delta_ptr + stats, inner + i * BLOCK_M, end,
+                q_stride_s, do_stride_s, SCALE, D, MAIN, REST, BLOCK_M, DOT, ACC, PRECISION, False,
             )  # fmt: skip
         for i in range(edges):
-            dk_nd, dv_nd = _key_step(
-                dk_nd, dv_nd, k_nd, v_nd, lo, hi, q_base, do_base, lse_ptr + stats, delta_ptr + stats,
-                _edge_start(i, first, before, outer, BLOCK_M), end, q_stride_s, do_stride_s, SCALE, BLOCK_M,
-                HEAD_DIM, BLOCK_D, DOT, PRECISION, True,
+            start_m = _edge_start(i, first, before, outer, BLOCK_M)
+            dk, dv = _key_step(
+                dk, dv, k, v, lo, hi, q_base, do_base, lse_ptr + stats, delta_ptr + stats, start_m, end,
+                q_stride_s, do_stride_s, SCALE, D, MAIN, REST, BLOCK_M, DOT, ACC, PRECISION, True,
             )  # fmt: skip
-    some = (lo <= hi)[:, None]
+    some = lo <= hi
     dk_base = dk_ptr + row * dk_stride_b + head * dk_stride_h
     dv_base = dv_ptr + row * dk_stride_b + head * dk_stride_h
-    dk_nd, dv_nd = tl.where(some, dk_nd * SCALE, 0.0), tl.where(some, dv_nd, 0.0)
-    _store_rows(dk_nd, dk_base, start_n, dk_stride_s, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
-    _store_rows(dv_nd, dv_base, start_n, dk_stride_s, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
+    scale_n, one_n = tl.full([BLOCK_N], SCALE, ACC), tl.full([BLOCK_N], 1.0, ACC)
+    _store_head(dk, scale_n, some, dk_base, start_n, dk_stride_s, num_keys, BLOCK_N, D, MAIN, REST)
+    _store_head(dv, one_n, some, dv_base, start_n, dk_stride_s, num_keys, BLOCK_N, D, MAIN, REST)
