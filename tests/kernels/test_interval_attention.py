@@ -101,6 +101,19 @@ def test_heads_are_cut_into_powers_of_two():
         assert main in (16, 32, 64, 128, 256) and rest in (0, 16, 32, 64) and d <= main + rest < max(17, 2 * d)
 
 
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("limit", [99 * 1024, 163 * 1024, 227 * 1024], ids=["RTX", "A100", "H100"])
+def test_tiles_fit_into_shared_memory(limit):
+    from megamm_kernels.gpu import interval_attention as gpu
+
+    for kernel, tables in gpu.TILES.items():
+        for itemsize, table in zip((2, 4), tables, strict=True):
+            for width, tiles in table.items():
+                fitted = gpu.fit(kernel, tiles, width, itemsize, limit)
+                assert gpu.shared_bytes(kernel, fitted, width, itemsize) <= limit
+                assert fitted == tiles or limit < 227 * 1024
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1)])
 def test_degenerate_shapes(shape, device):
     lo = torch.zeros(shape, dtype=torch.int64, device=device)

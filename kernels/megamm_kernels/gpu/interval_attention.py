@@ -4,6 +4,7 @@ The backward is two kernels, one over tiles of queries and one over tiles of key
 writer and no atomics are needed: results are the same bits run after run.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -52,11 +53,34 @@ def parts(head_dim: int) -> tuple[int, int]:
     return (main, rest) if main >= 16 and main + rest < whole else (whole, 0)
 
 
+def shared_bytes(kernel: str, tiles: Tiles, width: int, itemsize: int) -> int:
+    """Shared memory of a program: what stays for the whole loop, and what streams through the pipeline."""
+    m, n = tiles.block_m, tiles.block_n
+    stays, streams = {"forward": (m, 2 * n), "query": (2 * m, 2 * n), "key": (2 * n, 2 * m)}[kernel]
+    return (stays + tiles.num_stages * streams) * width * itemsize + 2048
+
+
+def fit(kernel: str, tiles: Tiles, width: int, itemsize: int, limit: int) -> Tiles:
+    """Shorten the pipeline, then shrink the tiles, until a program's shared memory is within ``limit`` bytes."""
+    while shared_bytes(kernel, tiles, width, itemsize) > limit and max(tiles[:2]) > 16:
+        if tiles.num_stages > 2:
+            tiles = tiles._replace(num_stages=tiles.num_stages - 1)
+        else:
+            tiles = tiles._replace(block_m=max(16, tiles.block_m // 2), block_n=max(16, tiles.block_n // 2))
+    return tiles
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _tiles(kernel: str, q: torch.Tensor) -> Tiles:
     if not q.is_cuda:
         return INTERPRETER_TILES
-    table = TILES[kernel][q.element_size() > 2]
-    return table[min(width for width in table if width >= sum(parts(q.shape[-1])))]
+    width, itemsize = sum(parts(q.shape[-1])), q.element_size()
+    table = TILES[kernel][itemsize > 2]
+    return fit(kernel, table[min(w for w in table if w >= width)], width, itemsize, _shared_memory(q.device))
 
 
 def _constants(kernel: str, q: torch.Tensor, k: torch.Tensor) -> dict:
