@@ -156,7 +156,8 @@ def _linear_cross_entropy(
     grad_x = grad_weight = None
     if needs_grad:
         grad_x = torch.empty(num_labels, x.shape[1], dtype=x.dtype, device=x.device)
-        grad_weight = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=x.device)
+        make = torch.empty if num_labels else torch.zeros
+        grad_weight = make(weight.shape, dtype=_wide(weight.dtype), device=x.device)
     rows = _chunk_rows(num_labels, weight.shape[0], x, chunk_bytes)
     for start in range(0, num_labels, rows):
         part = slice(start, start + rows)
@@ -166,7 +167,7 @@ def _linear_cross_entropy(
         del logits
         if needs_grad:
             torch.mm(grad_logits, head, out=grad_x[part])
-            _add_product(grad_weight, grad_logits.T, x_part)
+            _add_product(grad_weight, grad_logits.T, x_part, beta=0 if start == 0 else 1)
         del grad_logits  # or two chunks' logits would be alive
     z = z_loss * lse.square().sum()
     if not needs_grad:
@@ -271,11 +272,13 @@ def _combine(lse, picked, process_group):
     return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
 
 
-def _add_product(total, a, b):
-    """total += a @ b."""
+def _add_product(total, a, b, beta):
+    """total = beta * total + a @ b; beta 0: whatever total held."""
     if a.dtype == total.dtype:
-        torch.addmm(total, a, b, out=total)
+        torch.addmm(total, a, b, beta=beta, out=total)
     elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    elif beta:
         total += a @ b
+    else:
+        total.copy_(a @ b)

@@ -11,7 +11,8 @@ from megamm_kernels import dispatch, linear_cross_entropy
 from megamm_kernels.linear_cross_entropy import linear_cross_entropy_reference
 
 WIDTH, VOCAB = 24, 301
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Triton takes z_loss as a float32, whatever the logits are.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def make(rows=50, labelled=37, dtype=torch.float32, device="cpu", vocab=VOCAB, groups=3):
