@@ -1,7 +1,7 @@
 """Input embedding of a multimodal sequence: text rows from the table, images written over their positions.
 
 An image enters as given features (late fusion), or as raw uint8 patches, normalised and projected in the same op
-(early fusion; Fuyu, arXiv 2504.07951).
+(early fusion, as in arXiv 2504.07951).
 """
 
 import torch

@@ -220,7 +220,7 @@ def _features_backward(ctx, grad, _):
     grad_table = grad_features = None
     if ctx.needs_input_grad[1]:
         grad_table = embedding_table_backward_gpu(grad, tokens, slot, *ctx.table)
-    if ctx.features_dtype is not None:
+    if ctx.needs_input_grad[2]:
         grad_features = grad.flatten(0, 1).index_select(0, index).to(ctx.features_dtype)
     return None, grad_table, grad_features, None, None
 
