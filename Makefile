@@ -29,7 +29,7 @@ bench: install-bench
 
 bench-kernels: RESULTS ?= kernels/bench/results
 bench-kernels: install-bench
-	for script in $$(grep -l __main__ kernels/bench/*.py); do $(PYTHON) $$script --out $(RESULTS) || exit; done
+	for script in $$(grep -l __main__ kernels/bench/*.py); do $(PYTHON) $$script --out $(RESULTS) $(BENCH_FLAGS) || exit; done
 
 # On a machine with a GPU, whose python3 has torch, triton and pytest: nothing is installed, no network is needed.
 gpu: RESULTS ?= benchmarks/results

@@ -205,11 +205,13 @@ def parse(op: str, argv: list[str] | None) -> argparse.Namespace:
     """The command line that all scripts share."""
     parser = argparse.ArgumentParser(description=f"Benchmark {op} against its peers.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, else float32")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few repeats")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which the rest is skipped")
     args = parser.parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no CUDA device; --device cpu --quick runs tiny shapes, to see that the script works")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     args.out.mkdir(parents=True, exist_ok=True)
     return args
