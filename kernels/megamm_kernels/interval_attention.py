@@ -150,6 +150,8 @@ def _interval_attend(q, k, v, plan):
             f"the plan is for {plan.lo.shape[0]} rows of {plan.lo.shape[1]} queries and {plan.query_lo.shape[1]} keys, "
             f"not for q {list(q.shape)} and k {list(k.shape)}"
         )
+    if q.is_cuda and q.dtype == torch.float64:
+        raise ValueError("attention backend 'interval' takes no float64 on CUDA: use 'sdpa'")
     if q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(f"attention backend 'interval' takes heads up to {MAX_HEAD_DIM} wide, not {q.shape[3]}")
     out, lse = interval_attention_gpu(q, k, v, *plan)

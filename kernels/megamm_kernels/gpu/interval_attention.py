@@ -39,8 +39,10 @@ TILES = {
         {64: Tiles(32, 32, 2, 8), 256: Tiles(16, 16, 2, 8)},
     ),
 }
-"""The largest tiles that keep everything in the registers of a Hopper SM, by the compiler's report for sm_90; only
-the two backward kernels of 16-bit heads over 128 wide spill a little. Float32 is for checks, not for speed."""
+"""Tiles that keep everything in the registers of a Hopper SM, by the compiler's report for sm_90, but for a little that
+the keys' kernel spills from a width of 128 on. 128 queries (or keys, in their kernel) a tile: with 64, the other side
+would have to come out of the L2 cache twice as often, more than that delivers. Float32 is for checks, not for speed.
+bench/tune/attention_tiles.py measures others."""
 INTERPRETER_TILES = Tiles(32, 16, 1, 4)
 MAX_HEAD_DIM = 256
 
