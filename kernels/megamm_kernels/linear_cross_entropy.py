@@ -8,6 +8,7 @@ A vocabulary-parallel head (Megatron-LM, arXiv 1909.08053) keeps its rows spread
 ranks exchange two numbers per row, the log-sum-exp over their part and the label's logit.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     process_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
+    vocab_size: int | None = None,
     chunk_bytes: int | None = None,
 ) -> LinearCrossEntropyOutput:
     """Next-token loss over the rows that have a label; the others meet no matrix product.
@@ -62,7 +64,7 @@ def linear_cross_entropy(
         x: [n, W] hidden states.
         weight: [V, W] head; cast to the dtype of ``x`` for the products, its gradient is summed in float32.
         targets: integers [n]; a label in [0, V), or negative where there is none. A label beyond the vocabulary is
-            an error on the CPU and a NaN loss on a GPU, where a check would wait for the device.
+            an error on the CPU and a NaN loss on a GPU, where a check would wait for the device, and in parallel.
         label_index: int64 [num_labels], the rows with a label, each once. Without it they are searched for, and a
             GPU has to be waited for: the loader should pass it.
         group: integers [n] in [0, num_groups), by which the sums are split.
@@ -71,12 +73,15 @@ def linear_cross_entropy(
         process_group: ranks that hold one part each of the head's rows; ``x``, targets and indices are equal on
             all of them, and so is the gradient of ``x``.
         vocab_start: first row of the whole head that ``weight`` holds.
-        chunk_bytes: size of a chunk's logits; None: as suits the device.
+        vocab_size: rows of the whole head; needed with ``process_group``.
+        chunk_bytes: size of a chunk's logits on one rank; None: as suits the device.
 
     Raises:
         ValueError: shapes do not fit.
     """
     _check(x, weight, targets, group, num_groups)
+    if process_group is not None and vocab_size is None:
+        raise ValueError("a head spread over process_group needs vocab_size, the rows of the whole head")
     if label_index is None:
         label_index = (targets >= 0).nonzero().squeeze(1)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -84,7 +89,7 @@ def linear_cross_entropy(
         chunk_bytes = GPU_CHUNK_BYTES if x.is_cuda else CPU_CHUNK_BYTES
     name = "" if process_group is None else process_group.group_name
     loss, nll, z, *_ = _linear_cross_entropy(
-        x, weight, targets, label_index, z_loss, needs_grad, chunk_bytes, name, vocab_start
+        x, weight, targets, label_index, z_loss, needs_grad, chunk_bytes, name, vocab_start, vocab_size or 0
     )
     if group is not None:
         group = group.index_select(0, label_index)
@@ -147,6 +152,7 @@ def _linear_cross_entropy(
     chunk_bytes: int,
     process_group: str,
     vocab_start: int,
+    vocab_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the loss, each label's own loss, the z-loss, and the gradients of the loss to x and weight."""
     head = weight.to(x.dtype)
@@ -158,12 +164,18 @@ def _linear_cross_entropy(
         grad_x = torch.empty(num_labels, x.shape[1], dtype=x.dtype, device=x.device)
         make = torch.empty if num_labels else torch.zeros
         grad_weight = make(weight.shape, dtype=_wide(weight.dtype), device=x.device)
-    rows = _chunk_rows(num_labels, weight.shape[0], x, chunk_bytes)
+    combine, columns = None, weight.shape[0]
+    if process_group:
+        process_group = _resolve_process_group(process_group)
+        columns = -(-vocab_size // process_group.size())  # ranks must agree on the chunks, whatever they hold
+    rows = _chunk_rows(num_labels, columns, x, chunk_bytes)
     for start in range(0, num_labels, rows):
         part = slice(start, start + rows)
+        if process_group:
+            combine = partial(_combine, labels[part] < vocab_size - vocab_start, process_group)
         x_part = x.index_select(0, label_index[part])
         logits = x_part @ head.T
-        nll[part], lse[part], grad_logits = _chunk_losses(logits, labels[part], z_loss, needs_grad, process_group)
+        nll[part], lse[part], grad_logits = _chunk_losses(logits, labels[part], z_loss, needs_grad, combine)
         del logits
         if needs_grad:
             torch.mm(grad_logits, head, out=grad_x[part])
@@ -173,13 +185,13 @@ def _linear_cross_entropy(
     if not needs_grad:
         return nll.sum() + z, nll, z, x.new_empty(0), weight.new_empty(0)
     if process_group:
-        dist.all_reduce(grad_x, group=_resolve_process_group(process_group))
+        dist.all_reduce(grad_x, group=process_group)
     grad_x = torch.zeros_like(x).index_copy_(0, label_index, grad_x)
     return nll.sum() + z, nll, z, grad_x, grad_weight
 
 
 @_linear_cross_entropy.register_fake
-def _(x, weight, targets, label_index, z_loss, needs_grad, chunk_bytes, process_group, vocab_start):
+def _(x, weight, targets, label_index, z_loss, needs_grad, chunk_bytes, process_group, vocab_start, vocab_size):
     loss, z = (x.new_empty((), dtype=_wide(x.dtype)) for _ in range(2))
     nll = x.new_empty(label_index.shape, dtype=_wide(x.dtype))
     if not needs_grad:
@@ -203,7 +215,7 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is not None:
         stored = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
         grads = [_scaled(grad, grad_loss, dtype) if needed else None for grad, dtype, needed in stored]
-    return *grads, *[None] * 7
+    return *grads, *[None] * 8
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
@@ -230,18 +242,18 @@ def _chunk_rows(num_labels, vocab_size, x, chunk_bytes):
     return max(16, min(most, -(-rows // 64) * 64))
 
 
-def _chunk_losses(logits, labels, z_loss, needs_grad, process_group):
+def _chunk_losses(logits, labels, z_loss, needs_grad, combine):
     """Loss and log-sum-exp of each row, and the gradient of the summed loss to the logits (or None).
 
     Args:
         logits: [rows, V]; overwritten.
-        labels: int64 [rows]; with a process group those of other ranks lie outside [0, V).
+        labels: int64 [rows]; with ``combine`` those of other ranks lie outside [0, V).
+        combine: (log-sum-exp, label's logit) of this part of the vocabulary -> those of the whole; None: it is whole.
     """
     if dispatch.use_triton(logits):
-        combine = (lambda lse, picked: _combine(lse, picked, process_group)) if process_group else None
         return softmax_gradient(logits, labels, z_loss, needs_grad, combine)
     dtype, label = logits.dtype, labels[:, None]
-    if process_group:
+    if combine:
         inside = (label >= 0) & (label < logits.shape[1])
         label = label.clamp(0, logits.shape[1] - 1)
     logits = logits.to(_wide(dtype))
@@ -249,9 +261,9 @@ def _chunk_losses(logits, labels, z_loss, needs_grad, process_group):
     picked = logits.gather(1, label)
     nll = -log_p.gather(1, label)
     lse = picked + nll
-    if process_group:
+    if combine:
         part_lse, picked = lse, torch.where(inside, picked, 0.0)
-        lse, picked = _combine(part_lse, picked, process_group)
+        lse, picked = combine(part_lse, picked)
         nll = lse - picked
         log_p += part_lse - lse
     if not needs_grad:
@@ -259,17 +271,17 @@ def _chunk_losses(logits, labels, z_loss, needs_grad, process_group):
     grad = log_p.exp_()
     if z_loss:
         grad *= 1 + 2 * z_loss * lse
-    grad.scatter_add_(1, label, -inside.to(grad.dtype) if process_group else torch.full_like(lse, -1.0))
+    grad.scatter_add_(1, label, -inside.to(grad.dtype) if combine else torch.full_like(lse, -1.0))
     return nll[:, 0], lse[:, 0], grad.to(dtype)
 
 
-def _combine(lse, picked, process_group):
-    """Log-sum-exp over all parts of the vocabulary, and the label's logit, from those of this rank's part."""
-    group = _resolve_process_group(process_group)
-    parts = torch.zeros(dist.get_world_size(group), 2, *lse.shape, dtype=lse.dtype, device=lse.device)
-    parts[dist.get_rank(group)] = torch.stack((lse, picked))
+def _combine(exists, group, lse, picked):
+    """Log-sum-exp over all parts of the vocabulary, and the label's logit (NaN unless the label exists)."""
+    parts = torch.zeros(group.size(), 2, *lse.shape, dtype=lse.dtype, device=lse.device)
+    parts[group.rank()] = torch.stack((lse, picked))
     dist.all_reduce(parts, group=group)
-    return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
+    picked = parts[:, 1].sum(0)
+    return parts[:, 0].logsumexp(0), picked.where(exists.view(picked.shape), torch.nan)
 
 
 def _add_product(total, a, b, beta):

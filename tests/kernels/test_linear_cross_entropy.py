@@ -142,6 +142,8 @@ def test_errors_name_the_shapes():
         linear_cross_entropy(x, weight, targets[1:], index)
     with pytest.raises(ValueError, match="needs group"):
         linear_cross_entropy(x, weight, targets, index, None, 3)
+    with pytest.raises(ValueError, match="needs vocab_size"):
+        linear_cross_entropy(x, weight, targets, index, process_group=object())
     with pytest.raises(ValueError, match="group must have shape"):
         linear_cross_entropy(x, weight, targets, index, group[1:], 3)
 
@@ -149,8 +151,8 @@ def test_errors_name_the_shapes():
 def test_operator_checks(device):
     x, weight, targets, index, _ = make(12, 7, device=device, vocab=20)
     op = torch.ops.megamm.linear_cross_entropy.default
-    torch.library.opcheck(op, (x, weight, targets, index, 1e-3, True, 1 << 20, "", 0))
-    torch.library.opcheck(op, (x.detach(), weight.detach(), targets, index, 0.0, False, 1 << 20, "", 0))
+    torch.library.opcheck(op, (x, weight, targets, index, 1e-3, True, 1 << 20, "", 0, 0))
+    torch.library.opcheck(op, (x.detach(), weight.detach(), targets, index, 0.0, False, 1 << 20, "", 0, 0))
 
 
 def test_compiles_without_a_graph_break(device):
@@ -188,13 +190,15 @@ def rank_main(rank: int, port: int, modes: list[bool], directory: str) -> None:
         part = (slice(0, cut), slice(cut, None))[rank]
         head = weight.detach()[part].clone().requires_grad_()
         run = functools.partial(
-            linear_cross_entropy, group=group, num_groups=3, z_loss=1e-2, chunk_bytes=16 * 4 * cut,
-            process_group=torch.distributed.group.WORLD, vocab_start=part.start,
+            linear_cross_entropy, group=group, num_groups=3, z_loss=1e-2, chunk_bytes=16 * 4 * 151,
+            process_group=torch.distributed.group.WORLD, vocab_start=part.start or 0, vocab_size=VOCAB,
         )  # fmt: skip
         out = run(x, head, targets, index)
         grads = torch.autograd.grad(out.loss / 7, (x, head))
         with torch.no_grad():
             torch.testing.assert_close(run(x, head, targets, index), out)
+            beyond = targets.index_fill(0, index[:1], VOCAB)
+            assert run(x, head, beyond, index).loss.isnan()
         torch.save([t.detach() for t in (*out, *grads)], f"{directory}/{interpret}-{cut}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
