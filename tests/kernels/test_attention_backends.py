@@ -75,10 +75,10 @@ def test_backends_on_a_gpu_match_the_definition(backend):
     out = interval_attention(*inputs, attention_plan(lo, hi, backend=backend))
     wide = [x.detach().double().requires_grad_() for x in inputs]
     want = interval_attention_reference(*wide, lo, hi)
-    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.double(), want, atol=5e-5, rtol=0)
     grads = torch.autograd.grad(out.square().sum(), inputs), torch.autograd.grad(want.square().sum(), wide)
     for got, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(got.double(), expected, atol=5e-4, rtol=0)
 
 
 @pytest.fixture

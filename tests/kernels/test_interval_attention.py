@@ -46,7 +46,7 @@ def random_qkv(lo, heads=(2, 1), head_dim=16, num_keys=None, dtype=None):
 
 def check(attend, qkv, lo, hi):
     """Compare output, log-sum-exp and the gradients of both with the dense definition in float64."""
-    tolerance = 1e-5 if lo.is_cuda else 1e-12
+    tolerance = 5e-5 if lo.is_cuda else 1e-12
     assert_matches(attend, lambda *x: reference(*x, lo, hi, True), qkv, atol=tolerance, rtol=0)
     out, lse = attend(*qkv)
     assert (out[hi < lo] == 0).all()
@@ -130,8 +130,8 @@ def test_views_and_expanded_gradients(device):
     (grad,) = torch.autograd.grad(out.sum(), qkv)
     expected = reference(*qkv.unbind(2), lo, hi)
     (want,) = torch.autograd.grad(expected.sum(), qkv)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(grad, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(grad, want, atol=5e-5, rtol=0)
 
 
 def test_queries_of_part_of_a_row(device):
