@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench | make demo-real
+# make demo | make test | make lint | make bench | make bench-kernels | make gpu | make demo-real
 #
 # Everything lives in .venv; PYTHON= names another interpreter that already has the packages.
 
@@ -8,7 +8,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 PYTEST_JOBS ?= 2
 
-.PHONY: demo demo-real test lint bench install install-test install-bench browser clean
+.PHONY: demo demo-real test lint bench bench-kernels gpu install install-test install-bench browser clean
 
 demo: install
 	$(PYTHON) examples/demo.py
@@ -26,6 +26,16 @@ lint: install-test
 
 bench: install-bench
 	$(PYTHON) benchmarks/train_step.py
+
+bench-kernels: RESULTS ?= kernels/bench/results
+bench-kernels: install-bench
+	for script in $$(grep -l __main__ kernels/bench/*.py); do $(PYTHON) $$script --out $(RESULTS) $(BENCH_FLAGS) || exit; done
+
+# On a machine with a GPU, whose python3 has torch, triton and pytest: nothing is installed, no network is needed.
+gpu: RESULTS ?= benchmarks/results
+gpu: PYTHON = python3
+gpu:
+	PYTHONPATH=kernels:.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(RESULTS)
 
 # The install targets are stamped by the files they read, so a second call does nothing.
 install: $(VENV)/.installed

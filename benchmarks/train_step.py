@@ -82,16 +82,18 @@ def make_batch(rows: list[list[list[int]]], length: int, vocab_size: int, rng: n
     following = np.roll(tokens, -1, axis=1)
     unlabelled = last | (tokens == IMAGE) | (following == IMAGE)
     index = np.flatnonzero(tokens == IMAGE)
+    targets = np.where(unlabelled, IGNORE, following).astype(np.int32)
     arrays = {
         "tokens": tokens,
         "positions": positions,
-        "targets": np.where(unlabelled, IGNORE, following).astype(np.int32),
+        "targets": targets,
         "source": np.zeros(shape, np.uint8),
         "modality": np.zeros(shape, np.uint8),
         "lo": lo,
         "hi": hi,
         "patches": rng.integers(0, 256, (len(index), 3 * PATCH_SIZE**2)).astype(np.uint8),
         "patch_index": index.astype(np.int64),
+        "label_index": np.flatnonzero(targets >= 0),
     }
     return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
@@ -201,32 +203,42 @@ def main() -> None:
             {"rows": rows, "mode": mode, "peer": peer, "ours_tokens_per_s": round(tokens / mine),
              "peer_tokens_per_s": round(tokens / theirs), "ratio": round(ratio, 3)}
         )  # fmt: skip
+        write(results, args)  # each time: a run that is cut off keeps what it has
 
+    report("45-45-10", "eager", "ours, logits everywhere", ours(args, False), ours(args, False, True), "mixed")
     for mode in ("eager", "compiled")[: 1 if args.skip_compiled else 2]:
         mine, theirs = ours(args, mode == "compiled"), llama(args, mode == "compiled")
         report("text, packed documents", mode, "LlamaForCausalLM", mine, theirs, "text")
         report("text, one document", mode, "LlamaForCausalLM", mine, theirs, "one")
-    report("45-45-10", "eager", "ours, logits everywhere", ours(args, False), ours(args, False, True), "mixed")
-    write(results, args)
+    show(results, about(args))
 
 
-def write(results: list[dict], args: argparse.Namespace) -> None:
-    """CSV and JSON with the machine, and a table on the terminal."""
+def about(args: argparse.Namespace) -> dict[str, str | int]:
+    """The machine, versions and settings."""
     import transformers
 
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
-    about = {
+    return {
         "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "transformers": transformers.__version__, **{k: str(v) for k, v in vars(args).items() if k != "out"},
     }  # fmt: skip
+
+
+def write(results: list[dict], args: argparse.Namespace) -> None:
+    """CSV and JSON with the machine."""
+    facts = about(args)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"train_step_{args.device}"
-    stem.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+    stem.with_suffix(".json").write_text(json.dumps({"about": facts, "results": results}, indent=2) + "\n")
     with stem.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*results[0], "device", "torch", "transformers"])
         writer.writeheader()
-        writer.writerows({**r, **{k: about[k] for k in ("device", "torch", "transformers")}} for r in results)
-    table = Table(*(name.replace("_", " ") for name in results[0]), title=f"training step on {device}")
+        writer.writerows({**r, **{k: facts[k] for k in ("device", "torch", "transformers")}} for r in results)
+
+
+def show(results: list[dict], facts: dict) -> None:
+    """A table on the terminal."""
+    table = Table(*(name.replace("_", " ") for name in results[0]), title=f"training step on {facts['device']}")
     for result in results:
         table.add_row(*map(str, result.values()))
     Console().print(table)

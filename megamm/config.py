@@ -35,6 +35,16 @@ class VisionConfig:
 
 
 @dataclass(kw_only=True)
+class AttentionConfig:
+    """Who computes the decoder's attention; all backends give the same numbers."""
+
+    backend: Literal["interval", "flex", "flex_flash", "flash", "sdpa"] | None = None
+    """interval: our Triton kernel; flex: FlexAttention; flex_flash: its FLASH backend (flash-attn-4); flash:
+    flash-attn, for rows of text only; sdpa: torch's own, also on the CPU. By default interval on CUDA, sdpa on the
+    CPU."""
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """Architecture and size."""
 
@@ -58,6 +68,7 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     norm_eps: float = 1e-6
     """Added to the mean square in every RMS norm."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
 
     def problems(self) -> list[str]:

@@ -1,200 +1,158 @@
 """Attention in which query q sees exactly the keys lo[q]..hi[q].
 
-Both vectors are non-decreasing along a row, so a block of queries needs one contiguous range of keys. The
-plan finds these ranges once per batch, together with the additive mask inside each range; all layers share
-it. Work outside the ranges is skipped: on packed rows of short documents most of the S x S square.
+Both vectors are non-decreasing along a row, so a tile of queries needs one contiguous range of keys and, in the
+backward, a tile of keys one contiguous range of queries. Two int32 vectors thus stand for the mask of packed rows of
+documents, causal on text and bidirectional inside an image; no block mask is built and padding is an empty interval.
 
-On the CPU, blocks of queries of all rows go through torch's fused CPU attention inside one opaque operator, so
-torch.compile keeps a single graph however the ranges change from batch to batch. Other devices run the same
-blocks through torch's SDPA.
+What depends on the intervals alone is found once per batch and shared by all layers: the plan, whose type names the
+backend. No backend is ever chosen in place of the one asked for:
+
+    interval    our Triton flash attention (the tiling of arXiv 2307.08691), on CUDA
+    flex        FlexAttention; flex_flash is its FLASH backend (package flash-attn-4)
+    flash       flash-attn's varlen kernels (package flash-attn), for rows that they can express
+    sdpa        torch's attention over blocks of queries, exact, on every device
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 
-BLOCK = 128
-"""Queries per block: large enough for efficient matrix products, small enough to skip masked work."""
+from megamm_kernels import dispatch
+from megamm_kernels.attention_backends import flash, flex, sdpa
+
+if dispatch.HAS_TRITON:
+    from megamm_kernels.gpu.interval_attention import MAX_HEAD_DIM, interval_attention_gpu
+
+Backend = Literal["interval", "flex", "flex_flash", "flash", "sdpa"]
 
 
-class AttentionPlan(NamedTuple):
-    """What the intervals of a batch mean for blocks of queries.
+class IntervalPlan(NamedTuple):
+    """The mask from both sides.
 
     Attributes:
-        blocks: int64 [num_blocks, 5] on the CPU: first and end query, first and end key, offset into ``bias``
-            (-1: no mask needed).
-        bias: float [n], the blocks' masks end to end, each [B, queries, keys]: 0 where seen, -inf where not.
-        empty: bool [B, S], queries that see nothing (padding), or None where there are none.
+        lo, hi: int32 [B, S], the keys that each query sees.
+        query_lo, query_hi: int32 [B, num_keys], the queries that see each key.
     """
 
-    blocks: torch.Tensor
-    bias: torch.Tensor
-    empty: torch.Tensor | None
+    lo: torch.Tensor
+    hi: torch.Tensor
+    query_lo: torch.Tensor
+    query_hi: torch.Tensor
+
+
+AttentionPlan = IntervalPlan | flex.FlexPlan | flash.FlashPlan | sdpa.SdpaPlan
+
+
+def default_backend(x: torch.Tensor) -> Backend:
+    """``interval`` where the Triton kernels run, ``sdpa`` elsewhere."""
+    return "interval" if dispatch.use_triton(x) else "sdpa"
 
 
 def attention_plan(
-    lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype = torch.float32, block: int = BLOCK
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    backend: Backend = "sdpa",
+    num_keys: int | None = None,
 ) -> AttentionPlan:
-    """Find each query block's key range and mask.
+    """Prepare a batch for :func:`interval_attention`.
 
     Args:
-        lo, hi: integers [B, S], the interval of keys of each query, both ends included; hi < lo is empty.
+        lo, hi: integers [B, S], the interval of keys of each query, both ends included; hi < lo is empty. Both
+            are non-decreasing along the row, which is not checked: that would wait for the device.
         dtype: dtype of queries and keys.
-        block: queries per block.
+        backend: who computes. ``sdpa`` and ``flash`` wait for the device here, the others do not.
+        num_keys: keys of a row, by default as many as queries.
+
+    Raises:
+        ValueError: unknown backend, shapes that differ, ``interval`` away from CUDA, or rows that the backend
+            cannot express (``flash``).
+        ImportError: the backend's package is not installed; the message names it.
     """
-    length = lo.shape[1]
-    rows, parts, offset = [], [], 0
-    empty = hi < lo
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        lo_b, hi_b, empty_b = lo[:, start:end], hi[:, start:end], empty[:, start:end]
-        if bool(empty_b.all()):
-            continue
-        first = int(lo_b.masked_fill(empty_b, length).min())
-        last = int(hi_b.masked_fill(empty_b, -1).max()) + 1
-        keys = torch.arange(first, last, device=lo.device, dtype=lo.dtype)
-        hidden = (keys < lo_b[..., None]) | (keys > hi_b[..., None])
-        # A padding query gets one visible key, lest its softmax be 0/0; its output is zeroed afterwards.
-        hidden[..., 0] &= ~empty_b
-        if bool(hidden.any()):
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=lo.device).masked_fill_(hidden, -torch.inf)
-            rows.append((start, end, first, last, offset))
-            parts.append(bias.flatten())
-            offset += bias.numel()
-        else:
-            rows.append((start, end, first, last, -1))
-    return AttentionPlan(
-        blocks=torch.tensor(rows, dtype=torch.int64).view(-1, 5),
-        bias=torch.cat(parts) if parts else torch.zeros(0, dtype=dtype, device=lo.device),
-        empty=empty if bool(empty.any()) else None,
-    )
+    if lo.shape != hi.shape or lo.dim() != 2:
+        raise ValueError(f"lo and hi must both be [B, S], not {list(lo.shape)} and {list(hi.shape)}")
+    num_keys = lo.shape[1] if num_keys is None else num_keys
+    if backend == "interval":
+        return _interval_plan(lo, hi, num_keys)
+    if backend in ("flex", "flex_flash"):
+        return flex.plan(lo, hi, num_keys, flash=backend == "flex_flash")
+    if backend == "flash":
+        return flash.plan(lo, hi, dtype, num_keys)
+    if backend == "sdpa":
+        return sdpa.plan(lo, hi, dtype)
+    raise ValueError(f"unknown attention backend {backend!r}; known are {', '.join(get_args(Backend))}")
 
 
-def interval_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+def interval_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, return_lse: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention over the plan's intervals; queries with an empty interval give zero.
 
     Args:
-        q, k, v: [B, S, H, D].
+        q: [B, S, H, D]. ``interval`` takes D up to 256, float16, bfloat16 and float32 (whose products use TF32
+            where torch's matrix products do).
+        k, v: [B, num_keys, Hkv, D]; Hkv divides H, and each head of keys serves H / Hkv consecutive query heads.
         plan: from :func:`attention_plan`, for the same rows.
+        return_lse: also return the log-sum-exp of the scaled scores, differentiable except with ``flash``.
 
     Returns:
-        [B, S, H, D], dtype of ``q``.
+        [B, S, H, D] in the dtype of ``q``; with ``return_lse`` also [B, S, H] in float32 (float64 of float64), -inf
+        for an empty interval.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
-    if q.device.type == "cpu":
-        return _attention(q, k, v, plan.blocks, plan.bias, plan.empty)[0]
-    return _sdpa_blocks(q, k, v, plan)
+    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k, v of shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} do not fit together")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} heads of keys do not divide {q.shape[2]} heads of queries")
+    if isinstance(plan, IntervalPlan):
+        out, lse = _interval_attend(q, k, v, plan)
+    elif isinstance(plan, flex.FlexPlan):
+        out, lse = flex.attend(q, k, v, plan, return_lse)
+    elif isinstance(plan, flash.FlashPlan):
+        out, lse = flash.attend(q, k, v, plan, return_lse)
+    else:
+        out, lse = sdpa.attend(q, k, v, plan, return_lse)
+    return (out, lse) if return_lse else out
 
 
 def interval_attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, return_lse: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The definition, with a dense mask."""
-    keys = torch.arange(q.shape[1], device=q.device)
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    keys = torch.arange(k.shape[1], device=q.device)
     seen = (keys >= lo[..., None]) & (keys <= hi[..., None])
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    return (out, scores.logsumexp(-1).transpose(1, 2)) if return_lse else out
 
 
-def _block_inputs(q, k, v, bias, row):
-    """The block's slices as [B, H, L, D] and its mask as [B, 1, queries, keys]."""
-    start, end, first, last, offset = row
-    shape = (q.shape[0], 1, end - start, last - first)
-    mask = None
-    if offset >= 0:
-        mask = bias[offset : offset + shape[0] * shape[2] * shape[3]].view(shape)
-    return (
-        q[:, start:end].transpose(1, 2),
-        k[:, first:last].transpose(1, 2),
-        v[:, first:last].transpose(1, 2),
-        mask,
-    )
+def _interval_plan(lo: torch.Tensor, hi: torch.Tensor, num_keys: int) -> IntervalPlan:
+    """Turn the intervals around: key n is seen by the queries from the first with hi >= n to the last with lo <= n."""
+    if not dispatch.use_triton(lo):
+        raise ValueError(f"attention backend 'interval' runs on CUDA, not on {lo.device}: use backend 'sdpa' there")
+    lo, hi = (x.to(torch.int32).contiguous() for x in (lo, hi))
+    keys = torch.arange(num_keys, device=lo.device, dtype=torch.int32).expand(lo.shape[0], -1).contiguous()
+    query_lo = torch.searchsorted(hi, keys, out_int32=True)
+    query_hi = torch.searchsorted(lo, keys, out_int32=True, right=True) - 1
+    return IntervalPlan(lo, hi, query_lo, query_hi)
 
 
-def _sdpa_blocks(q, k, v, plan):
-    """The plan's blocks, one SDPA call each; differentiable by autograd."""
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for row in plan.blocks.tolist():
-        q_b, k_b, v_b, mask = _block_inputs(q, k, v, plan.bias, row)
-        out[:, row[0] : row[1]] = F.scaled_dot_product_attention(q_b, k_b, v_b, attn_mask=mask).transpose(1, 2)
-    return out if plan.empty is None else out.masked_fill(plan.empty[..., None, None], 0.0)
-
-
-def _lse_dtype(q):
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-@torch.library.custom_op("megamm::interval_attention", mutates_args=(), device_types="cpu")
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    blocks: torch.Tensor,
-    bias: torch.Tensor,
-    empty: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the output and the log-sum-exp of scores, [B, S, H]."""
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = torch.zeros(q.shape[:3], dtype=_lse_dtype(q))
-    for row in blocks.tolist():
-        q_b, k_b, v_b, mask = _block_inputs(q, k, v, bias, row)
-        out_b, lse_b = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_b, k_b, v_b, 0.0, False, attn_mask=mask
+def _interval_attend(q, k, v, plan):
+    if q.shape[1] != plan.lo.shape[1] or k.shape[1] != plan.query_lo.shape[1] or q.shape[0] != plan.lo.shape[0]:
+        raise ValueError(
+            f"the plan is for {plan.lo.shape[0]} rows of {plan.lo.shape[1]} queries and {plan.query_lo.shape[1]} keys, "
+            f"not for q {list(q.shape)} and k {list(k.shape)}"
         )
-        out[:, row[0] : row[1]] = out_b.transpose(1, 2)
-        lse[:, row[0] : row[1]] = lse_b.transpose(1, 2)
-    if empty is not None:
-        out.masked_fill_(empty[..., None, None], 0.0)
-    return out, lse
-
-
-@_attention.register_fake
-def _(q, k, v, blocks, bias, empty):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
-
-
-@torch.library.custom_op("megamm::interval_attention_backward", mutates_args=(), device_types="cpu")
-def _attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    blocks: torch.Tensor,
-    bias: torch.Tensor,
-    empty: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if empty is not None:
-        grad = grad.masked_fill(empty[..., None, None], 0.0)
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for row in blocks.tolist():
-        start, end, first, last, _ = row
-        q_b, k_b, v_b, mask = _block_inputs(q, k, v, bias, row)
-        part = slice(start, end)
-        d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[:, part].transpose(1, 2), q_b, k_b, v_b, out[:, part].transpose(1, 2),
-            lse[:, part].transpose(1, 2), 0.0, False, attn_mask=mask,
-        )  # fmt: skip
-        grad_q[:, part] = d_q.transpose(1, 2)
-        grad_k[:, first:last] += d_k.transpose(1, 2)
-        grad_v[:, first:last] += d_v.transpose(1, 2)
-    return grad_q, grad_k, grad_v
-
-
-@_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, blocks, bias, empty):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
-
-
-def _backward(ctx, grad_out, _):
-    q, k, v, out, lse, blocks, bias, empty = ctx.saved_tensors
-    return *_attention_backward(grad_out, q, k, v, out, lse, blocks, bias, empty), None, None, None
-
-
-_attention.register_autograd(_backward, setup_context=_setup_context)
+    if q.is_cuda and q.dtype == torch.float64:
+        raise ValueError("attention backend 'interval' takes no float64 on CUDA: use 'sdpa'")
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"attention backend 'interval' takes heads up to {MAX_HEAD_DIM} wide, not {q.shape[3]}")
+    out, lse = interval_attention_gpu(q, k, v, *plan)
+    return out, lse.transpose(1, 2)

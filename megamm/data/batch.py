@@ -20,6 +20,8 @@ class Batch:
         patches: uint8 [P, patch_size * patch_size * 3]; row, column, channel within a patch; the patches of
             an image in raster order, images in row order.
         patch_index: int64 [P]; position of each patch in the flattened [B * S] rows.
+        label_index: int64 [num_labels]; positions with a label in the flattened rows, increasing. The loader knows
+            them; finding them on a GPU would wait for the device.
     """
 
     tokens: torch.Tensor
@@ -31,6 +33,7 @@ class Batch:
     hi: torch.Tensor
     patches: torch.Tensor
     patch_index: torch.Tensor
+    label_index: torch.Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to a device (asynchronously from pinned memory)."""
@@ -42,4 +45,4 @@ class Batch:
 
     def num_labels(self) -> int:
         """Number of labelled positions."""
-        return int((self.targets >= 0).sum())
+        return self.label_index.shape[0]

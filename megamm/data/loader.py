@@ -178,10 +178,14 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
     parts = []
     for start in range(0, num_rows, rows):
         end = min(start + rows, num_rows)
-        first, last = torch.searchsorted(batch.patch_index, torch.tensor([start * length, end * length])).tolist()
-        whole = {f.name: getattr(batch, f.name)[start:end] for f in fields(batch) if not f.name.startswith("patch")}
-        patch_index = batch.patch_index[first:last] - start * length
-        parts.append(Batch(**whole, patches=batch.patches[first:last], patch_index=patch_index))
+        bounds = torch.tensor([start * length, end * length])
+        part = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        patches, labels = (slice(*torch.searchsorted(part[n], bounds)) for n in ("patch_index", "label_index"))
+        cuts = {"patches": patches, "patch_index": patches, "label_index": labels}
+        part = {name: value[cuts.get(name, slice(start, end))] for name, value in part.items()}
+        for name in ("patch_index", "label_index"):
+            part[name] = part[name] - start * length
+        parts.append(Batch(**part))
     return parts
 
 

@@ -101,6 +101,7 @@ class RowReader:
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
             patches=torch.from_numpy(np.concatenate(patches) if patches else np.zeros((0, size * size * 3), np.uint8)),
             patch_index=torch.from_numpy(np.flatnonzero(is_image)),
+            label_index=torch.from_numpy(np.flatnonzero(arrays["targets"] >= 0)),
         )
 
     def _patches(self, dataset: ShardedDataset, example: Example, row: int, first: int) -> list[np.ndarray]:

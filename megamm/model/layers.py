@@ -8,7 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from megamm_kernels import AttentionPlan, interval_attention, qk_norm_rope, rms_norm, swiglu
+from megamm_kernels import AttentionPlan, add_rms_norm, interval_attention, qk_norm_rope, rms_norm, swiglu
 from torch import nn
 
 
@@ -27,15 +27,18 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm with a learned scale."""
+    """RMS norm with a learned scale, also of a sum: the residual stream and what a layer adds to it."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        """The normalised ``x``; with a residual (normalised ``x + residual``, ``x + residual``)."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -86,5 +89,6 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(width, hidden, depth)
 
     def forward(self, x_blw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan | None):
-        x_blw = x_blw + self.attention(self.attention_norm(x_blw), cos, sin, plan)
-        return x_blw + self.feed_forward(self.feed_forward_norm(x_blw))
+        a_blw = self.attention(self.attention_norm(x_blw), cos, sin, plan)
+        normed_blw, x_blw = self.feed_forward_norm(a_blw, residual=x_blw)
+        return x_blw + self.feed_forward(normed_blw)

@@ -7,15 +7,24 @@
 Single-device mathematics only. Shape suffixes: b rows, s positions, w width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
-from megamm_kernels import attention_plan, linear_cross_entropy, multimodal_embedding, rope_table
+from megamm_kernels import (
+    AttentionPlan,
+    attention_plan,
+    default_backend,
+    linear_cross_entropy,
+    multimodal_embedding,
+    rope_table,
+)
 from torch import nn
 
 from megamm.config import ModelConfig
 from megamm.data.batch import Batch
 from megamm.data.tokens import MODALITIES
+from megamm.errors import InputError
 from megamm.model.layers import Block, Linear, RMSNorm
 from megamm.model.sizes import hidden_width, resolve_model
 from megamm.model.vision import PatchProjection, VisionTower
@@ -58,10 +67,22 @@ class MultimodalModel(nn.Module):
         features = self.image_features(batch, dtype) if self.vision else None
         x_bsw = multimodal_embedding(batch.tokens, self.embedding.to(dtype), features, batch.patch_index)
         cos, sin = rope_table(batch.positions, self.config.head_dim, self.config.rope_theta)
-        plan = attention_plan(batch.lo, batch.hi, dtype)
+        plan = self.plan_attention(batch, dtype)
         for block in self.blocks:
             x_bsw = block(x_bsw, cos, sin, plan)
         return self.norm(x_bsw)
+
+    def plan_attention(self, batch: Batch, dtype: torch.dtype) -> AttentionPlan:
+        """What all blocks share of the batch's mask, for the configured backend.
+
+        Raises:
+            InputError: the backend cannot run here, or not on these rows.
+        """
+        backend = self.config.attention.backend or default_backend(batch.lo)
+        try:
+            return attention_plan(batch.lo, batch.hi, dtype, backend)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"model.attention.backend: {error}") from error
 
     def image_features(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
         """Features [P, W] of the batch's patches.
@@ -77,14 +98,12 @@ class MultimodalModel(nn.Module):
     def forward(self, batch: Batch, dtype: torch.dtype = torch.float32) -> LossOutput:
         """Next-token loss on labelled positions; only their rows reach the head."""
         x_nw = self.hidden_states(batch, dtype).flatten(0, 1)
-        targets = batch.targets.flatten()
-        loss, nll = linear_cross_entropy(x_nw, self.head.weight, targets)
-        group = batch.source.flatten().long() * len(MODALITIES) + batch.modality.flatten().long()
-        zeros = nll.new_zeros(self.num_sources * len(MODALITIES))
         shape = (self.num_sources, len(MODALITIES))
-        sums = zeros.index_add(0, group, nll).view(shape)
-        counts = zeros.index_add(0, group, (targets >= 0).to(nll.dtype)).view(shape)
-        return LossOutput(loss, sums, counts)
+        group = batch.source.int() * len(MODALITIES) + batch.modality
+        loss, sums, counts, _ = linear_cross_entropy(
+            x_nw, self.head.weight, batch.targets.flatten(), batch.label_index, group.flatten(), math.prod(shape)
+        )
+        return LossOutput(loss, sums.view(shape), counts.view(shape))
 
 
 def make_vision(config: ModelConfig) -> nn.Module | None:

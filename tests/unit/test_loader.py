@@ -53,7 +53,8 @@ def join(batches: list[Batch]) -> Batch:
     """One batch of all rows."""
     joined = {f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(Batch)}
     starts = np.cumsum([0] + [b.tokens.numel() for b in batches])
-    joined["patch_index"] = torch.cat([b.patch_index + int(s) for b, s in zip(batches, starts, strict=False)])
+    for name in ("patch_index", "label_index"):
+        joined[name] = torch.cat([getattr(b, name) + int(s) for b, s in zip(batches, starts, strict=False)])
     return Batch(**joined)
 
 
@@ -139,12 +140,15 @@ def test_batch_fields(folder):
     (batch,) = load(data_config(folder))[0]
     shapes = dict.fromkeys(FIELDS, (BATCH, ROW))
     shapes |= {"patches": (batch.patch_index.numel(), 8 * 8 * 3), "patch_index": (batch.patches.shape[0],)}
+    shapes |= {"label_index": (int((batch.targets >= 0).sum()),)}
     dtypes = dict.fromkeys(("tokens", "positions", "targets", "lo", "hi"), torch.int32)
-    dtypes |= dict.fromkeys(("source", "modality", "patches"), torch.uint8) | {"patch_index": torch.int64}
+    dtypes |= dict.fromkeys(("source", "modality", "patches"), torch.uint8)
+    dtypes |= dict.fromkeys(("patch_index", "label_index"), torch.int64)
     for f in fields(Batch):
         assert tuple(getattr(batch, f.name).shape) == shapes[f.name]
         assert getattr(batch, f.name).dtype == dtypes[f.name]
     assert torch.equal((batch.tokens.flatten() == IMAGE).nonzero().flatten(), batch.patch_index)
+    assert torch.equal((batch.targets.flatten() >= 0).nonzero().flatten(), batch.label_index)
     assert set(batch.source.unique().tolist()) == {0, 1, 2}
     assert (batch.source[batch.modality == 1] < 2).all()
     assert (batch.targets[batch.tokens == PAD] == IGNORE).all()

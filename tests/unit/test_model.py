@@ -7,9 +7,10 @@ import torch
 from megamm_kernels.interval_attention import interval_attention_reference
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamm.config import ModelConfig, VisionConfig
+from megamm.config import AttentionConfig, ModelConfig, VisionConfig
 from megamm.data.batch import Batch
 from megamm.data.tokens import BOS, EOS, IGNORE, IMAGE, IMAGE_END
+from megamm.errors import InputError
 from megamm.model import layers
 from megamm.model.multimodal import MultimodalModel
 from megamm.model.sizes import resolve_model
@@ -45,6 +46,7 @@ def one_row(words: list[int], generator: torch.Generator) -> Batch:
         hi=hi,
         patches=torch.randint(0, 256, (PATCHES, 192), generator=generator).to(torch.uint8),
         patch_index=torch.arange(1, 1 + PATCHES),
+        label_index=torch.arange(PATCHES + 1, length - 1),
     )
 
 
@@ -113,7 +115,8 @@ def test_documents_of_a_row_do_not_see_each_other(architecture):
         f.name: torch.cat([getattr(x, f.name) for x in (first, second)], dim=-1) for f in dataclasses.fields(Batch)
     }
     joined["patches"] = torch.cat((first.patches, second.patches))
-    joined["patch_index"] = torch.cat((first.patch_index, second.patch_index + a))
+    for name in ("patch_index", "label_index"):
+        joined[name] = torch.cat((getattr(first, name), getattr(second, name) + a))
     for name in ("lo", "hi"):
         joined[name][0, a:] += a
     torch.manual_seed(0)
@@ -186,3 +189,25 @@ def test_compiled_blocks_give_the_same_gradients(batch):
 
     for eager, compiled in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_backend_is_obeyed_or_refused(batch):
+    """sdpa is the CPU's default; what cannot run there is bad input that names the setting."""
+    torch.manual_seed(0)
+    model = MultimodalModel(model_config("early"))
+    loss = model(batch).loss
+    for backend in ("sdpa", "interval", "flash"):
+        model.config.attention = AttentionConfig(backend=backend)
+        if backend == "sdpa":
+            assert torch.equal(model(batch).loss, loss)
+        else:
+            with pytest.raises(InputError, match=f"model.attention.backend: attention backend '{backend}'"):
+                model(batch)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_gives_the_same_loss(batch):
+    model = MultimodalModel(model_config("early")).requires_grad_(False)
+    expected = model(batch).loss
+    model.config.attention.backend = "flex"
+    torch.testing.assert_close(model(batch).loss, expected)

@@ -43,6 +43,7 @@ def batch() -> Batch:
         targets=rows([IGNORE] * len(tokens), targets), source=rows(empty, [0] * 9 + [1] * 5, torch.uint8),
         modality=rows(empty, empty, torch.uint8), lo=rows([0] * len(tokens), lo), hi=rows([-1] * len(tokens), hi),
         patches=torch.from_numpy(patches), patch_index=torch.arange(4) + len(tokens) + 1,
+        label_index=torch.tensor([len(tokens) + i for i, t in enumerate(targets) if t != IGNORE]),
     )  # fmt: skip
 
 

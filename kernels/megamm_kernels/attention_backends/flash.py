@@ -1,0 +1,84 @@
+"""flash-attn's varlen kernels, for the rows that they can express.
+
+These are rows whose documents are all causal (text only) or all bidirectional (spans of an encoder). A mask that is
+causal in part, as an image among text needs it, is refused.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class FlashPlan(NamedTuple):
+    """Documents of a batch, end to end over all rows.
+
+    Attributes:
+        starts: int32 [documents + 1], first position of each in the flattened rows, and the end. A padding
+            position is a document of its own.
+        max_length: length of the longest one.
+        causal: whether documents are causal; else bidirectional.
+        empty: bool [B, S], padding.
+    """
+
+    starts: torch.Tensor
+    max_length: int
+    causal: bool
+    empty: torch.Tensor
+
+
+def plan(lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: int) -> FlashPlan:
+    """Find the documents. Waits for the device, since what cannot be expressed has to be refused.
+
+    Raises:
+        ImportError: flash-attn is not installed.
+        ValueError: these rows or this dtype are beyond flash-attn.
+    """
+    _varlen_function()
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"attention backend 'flash' takes float16 and bfloat16, not {dtype}; use 'interval' or 'sdpa'")
+    batch, length = lo.shape
+    if num_keys != length:
+        raise ValueError(f"attention backend 'flash' needs as many keys as queries, not {num_keys} and {length}")
+    position = torch.arange(length, device=lo.device, dtype=lo.dtype)
+    empty = hi < lo
+    is_start = empty | (lo == position)
+    start = torch.where(is_start, position, -1).cummax(1).values
+    if bool((~empty & (lo != start)).any()):
+        raise ValueError("attention backend 'flash' needs queries to see from the start of their document on")
+    flat = is_start.clone()
+    flat[:, 0] = True
+    starts = flat.flatten().nonzero().flatten()
+    starts = torch.cat([starts, starts.new_tensor([batch * length])])
+    lengths = starts.diff()
+    last = (starts[1:].repeat_interleave(lengths).view(batch, length) - 1) % length
+    causal = bool((empty | (hi == position)).all())
+    if not causal and not bool((empty | (hi == last)).all()):
+        raise ValueError(
+            "attention backend 'flash' takes documents that are all causal (text only) or all bidirectional; "
+            "these rows mix both, as images among text do: use 'interval', 'flex' or 'sdpa'"
+        )
+    return FlashPlan(starts.int(), int(lengths.max()), causal, empty)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: FlashPlan, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The log-sum-exp carries no gradient; the backward is flash-attn's deterministic one."""
+    result = _varlen_function()(
+        *(x.flatten(0, 1) for x in (q, k, v)), plan.starts, plan.starts, plan.max_length, plan.max_length,
+        causal=plan.causal, deterministic=True, return_attn_probs=return_lse,
+    )  # fmt: skip
+    out = (result[0] if return_lse else result).view(q.shape).masked_fill(plan.empty[..., None, None], 0.0)
+    if not return_lse:
+        return out, None
+    lse = result[1].detach().T.unflatten(0, q.shape[:2])
+    return out, lse.masked_fill(plan.empty[..., None], -torch.inf)
+
+
+def _varlen_function():
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        message = "attention backend 'flash' needs the package flash-attn: pip install flash-attn"
+        raise ImportError(message) from error
+    return flash_attn_varlen_func

@@ -1,0 +1,18 @@
+"""Which implementation runs: Triton kernels on CUDA tensors, plain torch on all others."""
+
+from importlib.util import find_spec
+
+import torch
+
+HAS_TRITON = find_spec("triton") is not None
+
+interpret = False
+"""Tests set it, together with TRITON_INTERPRET=1, to run the Triton kernels on CPU tensors."""
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels take ``x``; an error where they would but triton is missing."""
+    wanted = x.is_cuda or interpret
+    if wanted and not HAS_TRITON:
+        raise RuntimeError("megamm_kernels runs CUDA tensors with Triton, which is not installed: pip install triton")
+    return wanted

@@ -1,0 +1,63 @@
+"""The benchmarks' harness: figures, errors of peers, and every script at tiny size on the CPU."""
+
+import csv
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / "kernels" / "bench"
+sys.path.insert(0, str(BENCH))
+
+from harness import Case, Provider, UnavailableError, Work, gradients, main  # noqa: E402
+
+
+def make(device, dtype):
+    return torch.ones(64, device=device, dtype=dtype, requires_grad=True)
+
+
+def missing(x):
+    import no_such_module  # noqa: F401
+
+
+def refuses(x):
+    raise UnavailableError("not for this shape")
+
+
+def run(tmp_path, *providers, extra=()):
+    case = Case("tiny", Work(flops=64, bytes=512), make)
+    with pytest.raises(SystemExit) as end:
+        main("square", lambda quick: [case], providers, ["--out", str(tmp_path), "--device", "cpu", "--quick", *extra])
+    with (tmp_path / "square.csv").open() as file:
+        return end.value.code, {row["provider"]: row for row in csv.DictReader(file)}
+
+
+def test_harness_writes_figures_and_reasons(tmp_path):
+    ours = Provider("megamm", lambda x: gradients(lambda: (x * x).sum(), [x]))
+    status, rows = run(tmp_path, ours, Provider("peer", missing), Provider("flex", refuses))
+    assert status == 0
+    assert float(rows["megamm"]["ms"]) > 0 and float(rows["megamm"]["share_of_ceiling"]) > 0
+    assert rows["megamm"]["torch"] == torch.__version__ and rows["megamm"]["peak_mib"] == ""
+    assert rows["peer"]["error"].startswith("not installed") and "not for this shape" in rows["flex"]["error"]
+    assert (tmp_path / "square.png").stat().st_size > 0
+
+
+def test_harness_fails_when_ours_fails_and_skips_when_out_of_time(tmp_path):
+    status, _ = run(tmp_path, Provider("megamm", refuses))
+    assert status == 1
+    _, rows = run(tmp_path, Provider("peer", refuses), extra=("--budget", "0"))
+    assert rows["peer"]["error"] == "skipped: out of time"
+
+
+@pytest.mark.parametrize("script", sorted(p.stem for p in BENCH.glob("*.py") if "__main__" in p.read_text()))
+def test_every_script_runs_at_tiny_size(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "--device", "cpu", "--quick", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(BENCH / f"{script}.py"), run_name="__main__")
+    assert not end.value.code
+    with (tmp_path / f"{script}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert any(row["ms"] for row in rows)
+    assert all(row["ms"] for row in rows if row["provider"].startswith("megamm"))
