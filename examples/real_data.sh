@@ -73,11 +73,13 @@ if [ ! -f "$work/tokenizer.json" ]; then
         --vocab-size 4096 --out "$work/tokenizer.json"
 fi
 
-prepare() { # prepare KIND INPUT
+prepare() { # prepare KIND INPUT VAL_FRACTION
     [ -f "$work/$1/dataset.json" ] || "$python" "$tools/prepare_data.py" "$2" --kind "$1" --out "$work/$1" \
-        --tokenizer "$work/tokenizer.json" --image-size 64 --patch-size 8 --max-length 512 --workers "$workers"
+        --tokenizer "$work/tokenizer.json" --image-size 64 --patch-size 8 --max-length 512 --val-fraction "$3" \
+        --workers "$workers"
 }
-prepare interleaved "$pages"
-prepare caption "$stamps"
-prepare text "$work/dictionary.jsonl"
+# Of few stamps and pages a tenth, so that validation measures more than a handful of documents.
+prepare interleaved "$pages" 0.1
+prepare caption "$stamps" 0.1
+prepare text "$work/dictionary.jsonl" 0.02
 echo "prepared: $work/interleaved $work/caption $work/text"
