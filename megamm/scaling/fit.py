@@ -42,6 +42,8 @@ class Fit:
     starts_at_optimum: int
     gradient_norm: float
     """Of the objective in (E, log A, alpha, log B, beta), without components that push against a bound."""
+    condition_number: float
+    """Of the reweighted least-squares matrix at the optimum, scaled to a unit diagonal."""
     kappa: float
     """Median of flops/(6*params*tokens)."""
     seed: int
@@ -50,6 +52,8 @@ class Fit:
     redrawn: int = 0
     """Resamples drawn again because they held fewer than 3 distinct sizes."""
     holdout: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+    """Further entries of `fits.json`, made by diagnostics.examine."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -92,6 +96,7 @@ class Fit:
             "objective": self.objective,
             "starts": {"total": self.starts_total, "at_optimum": self.starts_at_optimum},
             "gradient_norm": self.gradient_norm,
+            "condition_number": self.condition_number,
             "intervals": self.intervals,
             "standard_errors": dict(zip(laws.PARAMETERS, self.draws.std(axis=0, ddof=1).tolist())),
             "exponents": self.exponents,
@@ -103,6 +108,7 @@ class Fit:
             },
             "bootstrap": {"resamples": len(self.draws), "seed": self.seed, "clusters": self.clusters},
             "holdout": self.holdout,
+            **self.checks,
             "warnings": self.warnings,
         }
 
@@ -139,7 +145,7 @@ def fit_group(
     problem = _problem(table, loss_column)
     ends, objectives = _descend_all(problem)
     theta, objective = ends[0], float(objectives[0])
-    gradient = minimise.evaluate(problem, theta[None], np.ones((1, len(table))), minimise.DELTA)[1]
+    _, gradient, _, reweighted = minimise.evaluate(problem, theta[None], np.ones((1, len(table))), minimise.DELTA)
     gradient = minimise.projected_gradient(problem, theta[None], gradient)[0]
     # The batch works on centred logarithms; the chain rule takes the gradient back to log A and log B.
     gradient[[2, 4]] -= gradient[[1, 3]] * [problem.mean_log_n, problem.mean_log_d]
@@ -160,6 +166,7 @@ def fit_group(
         starts_total=len(objectives),
         starts_at_optimum=int((objectives <= objective * (1 + AGREE_RELATIVE) + AGREE_ABSOLUTE).sum()),
         gradient_norm=float(np.linalg.norm(gradient)),
+        condition_number=minimise.condition_number(reweighted[0]),
         kappa=laws.flops_factor(table.numbers("params"), table.numbers("tokens"), table.numbers("flops")),
         seed=seed,
         clusters=int(clusters.max()) + 1,
@@ -226,9 +233,11 @@ def distinct(values: np.ndarray) -> np.ndarray:
 
 
 def hold_out(fit: Fit) -> dict[str, Any]:
-    """Refit without the runs of largest compute and predict them.
+    """Refit without the runs of largest compute and predict them; tell how far the exponent a moves.
 
-    Held back: the highest fifth of the runs by FLOPs, together with any run tied with them.
+    Held back: the highest fifth of the runs by FLOPs, together with any run tied with them. A loss may be
+    predicted to 1% while the exponent of the allocation drifts by far more: ``a_drift`` is without minus with
+    them, ``a_drift_in_half_widths`` the same in half-widths of the interval of a.
     """
     table = fit.table
     flops = table.numbers("flops")
@@ -248,6 +257,8 @@ def hold_out(fit: Fit) -> dict[str, Any]:
     kept_back = table.select(held)
     error = np.expm1(log_residuals(parameters, kept_back, fit.loss_column))
     exponent = laws.exponents(parameters, fit.flops_range)["a"]
+    drift = float(exponent) - fit.exponents["a"]
+    low, high = fit.intervals["a"]
     return {
         "rule": f"the {held.sum()} runs of largest FLOPs (highest {HOLDOUT_SHARE:.0%})",
         "n": int(held.sum()),
@@ -256,6 +267,9 @@ def hold_out(fit: Fit) -> dict[str, Any]:
         "relative_errors": error.tolist(),
         "a_without": float(exponent),
         "a_with": fit.exponents["a"],
+        "a_drift": drift,
+        "a_drift_in_half_widths": abs(drift) / max(0.5 * (high - low), 1e-12),
+        "compute_ratio": float(flops.max() / rest.numbers("flops").max()),
     }
 
 

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from megamm.errors import InputError
 from megamm.files import atomic_path, write_text
-from megamm.scaling import laws
 from megamm.scaling.compare import Law, key_of
-from megamm.scaling.diagnostics import warnings_of
+from megamm.scaling.diagnostics import examine
 from megamm.scaling.fit import MIN_RUNS, Fit, fit_group
+from megamm.scaling.fits_page import to_markdown
 from megamm.scaling.runs import RunTable
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -61,7 +61,7 @@ def fit_table(
                 continue
             progress(f"fitting {group}, {column}")
             fit = fit_group(runs, group=group, loss_column=column, form=form, resamples=resamples, seed=seed)
-            fit.warnings += warnings_of(fit)
+            examine(fit)
             fits.append(fit)
     return fits
 
@@ -85,62 +85,6 @@ def write_fits(folder: Path | str, fits: list[Fit]) -> list[Path]:
     write_text(folder / "fits.md", page)
     write_text(folder / "fits.json", document + "\n")  # last: whoever finds it finds the rest
     return [folder / name for name in ("fits.json", "fits.md", "bootstrap.npz", *plots)]
-
-
-# ------------------------------------------------------------------------------------------------- fits.md
-
-
-def to_markdown(fits: list[Fit]) -> str:
-    """All fits as a page: constants, exponents, intervals, held-out error, warnings."""
-    lines = ["# Scaling-law fits", "", "Loss in nats; 95% percentile bootstrap intervals in brackets.", ""]
-    for fit in fits:
-        entry = fit.to_json()
-        intervals = entry["intervals"]
-        lines += [
-            f"## {_title(fit)}: {laws.FORMS[fit.form].formula}",
-            "",
-            "| quantity | value | 95% interval |",
-        ]
-        lines += ["| --- | --- | --- |"]
-        for name, value in {**entry["parameters"], **entry["exponents"]}.items():
-            low, high = intervals[name]
-            lines.append(f"| {_meaning(name)} | {value:.5g} | [{low:.5g}, {high:.5g}] |")
-        unit = "runs" if fit.clusters == len(fit.table) else "trunks"
-        lines += [
-            "",
-            f"- runs: {entry['n_runs']}; FLOPs {fit.flops_range[0]:.3g} to {fit.flops_range[1]:.3g}; "
-            f"FLOPs are {fit.kappa:.4g} times 6ND",
-            f"- objective (huber_log): {fit.objective:.8g}; {fit.starts_at_optimum} of {fit.starts_total} "
-            f"starts ended there; gradient norm {fit.gradient_norm:.2g}",
-            f"- bootstrap: {len(fit.draws)} resamples of {fit.clusters} {unit}, seed {fit.seed}",
-            f"- held out: {_held_out(fit)}",
-            "",
-        ]
-        lines += [f"- **Warning**: {_escape(text)}" for text in fit.warnings] or ["No warnings."]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _title(fit: Fit) -> str:
-    return _escape(fit.group if fit.loss_column == "loss" else f"{fit.group}, {fit.loss_column}")
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
-
-
-def _meaning(name: str) -> str:
-    return {"a": "a (N* ~ C^a)", "b": "b (D* ~ C^b)", "c": "c (L* ~ C^c)", "d": "d (D* ~ N*^d)"}.get(name, name)
-
-
-def _held_out(fit: Fit) -> str:
-    result = fit.holdout
-    if "skipped" in result:
-        return f"skipped, {result['skipped']}"
-    return (
-        f"{result['rule']}; mean relative error of their loss {result['relative_error_loss']:.2%}; "
-        f"a {result['a_without']:.4f} without them, {result['a_with']:.4f} with them"
-    )
 
 
 # --------------------------------------------------------------------------------------------------- plots

@@ -1,0 +1,130 @@
+"""`fits.md`: every fit on one page, with what stands against it."""
+
+from typing import Any
+
+import numpy as np
+
+from megamm.scaling import laws
+from megamm.scaling.fit import Fit
+
+MEANINGS = {"a": "a (N* ~ C^a)", "b": "b (D* ~ C^b)", "c": "c (L* ~ C^c)", "d": "d (D* ~ N*^d)"}
+
+
+def to_markdown(fits: list[Fit]) -> str:
+    """All fits as a page: constants, exponents, intervals, drop-k tables, held-out error, warnings."""
+    lines = ["# Scaling-law fits", "", "Loss in nats; 95% percentile bootstrap intervals in brackets.", ""]
+    for fit in fits:
+        entry = fit.to_json()
+        lines += [f"## {title(fit)}: {laws.FORMS[fit.form].formula}", "", *_warnings(fit), ""]
+        lines += [*_constants(fit, entry), "", *_facts(fit, entry), ""]
+        if fit.checks:
+            lines += [*_optimum(entry), "", *_approaches(entry), "", *_drop_table(entry), ""]
+    return "\n".join(lines)
+
+
+def title(fit: Fit) -> str:
+    """The group, with the loss column if that is not ``loss``, safe in Markdown."""
+    return escape(fit.group if fit.loss_column == "loss" else f"{fit.group}, {fit.loss_column}")
+
+
+def escape(text: str) -> str:
+    """Text that neither a Markdown table nor HTML misreads."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def interval(ends: Any, digits: int = 5) -> str:
+    """``[low, high]``; an end that was not found is a question mark, no interval a blank."""
+    if ends is None:
+        return ""
+    return "[" + ", ".join("?" if x is None else f"{x:.{digits}g}" for x in ends) + "]"
+
+
+def _warnings(fit: Fit) -> list[str]:
+    return [f"- **Warning**: {escape(text)}" for text in fit.warnings] or ["No warnings."]
+
+
+def _constants(fit: Fit, entry: dict[str, Any]) -> list[str]:
+    joint = entry.get("joint", {}).get("intervals", {})
+    profile = entry.get("profile_intervals", {})
+    rows = []
+    for name, value in {**entry["parameters"], **entry["exponents"]}.items():
+        cells = [MEANINGS.get(name, name), f"{value:.5g}", interval(entry["intervals"][name])]
+        rows.append([*cells, interval(joint.get(name)), interval(profile.get(name))])
+    lines = table(["quantity", "value", "95% interval", "joint 95%", "profile likelihood 95%"], rows)
+    matrix = entry.get("joint", {}).get("correlation", {}).get("matrix")
+    if matrix:
+        _, A, alpha, B, beta = entry["parameters"].values()
+        n, d = (float(np.exp(np.log(fit.table.numbers(c)).mean())) for c in ("params", "tokens"))
+        lines += [
+            "",
+            f"A and B must not be read alone: log A and alpha are correlated at {matrix[1][2]:.4f}, log B and beta at "
+            f"{matrix[3][4]:.4f}. At the mean size, {n:.3g} parameters, A/N^alpha is {A * n**-alpha:.4f} "
+            f"nats; at the mean length, {d:.3g} tokens, B/D^beta is {B * d**-beta:.4f} nats. Joint "
+            "intervals hold E, alpha, beta and a at once.",
+        ]
+    return lines
+
+
+def _facts(fit: Fit, entry: dict[str, Any]) -> list[str]:
+    unit = "runs" if fit.clusters == len(fit.table) else "trunks"
+    return [
+        f"- runs: {entry['n_runs']}; FLOPs {fit.flops_range[0]:.3g} to {fit.flops_range[1]:.3g}; "
+        f"FLOPs are {fit.kappa:.4g} times 6ND",
+        f"- objective (huber_log: sum over runs of Huber(log prediction - log loss), delta 1e-3): {fit.objective:.8g}; "
+        f"{fit.starts_at_optimum} of {fit.starts_total} starts ended there; gradient norm {fit.gradient_norm:.2g}; "
+        f"condition number {fit.condition_number:.2g}",
+        f"- bootstrap: {len(fit.draws)} resamples of {fit.clusters} {unit}, seed {fit.seed}",
+        f"- held out: {_held_out(fit)}",
+    ]
+
+
+def _held_out(fit: Fit) -> str:
+    result = fit.holdout
+    if "skipped" in result:
+        return f"skipped, {result['skipped']}"
+    return (
+        f"{result['rule']}, up to {result['compute_ratio']:.3g} times the compute of the rest; mean relative error of "
+        f"their loss {result['relative_error_loss']:.2%}; a {result['a_without']:.4f} without them, "
+        f"{result['a_with']:.4f} with them: a drift of {result['a_drift_in_half_widths']:.2g} half-widths of its "
+        "interval"
+    )
+
+
+def _optimum(entry: dict[str, Any]) -> list[str]:
+    rows = []
+    for best in entry["optimum"]:
+        row = [f"{best['flops']:.3g} ({best['times_largest']:.3g}x the largest run)"]
+        for name, digits in (("params", 3), ("tokens", 3), ("loss", 4)):
+            row.append(f"{best[name]:.{digits}g} {interval(best[f'{name}_interval'], digits)}")
+            row.append(interval(best[f"{name}_joint_interval"], digits))
+        rows.append(row)
+    return ["Optimum:", "", *table(["FLOPs", "N*", "joint", "D*", "joint", "L*", "joint"], rows)]
+
+
+def _approaches(entry: dict[str, Any]) -> list[str]:
+    rows = []
+    for found in entry["approaches"]:
+        head = [f"{found['approach']}, {found['method']}"]
+        if "skipped" in found:
+            rows.append([*head, "", "", found["skipped"]])
+        else:
+            rows.append([*head, f"{found['a']:.4f}", interval(found["interval"], 4), str(found["points"])])
+    return ["N* ~ C^a by three approaches:", "", *table(["approach", "a", "95% interval", "runs or budgets"], rows)]
+
+
+def _drop_table(entry: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in entry["drop_k"]:
+        cells = [str(row["k"]), row["dropped"], *(f"{row[name]:.4f}" for name in ("E", "alpha", "beta", "a"))]
+        rows.append([*cells, f"{row['objective']:.4g}", ", ".join(row["outside"])])
+    head = ["k", "dropped", "E", "alpha", "beta", "a", "objective", "out of its interval"]
+    return ["Without the k runs of highest loss or of largest FLOPs:", "", *table(head, rows)]
