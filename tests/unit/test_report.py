@@ -18,6 +18,7 @@ from study_factory import COOLDOWN, LAWS, make_datasets, make_study
 
 from megamm.errors import InputError
 from megamm.scaling import laws
+from megamm.scaling.collect import collect
 from megamm.scaling.compare import compare, verdict
 from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.report import render_report, units
@@ -26,7 +27,7 @@ from megamm.scaling.report.figures import all_charts, shade
 from megamm.scaling.report.findings import cautions, findings, headline
 from megamm.scaling.report.study import read_study
 from megamm.scaling.report.tables import runs_table
-from megamm.scaling.runs import collect, read_runs, write_runs
+from megamm.scaling.runs import read_runs, write_runs
 
 EVIL = "<script>alert('x')</script>"
 TOOL = Path(__file__).parents[2] / "tools" / "render_report.py"

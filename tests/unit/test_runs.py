@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megamm.errors import InputError
-from megamm.scaling.runs import collect, read_runs, write_runs
+from megamm.scaling.collect import Options, collect
+from megamm.scaling.runs import read_runs, write_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,7 +109,7 @@ def test_collect_round_trip(tmp_path):
     (study / "runs" / "d" / "config.yaml").write_text("{}")
     rows, left_out = collect([study, study / "runs"])
     assert [row["run"] for row in rows] == ["a", "b", "c"]
-    assert sum("unfinished" in line for line in left_out) == 2 and sum("not cooled" in x for x in left_out) == 1
+    assert sum("unfinished" in line for line in left_out) == 1 and sum("not cooled" in x for x in left_out) == 1
     assert rows[0]["loss_text"] == 4.0 and rows[0]["loss_interleaved"] == 3.0 and rows[0]["loss_stamps"] == 3.5
     assert rows[0]["trunk"] == rows[1]["trunk"] == "study/trunks/t" and rows[2]["trunk"] is None
     out = tmp_path / "runs.csv"
@@ -116,14 +117,15 @@ def test_collect_round_trip(tmp_path):
     header = out.read_text().splitlines()[0]
     assert header == (
         "run,architecture,mixture,params,params_active,tokens,flops,loss,"
-        "loss_text,loss_interleaved,loss_stamps,trunk,cooled"
+        "loss_text,loss_interleaved,loss_stamps,params_vision,tokens_vision,flops_convention,measured_on,checkpoint,"
+        "cooled,trunk"
     )
     runs = read_runs(out)
     assert runs.numbers("loss").tolist() == [3.5, 3.2, 3.5]
     assert runs.rows[0]["cooled"] is True and runs.numbers("flops")[2] == 6e6 * 409600
     again, _ = collect([out])
     assert [(r["run"], r["loss"], r["trunk"]) for r in again] == [(r["run"], r["loss"], r["trunk"]) for r in rows]
-    with_trunk, _ = collect([study], include_uncooled=True)
+    with_trunk, _ = collect([study], Options(include_uncooled=True))
     assert {row["trunk"] for row in with_trunk if row["run"] in "tab"} == {"study/trunks/t"}
 
 
