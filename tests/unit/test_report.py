@@ -17,12 +17,12 @@ from PIL import Image
 from study_factory import COOLDOWN, LAWS, make_datasets, make_study
 
 from megamm.errors import InputError
-from megamm.scaling import laws
+from megamm.scaling import laws, units
+from megamm.scaling.charts import extent, to_plotly, to_png
 from megamm.scaling.collect import collect
 from megamm.scaling.compare import compare, verdict
 from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.report import render_report, units
-from megamm.scaling.report.charts import extent, to_plotly, to_png
+from megamm.scaling.report import render_report
 from megamm.scaling.report.figures import all_charts, shade
 from megamm.scaling.report.findings import cautions, findings, headline
 from megamm.scaling.report.study import read_study

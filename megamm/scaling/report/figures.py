@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from megamm.scaling.charts import Axis, Chart, Panel, Series, padded
 from megamm.scaling.compare import Comparison
 from megamm.scaling.fit import distinct
-from megamm.scaling.report.charts import Axis, Chart, Panel, Series, padded
 from megamm.scaling.report.study import BLIND, Run, Study
-from megamm.scaling.report.units import count, digits, power
+from megamm.scaling.units import count, digits, power
 
 COLOURS = {"early": "#0072B2", "late": "#D55E00", "text": "#7a8089"}
 """Of each architecture, everywhere; told apart by colour-blind readers (Okabe and Ito)."""

@@ -8,7 +8,7 @@ import numpy as np
 from megamm.scaling.compare import Comparison, Crossover, Law, compare, verdict
 from megamm.scaling.report.figures import column_name, image_sources, longest, loss_after_image, name_of
 from megamm.scaling.report.study import BLIND, Study
-from megamm.scaling.report.units import digits, power, prettify
+from megamm.scaling.units import digits, power, prettify
 
 
 @dataclass(kw_only=True)

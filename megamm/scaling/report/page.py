@@ -7,13 +7,13 @@ import plotly.io
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from megamm.scaling.report.charts import Chart, Panel, Series, legend, to_plotly
+from megamm.scaling.charts import Chart, Panel, Series, legend, to_plotly
 from megamm.scaling.report.findings import Finding
 from megamm.scaling.report.sample_rows import data_uri
 from megamm.scaling.report.study import Study
 from megamm.scaling.report.style import CSS, SORT
 from megamm.scaling.report.tables import comparison_table, fits_table, image_table, note, runs_table, versions_table
-from megamm.scaling.report.units import count, duration, power
+from megamm.scaling.units import count, duration, power
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """The browser enforces that the page loads nothing."""
