@@ -6,6 +6,7 @@ import numpy as np
 
 from megamm.scaling.charts import Axis, Chart, Panel, Series, padded
 from megamm.scaling.compare import Comparison
+from megamm.scaling.compare_outputs import lead_chart
 from megamm.scaling.fit import distinct
 from megamm.scaling.report.study import BLIND, Run, Study
 from megamm.scaling.units import count, digits, power
@@ -50,7 +51,7 @@ def all_charts(study: Study, comparison: Comparison | None) -> dict[str, Chart]:
     """Every chart for which the study has data, by name."""
     charts = [frontier(study), *frontiers_by_source(study)]
     if comparison is not None:
-        charts.append(lead(study, comparison))
+        charts.append(lead_chart("lead", comparison, (name_of(comparison.first), name_of(comparison.second))))
     charts += [*training(study), *validation(study), *image_use(study)]
     return {chart.name: chart for chart in charts}
 
@@ -135,49 +136,6 @@ def _frontier_panel(study: Study, column: str, title: str) -> Panel:
     if lines:  # a wide band at the far end must not squeeze the points
         low = max(min(low, min(float(s.band[0].min()) for s in lines)), low - 0.3 * (high - low))
     return Panel(title=title, x=x, y=Axis(label="loss (nats per token)", range=(low, high)), series=series)
-
-
-def lead(study: Study, comparison: Comparison) -> Chart:
-    """How far apart the two architectures are."""
-    first, second = name_of(comparison.first), name_of(comparison.second)
-    x = Axis(label="training compute (FLOPs)", log=True, form=power)
-    gain = np.clip(np.stack([comparison.gain, *comparison.gain_interval]), 1e-2, 1e2)
-    panels = [
-        Panel(
-            title="Difference in loss (below 0 the first is ahead)",
-            x=x,
-            y=Axis(label="loss difference (nats)"),
-            baseline=0.0,
-            series=[
-                Series(
-                    name=f"{first} minus {second}, with the 95% band of the whole curve",
-                    x=comparison.flops,
-                    y=comparison.difference,
-                    colour="#3b4252",
-                    band=comparison.simultaneous,
-                )
-            ],
-        ),
-        Panel(
-            title="Compute for the same loss (above 1 the first is ahead)",
-            x=x,
-            y=Axis(label="ratio of FLOPs", log=True),
-            baseline=1.0,
-            series=[
-                Series(
-                    name=f"FLOPs of {second} over those of {first}, with 95% intervals",
-                    x=comparison.flops,
-                    y=gain[0],
-                    colour="#009E73",
-                    band=gain[1:],
-                )
-            ],
-        ),
-    ]
-    caption = (
-        "Where a band contains the horizontal line, the runs cannot tell which architecture is ahead at that budget."
-    )
-    return Chart(name="lead", caption=caption, panels=panels, columns=2)
 
 
 # ------------------------------------------------------------------------------------------------- training
