@@ -10,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from megamm.scaling.units import digits, log_ticks
 
@@ -218,6 +219,8 @@ def _draw_panel(axes, panel: Panel) -> None:
             values, texts = log_ticks(low, high, axis.form)
             ruler.set_ticks(values, labels=texts)
             ruler.set_ticks([], minor=True)
+        else:
+            ruler.set_major_locator(MaxNLocator(6))
         getattr(axes, f"set_{name}lim")(low, high)
         getattr(axes, f"set_{name}label")(_plain(axis.label), fontsize=9, color=AXIS)
     axes.set_title(_plain(panel.title), fontsize=10, loc="left")

@@ -143,6 +143,8 @@ def key_of(group: str, loss_column: str = "loss") -> str:
 def read_laws(folder: Path | str, loss_column: str = "loss") -> dict[str, Law]:
     """The laws of one loss column by group, from the output folder of fit_scaling_laws.py.
 
+    Fits of other forms than E + A/N^alpha + B/D^beta have no frontier of that shape and are passed over.
+
     Raises:
         InputError: fits.json or bootstrap.npz is missing or not as written by that tool.
     """
@@ -155,7 +157,7 @@ def read_laws(folder: Path | str, loss_column: str = "loss") -> dict[str, Law]:
         found = {}
         with np.load(folder / "bootstrap.npz", allow_pickle=False) as draws:
             for fit in fits:
-                if fit.get("loss_column", "loss") != loss_column:
+                if fit.get("loss_column", "loss") != loss_column or not set(laws.PARAMETERS) <= set(fit["parameters"]):
                     continue
                 found[fit["group"]] = Law(
                     name=fit["group"],

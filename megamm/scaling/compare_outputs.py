@@ -232,14 +232,14 @@ def lead_chart(name: str, comparison: Comparison, names: tuple[str, str]) -> Cha
     )
     panels = [
         Panel(
-            title="Difference in loss (below 0 the first is ahead)",
+            title="Loss difference, first ahead below 0",
             x=x,
             y=Axis(label="loss difference (nats)"),
             baseline=0.0,
             series=[difference],
         ),
         Panel(
-            title="Compute for the same loss (above 1 the first is ahead)",
+            title="Compute for equal loss, first ahead above 1",
             x=x,
             y=Axis(label="ratio of FLOPs", log=True),
             baseline=1.0,

@@ -4,10 +4,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from megamm.scaling.accounting import runs_of
 from megamm.scaling.charts import Axis, Chart, Panel, Series, padded
 from megamm.scaling.compare import Comparison
 from megamm.scaling.compare_outputs import lead_chart
 from megamm.scaling.fit import distinct
+from megamm.scaling.fit_plots import group_of
+from megamm.scaling.plots import fit_charts
 from megamm.scaling.report.study import BLIND, Run, Study
 from megamm.scaling.units import count, digits, power
 
@@ -52,7 +55,7 @@ def all_charts(study: Study, comparison: Comparison | None) -> dict[str, Chart]:
     charts = [frontier(study), *frontiers_by_source(study)]
     if comparison is not None:
         charts.append(lead_chart("lead", comparison, (name_of(comparison.first), name_of(comparison.second))))
-    charts += [*training(study), *validation(study), *image_use(study)]
+    charts += [*fit_diagnostics(study), *training(study), *validation(study), *image_use(study)]
     return {chart.name: chart for chart in charts}
 
 
@@ -136,6 +139,16 @@ def _frontier_panel(study: Study, column: str, title: str) -> Panel:
     if lines:  # a wide band at the far end must not squeeze the points
         low = max(min(low, min(float(s.band[0].min()) for s in lines)), low - 0.3 * (high - low))
     return Panel(title=title, x=x, y=Axis(label="loss (nats per token)", range=(low, high)), series=series)
+
+
+def fit_diagnostics(study: Study) -> list[Chart]:
+    """Residuals, correlations and hold-out of the fits of the average loss."""
+    groups = []
+    entries = {fit["group"]: fit for fit in study.fits if fit.get("loss_column", "loss") == "loss"}
+    for name, law in study.laws.get("loss", {}).items():
+        runs = runs_of(study.table, study.group_column, name)
+        groups.append(group_of(law, runs, "loss", entries[name], name=name_of(name), colour=colour_of(study, name)))
+    return fit_charts(groups)[1:] if groups else []
 
 
 # ------------------------------------------------------------------------------------------------- training
