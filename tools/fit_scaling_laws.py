@@ -8,7 +8,8 @@ from rich.console import Console
 
 from megamm.errors import exit_on_error
 from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.laws import FORMS
+from megamm.scaling.forms import FORMS
+from megamm.scaling.laws import FORMS as PLAIN_FORMS
 from megamm.scaling.runs import read_runs
 
 
@@ -28,7 +29,7 @@ def main() -> None:
         metavar="COLUMNS",
         help="column to fit, several with commas, or 'all' (default: loss)",
     )
-    formulas = "; ".join(f"{form.name}: {form.formula}" for form in FORMS.values())
+    formulas = "; ".join(f"{form.name}: {form.formula}" for form in (*PLAIN_FORMS.values(), *FORMS.values()))
     parser.add_argument("--form", default="chinchilla", help=f"form of the law ({formulas}; default: %(default)s)")
     parser.add_argument(
         "--bootstrap",

@@ -51,7 +51,7 @@ def warnings_of(fit: Fit) -> list[str]:
         *_stability(fit),
         *_design(fit),
         *_bootstrap(fit),
-        *_outliers(fit),
+        *outliers(fit),
     ]
 
 
@@ -178,7 +178,8 @@ def _bootstrap(fit: Fit) -> list[str]:
     return found
 
 
-def _outliers(fit: Fit) -> list[str]:
+def outliers(fit: Fit) -> list[str]:
+    """The runs more than 6 usual deviations off the fit, by name, the furthest first."""
     residuals = fit.residuals
     middle = np.median(residuals)
     # Below 1e-4 a residual is beyond what any run can measure, however well the others agree.

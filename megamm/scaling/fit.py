@@ -127,8 +127,8 @@ def fit_group(
     Raises:
         InputError: unknown form or column, too few resamples, or fewer than 5 runs.
     """
-    if form not in laws.FORMS:
-        raise InputError(f"--form: {form!r} is unknown; known: {', '.join(laws.FORMS)}")
+    if form != "chinchilla":
+        raise InputError(f"--form: {form!r} is unknown; known: chinchilla (see fit_outputs.fit_table for the others)")
     if resamples < 10:
         raise InputError(f"--bootstrap: {resamples} resamples cannot give intervals; give at least 10")
     if loss_column not in table.loss_columns:
@@ -142,8 +142,8 @@ def fit_group(
             f"{table.path}: group {group!r}, column {loss_column}: {len(table)} runs (line {lines}), but the "
             f"{len(laws.PARAMETERS)} parameters need at least {MIN_RUNS}; add runs or remove the group"
         )
-    problem = _problem(table, loss_column)
-    ends, objectives = _descend_all(problem)
+    problem = fit_problem(table, loss_column)
+    ends, objectives = optima(problem)
     theta, objective = ends[0], float(objectives[0])
     _, gradient, _, reweighted = minimise.evaluate(problem, theta[None], np.ones((1, len(table))), minimise.DELTA)
     gradient = minimise.projected_gradient(problem, theta[None], gradient)[0]
@@ -252,8 +252,8 @@ def hold_out(fit: Fit) -> dict[str, Any]:
     for column in ("params", "tokens"):
         if distinct(rest.numbers(column)).max() < 2:
             return {"skipped": f"fewer than 3 distinct {column} would be left"}
-    problem = _problem(rest, fit.loss_column)
-    parameters = problem.to_parameters(_descend_all(problem)[0][0])
+    problem = fit_problem(rest, fit.loss_column)
+    parameters = problem.to_parameters(optima(problem)[0][0])
     kept_back = table.select(held)
     error = np.expm1(log_residuals(parameters, kept_back, fit.loss_column))
     exponent = laws.exponents(parameters, fit.flops_range)["a"]
@@ -273,11 +273,12 @@ def hold_out(fit: Fit) -> dict[str, Any]:
     }
 
 
-def _problem(table: RunTable, loss_column: str) -> minimise.Problem:
+def fit_problem(table: RunTable, loss_column: str) -> minimise.Problem:
+    """The runs of ``table`` as megamm.scaling.minimise needs them."""
     return minimise.Problem.of(table.numbers("params"), table.numbers("tokens"), table.numbers(loss_column))
 
 
-def _descend_all(problem: minimise.Problem) -> tuple[np.ndarray, np.ndarray]:
+def optima(problem: minimise.Problem) -> tuple[np.ndarray, np.ndarray]:
     """Where all starts end: theta (starts, 5) and objectives (starts,), the best first."""
     theta, objective = minimise.minimise(problem, minimise.starts(problem), np.ones((1, len(problem.y))))
     order = np.argsort(objective, kind="stable")

@@ -15,10 +15,12 @@ def to_markdown(fits: list[Fit]) -> str:
     lines = ["# Scaling-law fits", "", "Loss in nats; 95% percentile bootstrap intervals in brackets.", ""]
     for fit in fits:
         entry = fit.to_json()
-        lines += [f"## {title(fit)}: {laws.FORMS[fit.form].formula}", "", *_warnings(fit), ""]
+        formula = entry.get("formula") or laws.FORMS[fit.form].formula
+        lines += [f"## {title(fit)}: {escape(formula)}", "", *_warnings(fit), ""]
         lines += [*_constants(fit, entry), "", *_facts(fit, entry), ""]
-        if fit.checks:
-            lines += [*_optimum(entry), "", *_approaches(entry), "", *_drop_table(entry), ""]
+        for key, section in SECTIONS.items():
+            if key in entry:
+                lines += [*section(entry), ""]
     return "\n".join(lines)
 
 
@@ -60,6 +62,13 @@ def _constants(fit: Fit, entry: dict[str, Any]) -> list[str]:
         cells = [MEANINGS.get(name, name), f"{value:.5g}", interval(entry["intervals"][name])]
         rows.append([*cells, interval(joint.get(name)), interval(profile.get(name))])
     lines = table(["quantity", "value", "95% interval", "joint 95%", "profile likelihood 95%"], rows)
+    if "law" in entry:
+        law, at = entry["law"]["parameters"], entry["law"]["at"]
+        where = ", ".join(
+            f"{name} {value if isinstance(value, str) else format(value, '.3g')}" for name, value in at.items()
+        )
+        constants = ", ".join(f"{name} {value:.5g}" for name, value in law.items())
+        lines += ["", f"As a law of N and D alone ({where}): {constants}. Source of the form: {entry['source']}."]
     matrix = entry.get("joint", {}).get("correlation", {}).get("matrix")
     if matrix:
         _, A, alpha, B, beta = entry["parameters"].values()
@@ -91,6 +100,8 @@ def _held_out(fit: Fit) -> str:
     result = fit.holdout
     if "skipped" in result:
         return f"skipped, {result['skipped']}"
+    if "a_with" not in result:
+        return f"{result['rule']}; mean relative error of their loss {result['relative_error_loss']:.2%}"
     return (
         f"{result['rule']}, up to {result['compute_ratio']:.3g} times the compute of the rest; mean relative error of "
         f"their loss {result['relative_error_loss']:.2%}; a {result['a_without']:.4f} without them, "
@@ -128,3 +139,35 @@ def _drop_table(entry: dict[str, Any]) -> list[str]:
         rows.append([*cells, f"{row['objective']:.4g}", ", ".join(row["outside"])])
     head = ["k", "dropped", "E", "alpha", "beta", "a", "objective", "out of its interval"]
     return ["Without the k runs of highest loss or of largest FLOPs:", "", *table(head, rows)]
+
+
+def _sharing(entry: dict[str, Any]) -> list[str]:
+    found = entry["sharing"]
+    return [
+        f"alpha and beta are shared by {escape(', '.join(found['groups']))}: objective {found['objective_shared']:.6g}, "
+        f"with separate exponents {found['objective_free']:.6g}; robust likelihood-ratio test p = "
+        f"{found['p_value']:.2g} (small: do not share)."
+    ]
+
+
+def _mixture(entry: dict[str, Any], key: str = "optimal_mixture") -> list[str]:
+    best = entry[key]
+    rows = [
+        [escape(name), f"{share:.3f}", interval(best["intervals"][name], 3), interval(best["measured"][name], 3)]
+        for name, share in best["shares"].items()
+    ]
+    what = best["losses"][0] if len(best["losses"]) == 1 else f"the mean of {', '.join(best['losses'])}"
+    head = f"Mixture with the lowest value of {escape(what)} at {best['params']:.3g} parameters and {best['tokens']:.3g} tokens"
+    lines = table(["domain", "share", "95% interval", "measured"], rows)
+    return [f"{head}: {best['loss']:.4f} nats", "", *lines]
+
+
+SECTIONS = {
+    "optimum": _optimum,
+    "approaches": _approaches,
+    "drop_k": _drop_table,
+    "sharing": _sharing,
+    "optimal_mixture": _mixture,
+    "optimal_mixture_of_losses": lambda entry: _mixture(entry, "optimal_mixture_of_losses"),
+}
+"""What is printed where `fits.json` has the entry."""

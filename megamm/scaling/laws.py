@@ -25,7 +25,7 @@ def predict(parameters: np.ndarray, params: np.ndarray, tokens: np.ndarray) -> n
 
 @dataclass(kw_only=True, frozen=True)
 class Form:
-    """A form of law that can be fitted."""
+    """A law in N and D alone; laws with further variables are in megamm.scaling.forms."""
 
     name: str
     formula: str
@@ -35,6 +35,12 @@ class Form:
 
 FORMS = {
     "chinchilla": Form(name="chinchilla", formula="E + A/N^alpha + B/D^beta", parameters=PARAMETERS, predict=predict),
+    "shared": Form(
+        name="shared",
+        formula="E + A/N^alpha + B/D^beta, alpha and beta shared by all groups",
+        parameters=PARAMETERS,
+        predict=predict,
+    ),
 }
 
 

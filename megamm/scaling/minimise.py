@@ -32,6 +32,7 @@ class Problem:
     y: np.ndarray
     mean_log_n: float
     mean_log_d: float
+    continuation: tuple[float, ...] = CONTINUATION
     held: tuple[int, ...] = ()
     """Components of theta that stay where a start puts them, as a profile likelihood needs."""
 
@@ -142,7 +143,7 @@ def minimise(
     objective = np.empty(len(theta))
     for begin in range(0, len(theta), CHUNK):
         part = slice(begin, begin + CHUNK)
-        for stage in (*(d for d in CONTINUATION if d > delta), delta):
+        for stage in (*(d for d in problem.continuation if d > delta), delta):
             last = stage == delta
             theta[part], objective[part] = _descend(
                 problem, theta[part], weights[part], stage, 200 if last else 6, 1e-11 if last else 1e-3

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megamm.scaling import laws, minimise
-from megamm.scaling.fit import MIN_RUNS_HOLDOUT, Fit, distinct
+from megamm.scaling.fit import MIN_RUNS_HOLDOUT, Fit, distinct, fit_problem
 
 STEPS = (1, 2, 3, 5, 10, 20)
 DROP_SHARE = 0.1
@@ -82,7 +82,7 @@ def _spans(fit: Fit, keep: np.ndarray) -> bool:
 
 def _refit(fit: Fit, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Optimum for each row of ``weights`` (m, n): parameters (m, 5) and objective (m,)."""
-    problem = minimise.Problem.of(*(fit.table.numbers(c) for c in ("params", "tokens", fit.loss_column)))
+    problem = fit_problem(fit.table, fit.loss_column)
     starts = np.concatenate([problem.to_theta(fit.parameters)[None], minimise.starts(problem, STARTS_PER_AXIS)])
     starts = np.clip(starts, *problem.bounds)
     m, s = len(weights), len(starts)

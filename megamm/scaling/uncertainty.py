@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import fdtri
 
 from megamm.scaling import laws, minimise
-from megamm.scaling.fit import LEVEL, Fit
+from megamm.scaling.fit import LEVEL, Fit, fit_problem
 
 POINTS = 25
 RATIO_POINTS = 11
@@ -88,7 +88,7 @@ def profile_intervals(fit: Fit) -> dict[str, list[float | None]]:
     The rise of the objective is judged by the robust likelihood-ratio test of M-estimators (Ronchetti 1982): twice
     the rise, times mean psi' / mean psi^2, is F-distributed with 1 and n - 5 degrees of freedom.
     """
-    problem = minimise.Problem.of(*(fit.table.numbers(c) for c in ("params", "tokens", fit.loss_column)))
+    problem = fit_problem(fit.table, fit.loss_column)
     theta = np.clip(problem.to_theta(fit.parameters), *problem.bounds)
     allowed = _allowed_rise(fit)
     intervals = fit.intervals
@@ -117,14 +117,23 @@ def _log_optimum(fit: Fit, parameters: np.ndarray, flops: np.ndarray) -> np.ndar
 
 def _allowed_rise(fit: Fit) -> float:
     """By how much the objective may rise at 95%."""
-    size = np.abs(fit.residuals)
-    n, delta = len(size), minimise.DELTA
+    number = len(laws.PARAMETERS)
+    quantile = float(fdtri(1, max(1, len(fit.table) - number), LEVEL))
+    return 0.5 * quantile * deviance_scale(fit.residuals, number)
+
+
+def deviance_scale(residuals: np.ndarray, number: int) -> float:
+    """mean psi^2 / mean psi' of log residuals (n,) after ``number`` parameters were fitted.
+
+    Twice the rise of the `huber_log` objective under k restrictions, divided by this, is about chi-squared with k
+    degrees of freedom if the residuals are independent and of one spread (Ronchetti 1982).
+    """
+    size, delta = np.abs(residuals), minimise.DELTA
     # mean psi' is the share of residuals within delta, too few to count in a small ladder: count wider, scale down.
     width = max(delta, float(np.quantile(size, CENTRAL)))
     slope = (size <= width).mean() * delta / width
-    variance = (np.minimum(size, delta) ** 2).sum() / max(1, n - len(laws.PARAMETERS))
-    quantile = float(fdtri(1, max(1, n - len(laws.PARAMETERS)), LEVEL))
-    return 0.5 * quantile * variance / max(slope, 1e-12)
+    variance = (np.minimum(size, delta) ** 2).sum() / max(1, len(size) - number)
+    return max(variance / max(slope, 1e-12), 1e-300)
 
 
 def _grid(center: float, interval: Any, lowest: float, highest: float, points: int) -> np.ndarray:
