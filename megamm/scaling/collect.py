@@ -87,7 +87,7 @@ def collect(
     options = options or Options()
     if options.loss not in LOSSES:
         raise InputError(f"--loss: {options.loss!r} is unknown; known: {', '.join(LOSSES)}")
-    rows, places, left_out = [], [], []
+    paths, rows, places, left_out = list(paths), [], [], []
     origins: set[str] = set()
     named: dict[tuple, str] = {}
     for path in map(Path, paths):
@@ -108,7 +108,8 @@ def collect(
             rows.append(row)
             places.append(f"{origin}: run {row['run']}")
     if not rows:
-        raise InputError(f"no finished run in {', '.join(map(str, paths))} ({len(left_out)} left out)")
+        first = f"; left out {len(left_out)}, the first: {left_out[0]}" if left_out else ""
+        raise InputError(f"no finished run in {', '.join(map(str, paths))}{first}")
     _check_facts(options, rows)
     rows = _count(rows, places, options)
     _check_one_loss(rows, places)
@@ -192,7 +193,7 @@ def _add_curves(found: Collected, curves: list[Curve], options: Options) -> None
 
 def _read_table(path: Path, options: Options) -> Collected:
     """A file already in the form of `runs.csv`."""
-    table = read_runs(path)
+    table = read_runs(path, one_convention=False)  # the rows can still be converted
     found = Collected()
     for row, line in zip(table.rows, table.lines):
         name = row.get("run") or f"{path.stem}-{line}"

@@ -97,8 +97,11 @@ class RunTable:
 # ---------------------------------------------------------------------------------------------- the CSV file
 
 
-def read_runs(path: Path | str) -> RunTable:
+def read_runs(path: Path | str, *, one_convention: bool = True) -> RunTable:
     """Read and check a `runs.csv`; a missing ``flops`` becomes 6*params*tokens.
+
+    Args:
+        one_convention: refuse a table whose rows are counted by different conventions.
 
     Raises:
         InputError: unreadable, a column missing, a value that is no number or not positive, or a run
@@ -130,7 +133,10 @@ def read_runs(path: Path | str) -> RunTable:
         raise InputError(f"{path}: line {reader.line_num}: not valid CSV ({error})") from error
     if not rows:
         raise InputError(f"{path}: no runs; expected a header line and a line per run")
-    return check_rows(RunTable(path=str(path), rows=rows, lines=lines))
+    table = check_rows(RunTable(path=str(path), rows=rows, lines=lines))
+    if one_convention:
+        conventions.check_one_convention(table.rows, (f"{path}: {place}" for place in table.places))
+    return table
 
 
 def _check_header(path: str, header: list[str]) -> list[str]:
@@ -164,9 +170,7 @@ def check_rows(table: RunTable) -> RunTable:
             raise InputError(f"{where}: {what} line {seen[key]}; remove or rename one of the two")
         seen[key] = line
         rows.append(row)
-    checked = RunTable(path=table.path, rows=rows, lines=table.lines)
-    conventions.check_one_convention(rows, (f"{table.path}: {place}" for place in checked.places))
-    return checked
+    return RunTable(path=table.path, rows=rows, lines=table.lines)
 
 
 def is_number(column: str) -> bool:

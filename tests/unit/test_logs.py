@@ -250,6 +250,10 @@ def test_tensorboard_of_torchtitan_and_unknown_tags(tmp_path):
     write_events(tmp_path / "b", {"my/ce": [(5, 3.5)], "my/seen": [(5, 64.0)]})
     with pytest.raises(InputError, match=r"has my/ce, my/seen; name them with --map"):
         collect([tmp_path / "b"])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "events.out.tfevents.1.host").write_bytes(bytes(range(256)) * 8)
+    with pytest.raises(InputError, match=r"no scalar can be read from its event files: empty or damaged"):
+        collect([tmp_path / "c"])
     mapping = {"my/ce": "loss", "my/seen": "tokens"}
     row = collect([tmp_path / "b"], Options(mapping=mapping, facts={"*": {"params": 1e6}}))[0][0]
     assert (row["loss"], row["tokens"]) == (3.5, 64)

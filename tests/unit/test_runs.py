@@ -238,6 +238,12 @@ def test_tables_of_two_conventions_are_refused_and_can_be_converted(tmp_path):
         collect(paths)
     rows, _ = collect(paths, Options(convention="decoder"))
     assert [row["flops"] for row in rows] == [6 * 800 * 50] * 2
+    write_runs(tmp_path / "both.csv", exact + paper)
+    with pytest.raises(InputError, match=r"both\.csv: line 3 \(run late-2\): column flops_convention"):
+        read_runs(tmp_path / "both.csv")
+    with pytest.raises(InputError, match=r"both\.csv line 3: run late-2: column flops_convention"):
+        collect([tmp_path / "both.csv"])
+    assert collect([tmp_path / "both.csv"], Options(convention="decoder"))[0][1]["flops"] == 6 * 800 * 50
 
 
 def test_given_flops_are_named_by_what_they_agree_with(tmp_path):

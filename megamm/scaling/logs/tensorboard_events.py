@@ -50,8 +50,10 @@ def read_events(path: Path, mapping: dict[str, str] | None = None) -> list[Curve
     curve.facts = facts_of_arguments(arguments) | curve.facts
     if arguments.get("train_iters", "").isdigit():
         curve.total_steps = int(arguments["train_iters"])
+    if not scalars:
+        raise InputError(f"{path}: no scalar can be read from its event files: empty or damaged")
     if not curve.points:
-        shown = ", ".join(scalars[:8]) or "none"
+        shown = ", ".join(scalars[:8])
         raise InputError(
             f"{path}: no tag of a usual name; has {shown}; name them with --map loss=TAG, tokens=TAG, lr=TAG"
         )
