@@ -196,6 +196,23 @@ def test_gain_beyond_the_runs_and_beyond_the_law():
     assert hopeless.sentence == "late never reaches the loss of early at 1e+22 FLOPs"
 
 
+def test_published_frontiers_of_early_and_late_fusion():
+    """L = 29.574 C^-.0492 (early) and 29.923 C^-.0494 (late), arXiv 2504.07951: 1.04x at 1e21, no crossing near."""
+
+    def published(name: str, K: float, g: float) -> Law:
+        # With E = 0, alpha = beta = 2g and A = B the frontier is 2 A (C/6)^-g.
+        parameters = np.array([0.0, K / 2 / 6**g, 2 * g, K / 2 / 6**g, 2 * g])
+        return Law(name=name, parameters=parameters, draws=parameters[None], kappa=1.0, flops_range=(1e19, 1e22))
+
+    early, late = published("early", 29.574, 0.0492), published("late", 29.923, 0.0494)
+    np.testing.assert_allclose(early.frontier(np.array([1e21])), 29.574 * 1e21**-0.0492, rtol=1e-12)
+    equal = (29.923 / (29.574 * 1e21**-0.0492)) ** (1 / 0.0494)
+    assert gain_at(early, late, 1e21).ratio == pytest.approx(equal / 1e21) == pytest.approx(1.043, abs=1e-3)
+    result = compare(early, late, (1e19, 1e28))
+    assert result.crossover.flops == pytest.approx((29.923 / 29.574) ** (1 / 0.0002), rel=0.02)
+    assert crossover_sentence(compare(early, late)).startswith("crossover: none within range")
+
+
 def test_crossover_sentences():
     crossing = compare(law("early", spread=5e-4, seed=1), law("late", CROSSING, spread=5e-4, seed=2))
     found = re.fullmatch(r"crossover: (\S+) FLOPs \[(\S+), (\S+)\]", crossover_sentence(crossing))

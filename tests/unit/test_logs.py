@@ -16,7 +16,7 @@ from megamm.scaling.logs.names import key_of
 ARGUMENTS = {
     "global_batch_size": 8, "hidden_size": 64, "ffn_hidden_size": 256, "num_layers": 4, "seq_length": 128,
     "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "untie_embeddings_and_output_weights": True,
-    "train_iters": 100, "add_bias_linear": False, "swiglu": True, "rampup_batch_size": None,
+    "train_iters": 100, "add_bias_linear": False, "swiglu": True, "rampup_batch_size": None, "world_size": 16,
 }  # fmt: skip
 
 
@@ -64,6 +64,7 @@ def test_megatron_counts_tokens_params_and_takes_the_last_validation(tmp_path):
     assert row["run"] == "gpt-a" and row["loss"] == 3.2 and row["tokens"] == 100 * 8 * 128
     assert row["params"] == 300_000 and row["params_embedding"] == 2 * 512 * 64 and row["params_head"] == 512 * 64
     assert row["flops"] == 6 * 300_000 * 100 * 8 * 128 and row["flops_convention"] == "paper"
+    assert row["flops_exact"] == pytest.approx(310.2e12 * 16 * 0.8123 * 100)  # TFLOP/s/GPU, GPUs, seconds, steps
     assert row["cooled"] is True and row["checkpoint"] == "final" and row["measured_on"] == "validation"
     assert any("1 intermediate checkpoints" in line for line in left_out)
 
@@ -177,6 +178,7 @@ def test_torchtitan(tmp_path, colour):
     row = collect([titan_log(tmp_path / "llama.log", colour=colour)])[0][0]
     assert row["params"] == 6_139_136 and row["tokens"] == 100 * 64 * 2048 and row["loss"] == 4.0
     assert row["cooled"] is True and row["measured_on"] == "training"
+    assert row["flops_exact"] == pytest.approx(0.52e12 / 7282 * row["tokens"])
     row = collect([titan_log(tmp_path / "v.log", colour=colour, validate=True)])[0][0]
     assert row["loss"] == 4.1 and row["measured_on"] == "validation"
 
@@ -352,6 +354,15 @@ def test_a_file_of_no_known_kind(tmp_path):
 )
 def test_names_of_tags(tag, key):
     assert key_of(tag) == key
+
+
+def test_patches_of_an_intermediate_checkpoint_are_its_share():
+    facts = {"params": 1e6, "tokens_per_step": 10.0, "tokens_vision": 400.0}
+    curve = Curve(name="a", origin="a.log", facts=facts, total_steps=100)
+    for step in (25, 100):
+        curve.add(step, {"loss": 3.9})
+    rows, _ = rows_of(curve, intermediate=True)
+    assert [r["tokens_vision"] for r in rows] == [100, 400]
 
 
 def test_a_validation_short_of_the_end_is_intermediate():

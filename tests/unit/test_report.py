@@ -172,6 +172,27 @@ def test_counts_flops_three_ways(study):
     assert early[0].kappa == pytest.approx(early[1].kappa, rel=1e-6)
 
 
+def test_says_what_changes_where_the_encoder_is_not_counted(study):
+    found = findings(study)
+    uncounted = next(f for f in found if f.counting == "decoder")
+    sentence = headline(study, found)[-1]
+    assert sentence.startswith(
+        f"If the image encoder's FLOPs are not counted, late fusion needs {uncounted.gain[0]} times"
+    )
+    late = study.laws["loss"]["late"], study.recounted("loss", "decoder")["late"]
+    assert late[0].kappa > 1.05 * late[1].kappa
+    assert float(uncounted.gain[0]) < float(found[0].gain[0])  # late fusion gets cheaper, early does not
+
+
+def test_charts_of_the_fits_hold_every_run(study, page):
+    charts = all_charts(study, None)
+    points = sum(len(series.x) for series in charts["residuals"].panels[0].series)
+    assert points == sum(fit["n_runs"] for fit in study.fits if fit["loss_column"] == "loss") == 18
+    for name in ("residuals", "correlations", "holdout"):
+        assert (name in charts) == (f'id="{name}-0"' in page)
+    assert "residuals" in charts and "correlations" in charts
+
+
 def test_shows_image_use_against_the_blind_model(study):
     chart = all_charts(study, None)["image_use"]
     assert [panel.title for panel in chart.panels] == ["caption", "interleaved"]

@@ -24,6 +24,8 @@ COOLED = 0.2
 """A learning rate at or below this share of its peak counts as cooled down."""
 AT_END = 0.99
 """A validation from this share of the steps on is the final one."""
+RATES = ("tokens_per_step", "flops_exact_per_token")
+"""Facts of a curve that are not columns themselves."""
 GENERIC = ("metrics", "history", "log", "logs", "train", "stdout", "out", "output", "tensorboard", "tb", "events")
 """Names of files and folders that say nothing of the run in them."""
 
@@ -42,7 +44,7 @@ class Curve:
     origin: str
     """File or folder, for messages."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Columns of the run table that hold for the whole run, and ``tokens_per_step``."""
+    """Columns of the run table that hold for the whole run, and RATES."""
     points: dict[int, dict[str, float]] = field(default_factory=dict)
     """Step -> values; a step that is logged again (a resumed run) overwrites the old values."""
     total_steps: int | None = None
@@ -134,9 +136,13 @@ def _why_unfinished(curve: Curve, validated: bool) -> str:
 
 
 def _row(curve: Curve, step: int, stage: str, validated: bool) -> dict[str, Any]:
-    facts = {k: v for k, v in curve.facts.items() if k != "tokens_per_step"}
+    facts = {k: v for k, v in curve.facts.items() if k not in RATES}
     row = {"run": curve.name if stage == "final" else f"{curve.name}@{step}", "trunk": None, **facts}
     row |= {"tokens": tokens_at(curve, step), "checkpoint": stage, "cooled": cooled_at(curve, step)}
+    if row["tokens"] and curve.facts.get("flops_exact_per_token"):
+        row["flops_exact"] = row["tokens"] * curve.facts["flops_exact_per_token"]
+    if row["tokens"] and row.get("tokens_vision") and stage == "intermediate":  # given for the whole run
+        row["tokens_vision"] *= row["tokens"] / tokens_at(curve, curve.last_step)
     for key in ("flops", "flops_exact"):
         if key in curve.points[step] or curve.series(key)[0].size:
             row[key] = float(np.interp(step, *curve.series(key)))

@@ -2,12 +2,14 @@
 
 Read are ``iteration N/TOTAL | ... | lm loss: X |`` lines, ``validation loss at iteration N`` lines (one set, or
 several named ones; the test set is not read), the parameters printed per model-parallel rank, and the arguments.
-Tokens are consumed samples times ``seq_length``. Files of several ranks or restarts may be concatenated.
+Tokens are consumed samples times ``seq_length``. Exact FLOPs (matrix products, attention and logits) are throughput
+times time, printed with ``--log-throughput``. Files of several ranks or restarts may be concatenated.
 """
 
 import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megamm.scaling.logs.curve import Curve, name_of
@@ -50,6 +52,11 @@ def read_megatron(path: Path) -> list[Curve] | None:
             values["tokens"] = samples * sequence
     curve.facts = facts_of_arguments(arguments)
     curve.facts |= _counts(arguments, ranks, curve)
+    world, per_step = _integer(arguments, "world_size"), curve.facts.get("tokens_per_step")
+    speeds = [(v.pop("throughput", None), v.pop("milliseconds", None)) for v in curve.points.values()]
+    done = [speed * time for speed, time in speeds if speed and time]
+    if done and world and per_step:
+        curve.facts["flops_exact_per_token"] = median(done) * 1e9 * world / per_step
     return [curve]
 
 
@@ -126,7 +133,14 @@ def _expert_layers(arguments: dict[str, str]) -> int | None:
 
 
 def _point(fields: dict[str, float]) -> dict[str, float]:
-    names = {"lm loss": "train_loss", "learning rate": "lr", "consumed samples": "samples", "consumed tokens": "tokens"}
+    names = {
+        "lm loss": "train_loss",
+        "learning rate": "lr",
+        "consumed samples": "samples",
+        "consumed tokens": "tokens",
+        "throughput per GPU (TFLOP/s/GPU)": "throughput",
+        "elapsed time per iteration (ms)": "milliseconds",
+    }
     return {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}
 
 

@@ -2,11 +2,13 @@
 
 Read are ``step: N  loss: X ...`` and ``validate step: N  loss: X`` lines, the model's size, and the line ``Trainer
 is initialized with ...`` for tokens per step. Colours and rank prefixes are taken off. The learning rate is not
-printed; whether the run is cooled down follows from the printed configuration where there is one.
+printed; whether the run is cooled down follows from the printed configuration where there is one. Exact FLOPs per
+token are the printed TFLOP/s over the printed tokens/s: matrix products and attention, without an image encoder.
 """
 
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megamm.scaling.logs.curve import COOLED, Curve, name_of
@@ -14,6 +16,7 @@ from megamm.scaling.logs.curve import COOLED, Curve, name_of
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(r"(validate )?step:\s*(\d+)\s+loss:\s*([\d.]+(?:e[+-]?\d+)?|nan|inf)", re.I)
 _LINE = re.compile(r"\[titan\]|tps: [\d,]+|root - INFO")
+_SPEED = re.compile(r"tps: ([\d,]+)\s+tflops: ([\d,.]+)")
 _SIZE = re.compile(r"size: ([\d,]+) total parameters")
 _EXPERTS = re.compile(r"parameter count: dense ([\d,]+), sparse ([\d,]+)(?:, vision ([\d,]+))?, active ([\d,]+)")
 _BATCH = re.compile(r"global batch size (\d+),.*sequence length (\d+)")
@@ -26,12 +29,15 @@ def read_torchtitan(path: Path) -> list[Curve] | None:
     """The run in a file of torchtitan's output; None if the file has no step line of that form."""
     curve, steps = Curve(name=name_of(path), origin=str(path)), 0
     decay: dict[str, str] = {}
+    per_token: list[float] = []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for raw in lines:
             line = _COLOUR.sub("", raw)
             if (match := _STEP.search(line)) and _LINE.search(line):
                 steps += 1
                 curve.add(int(match[2]), {"loss" if match[1] else "train_loss": float(match[3])})
+                if (speed := _SPEED.search(line)) and _integer(speed[1]):
+                    per_token.append(1e12 * float(speed[2].replace(",", "")) / _integer(speed[1]))
                 continue
             for key, value in _DECAY.findall(line):
                 decay.setdefault(key, value)
@@ -41,6 +47,8 @@ def read_torchtitan(path: Path) -> list[Curve] | None:
     if not steps:
         return None
     curve.cooled = _cools_down(decay)
+    if per_token and "params_vision" not in curve.facts:
+        curve.facts["flops_exact_per_token"] = median(per_token)
     # The active count is given without the encoder.
     if "params_active" in curve.facts:
         curve.facts["params_active"] += curve.facts.get("params_vision", 0)
