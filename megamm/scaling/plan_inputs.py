@@ -16,6 +16,17 @@ from megamm.scaling.plan_tradeoffs import repeated_loss
 from megamm.scaling.runs import RunTable
 
 HUBER_DELTA = 1e-3
+POSITIVE = (
+    "flops",
+    "gpu_hours",
+    "money",
+    "served_tokens",
+    "unique_tokens",
+    "prep_rate",
+    "cpu_price",
+    "llm_tokens",
+    "pue",
+)
 
 
 @dataclass(kw_only=True)
@@ -57,7 +68,7 @@ class Request:
         given = [name for name in ("flops", "gpu_hours", "money") if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError("give exactly one budget: --flops, --gpu-hours or --money")
-        for name in ("flops", "gpu_hours", "money", "served_tokens", "unique_tokens", "prep_rate", "llm_tokens"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not (np.isfinite(value) and value > 0):
                 raise InputError(f"--{name.replace('_', '-')}: {value:g} is not a finite number above zero")

@@ -178,7 +178,10 @@ def _transfer(entry: dict[str, Any]) -> str:
     for key, value in entry["break_even_tokens"].items():
         low, high = (("out of range" if end is None else f"{end:.3g}") for end in value["interval"])
         middle = "out of range" if value["tokens"] is None else f"{value['tokens']:.3g}"
-        found.append(f"Native has caught up from {middle} tokens [{low}, {high}] ({labels[key]}).")
+        certain = "" if value["draws_agree"] >= 0.975 else f"; the side in only {value['draws_agree']:.0%} of draws"
+        found.append(
+            f"Native is no worse {value['native_ahead']} {middle} tokens [{low}, {high}] ({labels[key]}{certain})."
+        )
     return " ".join(found)
 
 

@@ -16,6 +16,8 @@ CHECKS = (0.1, 0.25)
 """Shares of the full run's tokens after which a cool-down is branched off and judged."""
 COOLDOWN = 0.2
 PILOT_RUNS = 10
+RATIOS = (1.0, 500.0)
+"""Tokens per parameter of the pilot's runs: those usual in ladders, where laws were seen to hold."""
 
 
 def propose_stages(
@@ -67,7 +69,7 @@ def _pilot(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | N
         tokens=tokens,
         draws=law.draws[:100],
         noise=chosen.noise,
-        candidate_params=(grid := candidate_grid(*ends, budget / 2, law.kappa))[0],
+        candidate_params=(grid := candidate_grid(*ends, budget / 2, law.kappa, RATIOS))[0],
         candidate_tokens=grid[1],
         kappa=law.kappa,
     )

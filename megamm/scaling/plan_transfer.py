@@ -4,7 +4,8 @@ Form: Hernandez et al. 2021, "Scaling Laws for Transfer" (arXiv 2102.01293, equa
 D_T = k D^a N^b further training tokens, so that L = L_native(N, D + D_T) with the native law of the fit. With a < 1 the
 gain never vanishes but fades; two break-evens follow:
 
-* counting the LLM's own pretraining (T_p tokens): native training is cheaper where D_T < T_p;
+* counting the LLM's own pretraining (T_p tokens): native training is cheaper where D_T < T_p, which is below the
+  break-even for a > 0 and above it for a < 0;
 * with the LLM at hand for nothing: native has caught up where the gain in loss is below the noise between runs.
 """
 
@@ -14,13 +15,14 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from megamm.errors import InputError
-from megamm.scaling import laws
 from megamm.scaling.compare import Law
 from megamm.scaling.runs import RunTable
 
 NOT_FITTED = "not fitted: no LLM-initialised runs"
 FORM = "L = E + A/N^alpha + B/(D + k D^a N^b)^beta (Hernandez et al. 2021, arXiv 2102.01293)"
 MIN_RUNS = 4
+SPAN = (1e8, 1e15)
+"""Tokens between which a break-even is looked for."""
 LLM, NATIVE = ("llm", "true", "1", "yes"), ("native", "scratch", "false", "0", "no", "")
 
 
@@ -118,46 +120,50 @@ def _misfit(law: np.ndarray, transfer: Transfer, parameters: np.ndarray, n: np.n
 def break_even(
     transfer: Transfer, native: Law, params: float, *, llm_tokens: float | None, negligible: float
 ) -> dict[str, dict]:
-    """Tokens beyond which a native model of ``params`` is the better choice, under both accountings.
+    """Training tokens at which a native model of ``params`` breaks even, under both accountings.
 
     Args:
         llm_tokens: tokens that the LLM was pretrained on; None leaves that accounting out.
         negligible: share of the loss below which a gain counts as none.
 
     Returns:
-        ``pretraining_counted`` and ``llm_for_nothing``: value and 95% interval in tokens, None at an end outside
-        1e8 to 1e15 tokens.
+        ``llm_for_nothing`` and ``pretraining_counted``: ``tokens`` with its 95% ``interval`` (None at an end outside
+        1e8 to 1e15), ``native_ahead`` above or below it, and the share of draws that agree on that side.
     """
-    grid = np.geomspace(1e8, 1e15, 400)
+    grid = np.geomspace(*SPAN, 1400)
 
     def gain(law: np.ndarray, parameters: np.ndarray) -> np.ndarray:
         E, A, alpha, B, beta = (x[..., None] for x in np.moveaxis(np.asarray(law, float), -1, 0))
-        alone = laws.predict(law, np.array([params]), np.array([1.0])) * 0 + E + A * params**-alpha + B * grid**-beta
+        alone = E + A * params**-alpha + B * grid**-beta
         helped = E + A * params**-alpha + B * (grid + transfer.worth(parameters, params, grid)) ** -beta
         return 1 - helped / alone
 
-    def entry(value: np.ndarray, draws: np.ndarray) -> dict:
-        first = [_last_above(grid, x) for x in (value, *draws)]
-        low, high = np.percentile(first[1:], [2.5, 97.5], method="nearest")
-        return {"tokens": _finite(first[0]), "interval": [_finite(low), _finite(high)]}
-
-    found = {
-        "llm_for_nothing": entry(
-            gain(native.parameters, transfer.parameters) - negligible,
-            gain(transfer.native_draws, transfer.draws) - negligible,
-        )
-    }
+    fades = (
+        _last_above(grid, gain(native.parameters, transfer.parameters) - negligible),
+        [_last_above(grid, x - negligible) for x in gain(transfer.native_draws, transfer.draws)],
+    )
+    found = {"llm_for_nothing": _entry(*fades) | {"native_ahead": "above", "draws_agree": 1.0}}
     if llm_tokens is not None:
-        worth = transfer.worth(transfer.draws, params, grid)
-        found["pretraining_counted"] = entry(
-            _advantage(transfer.worth(transfer.parameters, params, grid), llm_tokens), _advantage(worth, llm_tokens)
-        )
+        points = [_worth_reaches(transfer, x, params, llm_tokens) for x in (transfer.parameters, *transfer.draws)]
+        side = transfer.parameters[1] > 0
+        found["pretraining_counted"] = _entry(points[0], points[1:]) | {
+            "native_ahead": "below" if side else "above",
+            "draws_agree": float(((transfer.draws[:, 1] > 0) == side).mean()),
+        }
     return found
 
 
-def _advantage(worth: np.ndarray, llm_tokens: float) -> np.ndarray:
-    """Positive where an LLM start is worth more than its pretraining."""
-    return np.log(worth) - np.log(llm_tokens)
+def _entry(value: float, draws: list[float]) -> dict:
+    low, high = np.percentile(draws, [2.5, 97.5], method="nearest")
+    return {"tokens": _within(value), "interval": [_within(low), _within(high)]}
+
+
+def _worth_reaches(transfer: Transfer, parameters: np.ndarray, params: float, tokens: float) -> float:
+    """Training tokens D at which D_T equals ``tokens``."""
+    log_k, a, b = parameters
+    excess = np.log(tokens) - log_k - b * (np.log(params) - transfer.mean_log_n)
+    with np.errstate(divide="ignore", over="ignore"):
+        return float(np.exp(np.clip(transfer.mean_log_d + excess / (a or 1e-12), -600, 600)))
 
 
 def _last_above(grid: np.ndarray, values: np.ndarray) -> float:
@@ -168,5 +174,5 @@ def _last_above(grid: np.ndarray, values: np.ndarray) -> float:
     return np.inf if above[-1] == len(grid) - 1 else float(grid[above[-1]])
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if 0 < value < np.inf else None
+def _within(value: float) -> float | None:
+    return float(value) if SPAN[0] < value < SPAN[1] else None
