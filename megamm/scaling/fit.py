@@ -129,13 +129,7 @@ def fit_group(
     """
     if form != "chinchilla":
         raise InputError(f"--form: {form!r} is unknown; known: chinchilla (see fit_outputs.fit_table for the others)")
-    if resamples < 10:
-        raise InputError(f"--bootstrap: {resamples} resamples cannot give intervals; give at least 10")
-    if loss_column not in table.loss_columns:
-        raise InputError(f"{table.path}: no loss column {loss_column!r}; has {', '.join(table.loss_columns)}")
-    measured = ~np.isnan(table.numbers(loss_column))
-    dropped = int((~measured).sum())
-    table = table.select(measured)
+    table, dropped = measured_runs(table, loss_column, resamples)
     if len(table) < MIN_RUNS:
         lines = ", ".join(map(str, table.lines)) or "none"
         raise InputError(
@@ -173,9 +167,24 @@ def fit_group(
         redrawn=redrawn,
     )
     fit.holdout = hold_out(fit)
-    if dropped:
-        fit.warnings.append(f"{dropped} runs have no {loss_column} and were left out")
+    fit.warnings += dropped
     return fit
+
+
+def measured_runs(table: RunTable, loss_column: str, resamples: int) -> tuple[RunTable, list[str]]:
+    """The runs that have a ``loss_column``, and a line on those that have not.
+
+    Raises:
+        InputError: no such column, or too few ``resamples`` for intervals.
+    """
+    if resamples < 10:
+        raise InputError(f"--bootstrap: {resamples} resamples cannot give intervals; give at least 10")
+    if loss_column not in table.loss_columns:
+        raise InputError(f"{table.path}: no loss column {loss_column!r}; has {', '.join(table.loss_columns)}")
+    measured = ~np.isnan(table.numbers(loss_column))
+    places = table.select(~measured).places
+    line = f"{len(places)} runs have no {loss_column} and were left out: {', '.join(places)}"
+    return table.select(measured), [line] if places else []
 
 
 def log_residuals(parameters: np.ndarray, table: RunTable, loss_column: str = "loss") -> np.ndarray:
@@ -240,9 +249,7 @@ def hold_out(fit: Fit) -> dict[str, Any]:
     them, ``a_drift_in_half_widths`` the same in half-widths of the interval of a.
     """
     table = fit.table
-    flops = table.numbers("flops")
-    number = max(1, round(HOLDOUT_SHARE * len(table)))
-    held = flops >= np.sort(flops)[-number] * (1 - 1e-9)
+    held = largest_runs(table)
     rest = table.select(~held)
     if len(rest) < MIN_RUNS_HOLDOUT:
         return {
@@ -256,20 +263,39 @@ def hold_out(fit: Fit) -> dict[str, Any]:
     parameters = problem.to_parameters(optima(problem)[0][0])
     kept_back = table.select(held)
     error = np.expm1(log_residuals(parameters, kept_back, fit.loss_column))
-    exponent = laws.exponents(parameters, fit.flops_range)["a"]
-    drift = float(exponent) - fit.exponents["a"]
-    low, high = fit.intervals["a"]
-    return {
+    return hold_out_entry(fit, held, error, float(laws.exponents(parameters, fit.flops_range)["a"]))
+
+
+def largest_runs(table: RunTable) -> np.ndarray:
+    """Which runs a hold-out keeps back, (n,) bool: the highest fifth by FLOPs, with any run tied with them."""
+    flops = table.numbers("flops")
+    number = max(1, round(HOLDOUT_SHARE * len(table)))
+    return flops >= np.sort(flops)[-number] * (1 - 1e-9)
+
+
+def hold_out_entry(fit: Any, held: np.ndarray, error: np.ndarray, a_without: float | None) -> dict[str, Any]:
+    """What `fits.json` says of a hold-out: relative errors of the runs ``held`` back and the drift of a.
+
+    ``fit`` is a Fit or a FormFit; ``a_without`` is None for a form that has no such exponent.
+    """
+    flops = fit.table.numbers("flops")
+    found: dict[str, Any] = {
         "rule": f"the {held.sum()} runs of largest FLOPs (highest {HOLDOUT_SHARE:.0%})",
         "n": int(held.sum()),
-        "runs": kept_back.names,
+        "runs": fit.table.select(held).names,
         "relative_error_loss": float(np.abs(error).mean()),
         "relative_errors": error.tolist(),
-        "a_without": float(exponent),
+        "compute_ratio": float(flops.max() / flops[~held].max()),
+    }
+    if a_without is None:
+        return found
+    low, high = fit.intervals["a"]
+    drift = a_without - fit.exponents["a"]
+    return found | {
+        "a_without": a_without,
         "a_with": fit.exponents["a"],
         "a_drift": drift,
         "a_drift_in_half_widths": abs(drift) / max(0.5 * (high - low), 1e-12),
-        "compute_ratio": float(flops.max() / rest.numbers("flops").max()),
     }
 
 

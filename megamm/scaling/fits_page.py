@@ -144,9 +144,9 @@ def _drop_table(entry: dict[str, Any]) -> list[str]:
 def _sharing(entry: dict[str, Any]) -> list[str]:
     found = entry["sharing"]
     return [
-        f"alpha and beta are shared by {escape(', '.join(found['groups']))}: objective {found['objective_shared']:.6g}, "
-        f"with separate exponents {found['objective_free']:.6g}; robust likelihood-ratio test p = "
-        f"{found['p_value']:.2g} (small: do not share)."
+        f"alpha and beta are shared by {escape(', '.join(found['groups']))}: objective "
+        f"{found['objective_shared']:.6g}, with separate exponents {found['objective_free']:.6g}; robust "
+        f"likelihood-ratio test p = {found['p_value']:.2g} (small: do not share)."
     ]
 
 
@@ -157,7 +157,8 @@ def _mixture(entry: dict[str, Any], key: str = "optimal_mixture") -> list[str]:
         for name, share in best["shares"].items()
     ]
     what = best["losses"][0] if len(best["losses"]) == 1 else f"the mean of {', '.join(best['losses'])}"
-    head = f"Mixture with the lowest value of {escape(what)} at {best['params']:.3g} parameters and {best['tokens']:.3g} tokens"
+    size = f"{best['params']:.3g} parameters and {best['tokens']:.3g} tokens"
+    head = f"Mixture with the lowest value of {escape(what)} at {size}"
     lines = table(["domain", "share", "95% interval", "measured"], rows)
     return [f"{head}: {best['loss']:.4f} nats", "", *lines]
 

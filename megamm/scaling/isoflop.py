@@ -153,16 +153,8 @@ def fit_isoflops(
     measured = ~np.isnan(table.numbers(loss_column))
     warnings = [f"{place} has no {loss_column} and was left out" for place in table.select(~measured).places]
     table = table.select(measured)
-    rng = np.random.default_rng([seed, zlib.crc32(group.encode())])
-    profiles = []
-    for level in budgets(table):
-        level, repeated = _best_of_each_size(level, loss_column)
-        warnings += repeated
-        if len(level) < MIN_RUNS:
-            left = ", ".join(level.places)
-            warnings.append(f"{left}: fewer than {MIN_RUNS} sizes at {level.numbers('flops')[0]:.3g} FLOPs, left out")
-            continue
-        profiles.append(profile_of(level, loss_column, noise, draws, rng))
+    profiles, left_out = _profiles(table, loss_column, noise, draws, [seed, zlib.crc32(group.encode())])
+    warnings += left_out
     used = [profile for profile in profiles if profile.problem is None]
     if len(used) < MIN_BUDGETS:
         reasons = "; ".join(f"{p.flops:.3g} FLOPs: {p.problem}" for p in profiles if p.problem)
@@ -187,6 +179,23 @@ def fit_isoflops(
     )
     fit.warnings = [*_warnings(fit), *warnings]
     return fit
+
+
+def _profiles(
+    table: RunTable, column: str, noise: float, draws: int, seed: list[int]
+) -> tuple[list[Profile], list[str]]:
+    """The profiles of all budgets of enough sizes, and a line on every run that is in none."""
+    rng = np.random.default_rng(seed)
+    profiles, lines = [], []
+    for level in budgets(table):
+        level, repeated = _best_of_each_size(level, column)
+        lines += repeated
+        if len(level) < MIN_RUNS:
+            left = ", ".join(level.places)
+            lines.append(f"{left}: fewer than {MIN_RUNS} sizes at {level.numbers('flops')[0]:.3g} FLOPs, left out")
+            continue
+        profiles.append(profile_of(level, column, noise, draws, rng))
+    return profiles, lines
 
 
 def budgets(table: RunTable) -> list[RunTable]:

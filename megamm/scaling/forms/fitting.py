@@ -11,10 +11,12 @@ from megamm.scaling import laws, minimise
 from megamm.scaling.fit import (
     AGREE_ABSOLUTE,
     AGREE_RELATIVE,
-    HOLDOUT_SHARE,
     LEVEL,
     OBJECTIVE,
     cluster_labels,
+    hold_out_entry,
+    largest_runs,
+    measured_runs,
     resample,
 )
 from megamm.scaling.forms import FORMS
@@ -155,13 +157,7 @@ def fit_form(
         if form not in FORMS:
             raise InputError(f"--form: {form!r} is unknown; known: {', '.join(FORMS)}")
         form = FORMS[form]
-    if resamples < 10:
-        raise InputError(f"--bootstrap: {resamples} resamples cannot give intervals; give at least 10")
-    if loss_column not in table.loss_columns:
-        raise InputError(f"{table.path}: no loss column {loss_column!r}; has {', '.join(table.loss_columns)}")
-    measured = ~np.isnan(table.numbers(loss_column))
-    dropped = table.select(~measured).places
-    table = table.select(measured)
+    table, dropped = measured_runs(table, loss_column, resamples)
     problem = FormProblem.of(form, table, loss_column)
     number = len(problem.declared)
     if len(table) <= number:
@@ -198,8 +194,7 @@ def fit_form(
     )
     fit.holdout = hold_out(fit)
     fit.extras = form.extras(fit)
-    if dropped:
-        fit.warnings.append(f"{len(dropped)} runs have no {loss_column} and were left out: {', '.join(dropped[:10])}")
+    fit.warnings += dropped
     return fit
 
 
@@ -220,9 +215,7 @@ def descend_all(problem: FormProblem, starts: np.ndarray | None = None) -> tuple
 
 def hold_out(fit: FormFit) -> dict[str, Any]:
     """Refit without the fifth of the runs of largest FLOPs and predict them; drift of a, where the form has one."""
-    table = fit.table
-    flops = table.numbers("flops")
-    held = flops >= np.sort(flops)[-max(1, round(HOLDOUT_SHARE * len(table)))] * (1 - 1e-9)
+    table, held = fit.table, largest_runs(fit.table)
     rest = table.select(~held)
     if len(rest) < len(fit.names) + SPARE_RUNS:
         return {"skipped": f"{len(rest)} runs would be left for {len(fit.names)} parameters"}
@@ -232,22 +225,6 @@ def hold_out(fit: FormFit) -> dict[str, Any]:
     parameters = part.to_parameters(descend_all(part)[0][0])
     theta = fit.problem.to_theta(parameters)[None]
     error = np.expm1(fit.problem.log_prediction(theta)[0] - fit.problem.y)[held]
-    found = {
-        "rule": f"the {held.sum()} runs of largest FLOPs (highest {HOLDOUT_SHARE:.0%})",
-        "n": int(held.sum()),
-        "runs": table.select(held).names,
-        "relative_error_loss": float(np.abs(error).mean()),
-        "relative_errors": error.tolist(),
-    }
     law = fit.law_of(parameters)
-    if law is None:
-        return found
-    low, high = fit.intervals["a"]
-    drift = float(law[0][4] / (law[0][2] + law[0][4])) - fit.exponents["a"]
-    return found | {
-        "a_without": fit.exponents["a"] + drift,
-        "a_with": fit.exponents["a"],
-        "a_drift": drift,
-        "a_drift_in_half_widths": abs(drift) / max(0.5 * (high - low), 1e-12),
-        "compute_ratio": float(flops.max() / rest.numbers("flops").max()),
-    }
+    without = None if law is None else float(law[0][4] / (law[0][2] + law[0][4]))
+    return hold_out_entry(fit, held, error, without)

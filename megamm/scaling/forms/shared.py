@@ -15,11 +15,14 @@ from megamm.scaling import laws, minimise
 from megamm.scaling.fit import (
     AGREE_ABSOLUTE,
     AGREE_RELATIVE,
-    HOLDOUT_SHARE,
     MIN_RUNS,
     Fit,
     cluster_labels,
     fit_problem,
+    hold_out_entry,
+    largest_runs,
+    log_residuals,
+    measured_runs,
     optima,
     resample,
 )
@@ -68,8 +71,8 @@ def fit_shared(
     Raises:
         InputError: one group only, or one with fewer than 5 runs.
     """
-    groups, dropped = _measured(groups, loss_column)
-    names, tables = list(groups), list(groups.values())
+    groups, dropped = _measured(groups, loss_column, resamples)
+    tables = list(groups.values())
     whole = _join(tables)
     labels = np.repeat(np.arange(len(tables)), [len(t) for t in tables]).astype(float)
     problem = FormProblem.of(SharedExponents(), whole, loss_column, columns={"group": labels})
@@ -107,9 +110,9 @@ def fit_shared(
             redrawn=drawn[g][1],
         )
         fit.holdout = _group_hold_out(fit, held_out, g)
-        fit.checks = {"joint": joint_intervals(fit), "optimum": optimum_intervals(fit), "sharing": sharing}
-        fit.checks["sharing"] = {"groups": names, **sharing}
-        fit.warnings += [f"{place} has no {loss_column} and was left out" for place in dropped[name]]
+        fit.checks = {"joint": joint_intervals(fit), "optimum": optimum_intervals(fit)}
+        fit.checks["sharing"] = {"groups": list(groups), **sharing}
+        fit.warnings += dropped[name]
         if sharing["p_value"] < 0.05:
             fit.warnings.append(
                 f"shared exponents are rejected at p = {sharing['p_value']:.2g}: the groups differ in alpha or beta"
@@ -118,14 +121,13 @@ def fit_shared(
     return fits
 
 
-def _measured(groups: dict[str, RunTable], column: str) -> tuple[dict[str, RunTable], dict[str, list[str]]]:
-    """The runs of each group that have the loss, and the places of those that have not."""
+def _measured(
+    groups: dict[str, RunTable], column: str, resamples: int
+) -> tuple[dict[str, RunTable], dict[str, list[str]]]:
+    """The runs of each group that have the loss, and a line on those that have not."""
     kept, dropped = {}, {}
     for name, table in groups.items():
-        if column not in table.columns:
-            raise InputError(f"{table.path}: group {name!r} has no loss column {column!r}")
-        measured = ~np.isnan(table.numbers(column))
-        kept[name], dropped[name] = table.select(measured), table.select(~measured).places
+        kept[name], dropped[name] = measured_runs(table, column, resamples)
         if len(kept[name]) < MIN_RUNS:
             raise InputError(
                 f"{table.path}: group {name!r}, column {column}: {len(kept[name])} runs, at least {MIN_RUNS} are needed"
@@ -159,17 +161,14 @@ def _sharing(
 
 def _hold_out(tables: list[RunTable], column: str) -> dict[str, Any]:
     """Refit without the fifth of each group's runs of largest FLOPs: parameters, and which runs were held."""
-    held = []
-    for table in tables:
-        flops = table.numbers("flops")
-        held.append(flops >= np.sort(flops)[-max(1, round(HOLDOUT_SHARE * len(table)))] * (1 - 1e-9))
+    held = [largest_runs(table) for table in tables]
     rest = [table.select(~mask) for table, mask in zip(tables, held)]
     if min(map(len, rest)) < MIN_RUNS:
         return {"skipped": f"fewer than {MIN_RUNS} runs of a group would be left"}
     labels = np.repeat(np.arange(len(rest)), [len(t) for t in rest]).astype(float)
     problem = FormProblem.of(SharedExponents(), _join(rest), column, columns={"group": labels})
     theta, objective = minimise.minimise(problem, problem.starts(), np.ones((1, len(labels))))
-    return {"parameters": problem.to_parameters(theta[int(objective.argmin())]), "held": held, "rest": rest}
+    return {"parameters": problem.to_parameters(theta[int(objective.argmin())]), "held": held}
 
 
 def _group_hold_out(fit: Fit, found: dict[str, Any], g: int) -> dict[str, Any]:
@@ -177,20 +176,5 @@ def _group_hold_out(fit: Fit, found: dict[str, Any], g: int) -> dict[str, Any]:
         return dict(found)
     parameters = found["parameters"][[2 + 3 * g, 3 + 3 * g, 0, 4 + 3 * g, 1]]
     kept_back = fit.table.select(found["held"][g])
-    prediction = laws.predict(parameters, kept_back.numbers("params"), kept_back.numbers("tokens"))
-    error = prediction / kept_back.numbers(fit.loss_column) - 1
-    low, high = fit.intervals["a"]
-    without = float(parameters[4] / (parameters[2] + parameters[4]))
-    drift = without - fit.exponents["a"]
-    return {
-        "rule": f"the {len(kept_back)} runs of largest FLOPs of every group (highest {HOLDOUT_SHARE:.0%})",
-        "n": len(kept_back),
-        "runs": kept_back.names,
-        "relative_error_loss": float(np.abs(error).mean()),
-        "relative_errors": error.tolist(),
-        "a_without": without,
-        "a_with": fit.exponents["a"],
-        "a_drift": drift,
-        "a_drift_in_half_widths": abs(drift) / max(0.5 * (high - low), 1e-12),
-        "compute_ratio": float(fit.flops_range[1] / found["rest"][g].numbers("flops").max()),
-    }
+    error = np.expm1(log_residuals(parameters, kept_back, fit.loss_column))
+    return hold_out_entry(fit, found["held"][g], error, float(parameters[4] / (parameters[2] + parameters[4])))

@@ -1,7 +1,5 @@
 """What to distrust in the fit of a declared form."""
 
-import numpy as np
-
 from megamm.scaling.diagnostics import outliers
 from megamm.scaling.forms.fitting import FormFit
 from megamm.scaling.forms.mixtures import domains
