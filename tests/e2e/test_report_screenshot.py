@@ -16,7 +16,7 @@ from megamm.scaling.report import render_report
 from megamm.scaling.runs import read_runs, write_runs
 
 CHROMIUM = shutil.which("chromium")
-WIDTH, HEIGHT, PANELS = 1280, 5000, 17
+WIDTH, HEIGHT, PANELS = 1280, 5000, 27
 
 pytestmark = [
     pytest.mark.slow,

@@ -276,7 +276,11 @@ def test_wandb_runs_table(tmp_path):
         ("r1", 1e6, 2e7, 3.5, 1.2e14)
     ]
     assert any("run r2: unfinished" in line for line in left_out)
-    path.write_text(path.read_text().replace("3.5,", "many,"))
+    text = path.read_text()
+    path.write_text(text.replace("1000000.0,20000000.0", "nan,20000000.0"))
+    with pytest.raises(InputError, match=r"csv line 2: run r1, step 1: column params: nan is not a finite number"):
+        collect([path])
+    path.write_text(text.replace("3.5,", "many,"))
     with pytest.raises(InputError, match=r"line 2: column eval/loss: 'many' is not a number"):
         collect([path])
 

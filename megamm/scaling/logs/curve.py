@@ -9,7 +9,6 @@ end are intermediate checkpoints: their learning rate has not come down yet, so 
 runs that were planned to end there (Hoffmann et al. 2022, section 3.1; Porian et al. 2024).
 """
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megamm.errors import InputError
+from megamm.scaling.runs import is_number, parse_number
 
 AVERAGED = 0.02
 """Share of the steps at the end over which a training loss is averaged."""
@@ -150,12 +150,9 @@ def _row(curve: Curve, step: int, stage: str, validated: bool) -> dict[str, Any]
         row |= losses_of(curve.points[step]) | {"measured_on": "validation"}
     else:
         row |= {"loss": _mean_training_loss(curve, step), "measured_on": "training"}
-    for column in [c for c in row if c == "loss" or c.startswith("loss_")]:
-        if not (math.isfinite(row[column]) and row[column] > 0):
-            raise InputError(
-                f"{curve.origin}: run {curve.name}, step {step}: column {column}: {row[column]} is not a finite number "
-                "above zero; remove the run or its last steps"
-            )
+    for column in filter(is_number, list(row)):
+        if row[column] is not None:
+            row[column] = parse_number(f"{curve.origin}: run {curve.name}, step {step}", column, row[column])
     for column in ("params", "tokens"):
         if row.get(column) is None:
             reason = f" ({curve.missing})" if curve.missing and column == "params" else ""
