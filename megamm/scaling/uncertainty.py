@@ -138,8 +138,9 @@ def deviance_scale(residuals: np.ndarray, number: int) -> float:
 
 def _grid(center: float, interval: Any, lowest: float, highest: float, points: int) -> np.ndarray:
     """Evenly spaced on both sides of ``center``, which is on it, REACH half-widths far."""
-    below = max(REACH * (center - interval[0]), 0.02 * abs(center), 1e-6)
-    above = max(REACH * (interval[1] - center), 0.02 * abs(center), 1e-6)
+    width = interval[1] - interval[0]
+    least = 0.25 * width + 1e-9 * (1 + abs(center))  # a percentile interval may end right at the optimum
+    below, above = (REACH * max(x, least) for x in (center - interval[0], interval[1] - center))
     half = points // 2 + 1
     low, high = max(lowest, center - below), min(highest, center + above)
     return np.unique(np.concatenate([np.linspace(low, center, half), np.linspace(center, high, half)]))
@@ -153,8 +154,12 @@ def _profile(problem: minimise.Problem, theta: np.ndarray, held: tuple[int, ...]
 
 
 def _ends(grid: np.ndarray, rise: np.ndarray, allowed: float) -> list[float | None]:
-    """Where the rise passes ``allowed`` on either side of its lowest point, between grid points by a chord."""
+    """Where the rise passes ``allowed`` on either side of its lowest point.
+
+    Between grid points by a chord of the square root, which is straight for a quadratic.
+    """
     middle = int(rise.argmin())
+    rise, allowed = np.sqrt(np.maximum(rise, 0.0)), np.sqrt(allowed)
     ends: list[float | None] = []
     for step, stop in ((-1, -1), (1, len(grid))):
         end = None
