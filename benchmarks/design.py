@@ -3,7 +3,8 @@
 
 Each ladder starts from the same cheap pilot. A regular grid (sizes x tokens per parameter, its top set by the budget;
 the best of several numbers of points is taken) and the proposals of megamm.scaling.design, bound to the same largest
-size and length (`same ratios`: and to the grid's tokens per parameter), are then simulated with noise, fitted, and their 95% intervals compared at several budgets.
+size and length (`same ratios`: and to the grid's tokens per parameter), are then simulated with noise, fitted, and
+their 95% intervals compared at several budgets.
 """
 
 import argparse

@@ -66,6 +66,7 @@ def make_plan(request: Request, fits: list[Fitted]) -> dict[str, Any]:
         "repeated_data": repeated,
         "data_preparation": _preparation(request, tokens),
         "hardware": _hardware(request, flops, model.params),
+        "efficiency": vars(request.efficiency).copy() if request.efficiency else None,
         "transfer": _transfer(request, law, model.params, noise),
         "noise_between_runs": noise,
         "stages": propose_stages(request, chosen, flops, model, tokens),

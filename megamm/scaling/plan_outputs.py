@@ -120,16 +120,19 @@ def _choices(plan: dict[str, Any]) -> list[str]:
 def _hardware(plan: dict[str, Any]) -> list[str]:
     if not plan["hardware"]:
         return []
-    lines = ["## Time, money, energy of the training run", ""]
+    efficiency = plan["efficiency"]
+    source = f"at an MFU of {efficiency['mfu']:.1%}{_ends(efficiency['interval'])}, {_escape(efficiency['source'])}"
+    lines = [f"## Time, money, energy of the training run, {source}", ""]
     lines += [
         "| GPU | GPU-hours | days | money | MWh | least GPUs for the state |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for b in plan["hardware"]:
-        money = "no price given" if b["money"] is None else f"{b['money']:,.0f}{_ends(b['money_interval'])}"
+        money = "no price given" if b["money"] is None else f"{_amount(b['money'])}{_ends(b['money_interval'])}"
         lines.append(
-            f"| {b['gpu']} | {b['gpu_hours']:,.0f}{_ends(b['gpu_hours_interval'])} | {b['days']:.1f} on {b['num_gpus']}"
-            f" | {money} | {b['megawatt_hours']:,.1f} | {b['least_gpus']} |"
+            f"| {b['gpu']} | {_amount(b['gpu_hours'])}{_ends(b['gpu_hours_interval'])} "
+            f"| {_amount(b['days'])} on {b['num_gpus']} | {money} | {_amount(b['megawatt_hours'])} "
+            f"| {b['least_gpus']} |"
         )
     return [*lines, ""]
 
@@ -159,10 +162,10 @@ def _tradeoffs(plan: dict[str, Any]) -> list[str]:
     if data["cpu_hours"] is None:
         lines.append(f"- **Data preparation**: {data['unique_tokens']:.3g} tokens; not costed (give --prep-rate).")
     else:
-        money = "" if data["money"] is None else f", {data['money']:,.0f} money"
+        money = "" if data["money"] is None else f", {_amount(data['money'])} money"
         lines.append(
-            f"- **Data preparation**: {data['unique_tokens']:.3g} tokens, {data['cpu_hours']:,.0f} CPU-hours{money} "
-            "(at the stated rate)."
+            f"- **Data preparation**: {data['unique_tokens']:.3g} tokens, {_amount(data['cpu_hours'])} CPU-hours{money}"
+            " (at the stated rate)."
         )
     return [*lines, f"- **Native against LLM-initialised**: {_transfer(plan['transfer'])}", ""]
 
@@ -190,8 +193,8 @@ def _stages(stages: list[dict[str, Any]]) -> list[str]:
     lines = [f"## Stages ({total:.3g} FLOPs in all)", ""]
     for i, stage in enumerate(stages, 1):
         runs = ", ".join(f"{run['params']:.3g} on {run['tokens']:.3g}" for run in stage["runs"])
-        cost = "" if stage["gpu_hours"] is None else f", {stage['gpu_hours']:,.0f} GPU-hours"
-        cost += "" if stage["money"] is None else f", {stage['money']:,.0f} money"
+        cost = "" if stage["gpu_hours"] is None else f", {_amount(stage['gpu_hours'])} GPU-hours"
+        cost += "" if stage["money"] is None else f", {_amount(stage['money'])} money"
         lines += [
             f"{i}. **{stage['stage'].capitalize()}** ({stage['flops']:.3g} FLOPs{cost}): {runs} tokens.",
             f"   Prediction: {stage['prediction']}. Decides: {stage['decides']}. Stop rule: {stage['stop_rule']}.",
@@ -201,6 +204,10 @@ def _stages(stages: list[dict[str, Any]]) -> list[str]:
 
 def _ends(interval: list[float] | tuple[float, float] | None, form: str = ".3g") -> str:
     return "" if interval is None else " [" + ", ".join("inf" if x is None else f"{x:{form}}" for x in interval) + "]"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _number(entry: dict[str, Any], form: str = ".3g") -> str:

@@ -9,6 +9,7 @@ from megamm.scaling import laws
 from megamm.scaling.design import Ladder, candidate_grid, log_params_at, propose
 from megamm.scaling.plan_inputs import Fitted, Request, default_model, losses_at
 from megamm.scaling.plan_sizes import Buildable, nearest_model
+from megamm.scaling.plan_tradeoffs import repeated_optimum
 
 MID_SHARE = 0.1
 """FLOPs of the mid run over those of the full one: the usual step of a ladder, a factor of ten."""
@@ -101,6 +102,8 @@ def _mid(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | Non
     if budget <= law.flops_range[1]:
         return None
     best = float(laws.optimum(law.parameters, np.array([budget]), law.kappa)[0][0])
+    if request.unique_tokens:
+        best = float(repeated_optimum(law.parameters, budget, request.unique_tokens, law.kappa)["params"])
     model = nearest_model(best, request.model or default_model(law.name), request.tensor_parallel)
     tokens = budget / (6 * law.kappa * model.params)
     losses = losses_at(chosen, model.params, tokens, request.unique_tokens)

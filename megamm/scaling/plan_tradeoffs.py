@@ -74,12 +74,14 @@ def repeated_loss(parameters: np.ndarray, params: np.ndarray, tokens: np.ndarray
 
     L = E + A/N'^alpha + B/D'^beta with D' = U + U R_D (1 - exp(-(D/U - 1)/R_D)), and N' likewise from
     U_N = min(N, G (U G)^(beta/alpha)), the parameters for which U tokens are compute-optimal (Muennighoff et al.
-    2023, arXiv 2305.16264, equations 5 and 6).
+    2023, arXiv 2305.16264, equations 5 and 6). U is what is at hand, also where D is less: the paper takes the tokens
+    used, by which models larger than optimal would lose worth even on data that are not repeated.
     """
     E, A, alpha, B, beta = np.moveaxis(np.asarray(parameters, float), -1, 0)
     params, tokens = np.asarray(params, float), np.asarray(tokens, float)
     G = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
-    warranted = np.minimum(params, G * (unique * G) ** (beta / alpha))
+    # At least one parameter: with a degenerate law the power may come out as zero or infinity.
+    warranted = np.clip(G * (unique * G) ** (beta / alpha), 1.0, params)
     distinct = np.minimum(tokens, unique)
     worth_n = warranted * (1 + REPEAT_PARAMS * -np.expm1(-(params / warranted - 1) / REPEAT_PARAMS))
     worth_d = distinct * (1 + REPEAT_DATA * -np.expm1(-(tokens / distinct - 1) / REPEAT_DATA))

@@ -294,6 +294,21 @@ def test_small_budgets_get_small_batches(fits):
     assert train["batch_rows"] < 2048 and train["tokens"] / (train["batch_rows"] * 1024) >= 2000
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_plan_from_poor_fits_is_whole(tmp_path):
+    """Five runs of two lengths: parameters at their bounds, infinite draws; the files hold no NaN and warn."""
+    n, d = np.array([1e6, 1e6, 2e6, 2e6, 4e6]), np.array([1e7, 4e7, 1e7, 4e7, 4e7])
+    noise = 0.02 * np.random.default_rng(0).standard_normal(5)
+    rows = [{"params": p, "tokens": t, "loss": y} for p, t, y in zip(n, d, laws.predict(EARLY, n, d) * np.exp(noise))]
+    poor = check_rows(RunTable(path="poor.csv", rows=rows, lines=list(range(2, 7))))
+    write_fits(tmp_path, fit_table(poor, resamples=50))
+    for flops in (1e15, 1e22):
+        request = Request(flops=flops, served_tokens=1e12, unique_tokens=1e7, pilot_share=0.1)
+        write_plan(tmp_path / "plan", make_plan(request, read_fits(tmp_path)[0]), request, {})
+        plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
+        assert any("not identified" in text for text in plan["warnings"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
