@@ -150,6 +150,7 @@ def _read(path: Path, options: Options, progress: Callable[[str], None]) -> Coll
 def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) -> Collected:
     """Everything at or below a folder; inside one of our run directories nothing further is looked for."""
     found = Collected()
+    events: dict[tuple[str, Path], Curve] = {}
     for place, subfolders, files in os.walk(root):
         subfolders.sort()
         folder = Path(place)
@@ -161,9 +162,15 @@ def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) 
             subfolders.clear()
             found.left_out.append(f"{folder}: unfinished (config.yaml but no result.json)")
         else:
+            if has_events(folder):  # every start of a run may have a folder of its own
+                for curve in _curves(folder, options) or []:
+                    first = events.setdefault((curve.name, folder.parent), curve)
+                    if first is not curve:
+                        first.merge(curve)
             texts = [folder / f for f in sorted(files) if Path(f).suffix.lower() in TEXT_LOGS and MARK not in f]
-            for source in ([folder] if has_events(folder) else []) + texts:
-                _add_curves(found, _curves(source, options) or [], options)
+            for text in texts:
+                _add_curves(found, _curves(text, options) or [], options)
+    _add_curves(found, list(events.values()), options)
     if not found.rows and not found.left_out:
         raise InputError(f"{root}: no run at or below it: no folder with result.json, no event files, no log")
     return found

@@ -241,6 +241,14 @@ def test_tensorboard_of_megatron(tmp_path):
     assert row["params_head"] == 512 * 64
 
 
+def test_tensorboard_of_a_run_that_was_started_twice(tmp_path):
+    for start, steps, loss in (("20260821-1200", range(1, 61), 5.0), ("20260821-1830", range(51, 101), 4.0)):
+        folder = tmp_path / "llama" / "tb" / start
+        write_events(folder, {"train/loss": [(s, loss) for s in steps], "n_tokens_seen": [(s, s * 8.0) for s in steps]})
+    rows, _ = collect([tmp_path], Options(facts={"llama": {"params": 1e6}}))
+    assert [(r["run"], r["loss"], r["tokens"]) for r in rows] == [("llama", 4.0, 800)]
+
+
 def test_tensorboard_of_torchtitan_and_unknown_tags(tmp_path):
     scalars = {
         "loss_metrics/global_avg_loss": [(s, 4.0) for s in range(1, 101)],

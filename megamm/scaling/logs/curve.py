@@ -6,9 +6,10 @@ A reader names values by these keys: ``loss`` and ``loss_<source>`` (validation,
 The final loss is the validation loss at the end. A log without any validation gives the mean training loss over
 the last 2% of its steps instead; the column ``measured_on`` says which of the two a row holds. Validations before the
 end are intermediate checkpoints: their learning rate has not come down yet, so that their losses lie above those of
-runs that were planned to end there (Hoffmann et al. 2022, section 3.1; Porian et al. 2024).
+runs that were planned to end there (Hoffmann et al. 2022, appendix B).
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,16 @@ AT_END = 0.99
 """A validation from this share of the steps on is the final one."""
 RATES = ("tokens_per_step", "flops_exact_per_token")
 """Facts of a curve that are not columns themselves."""
-GENERIC = ("metrics", "history", "log", "logs", "train", "stdout", "out", "output", "tensorboard", "tb", "events")
-"""Names of files and folders that say nothing of the run in them."""
+GENERIC = re.compile(
+    r"metrics|history|logs?|train|stdout|out|output|tensorboard|tb|events|rank_?\d+|\d{8}[-_]\d{4,6}", re.IGNORECASE
+)
+"""Names of files and folders that say nothing of the run in them; the last is the time of a start."""
 
 
 def name_of(path: Path) -> str:
     """Name of the run that a file or folder holds: its own without the ending, or that of a folder above it."""
     parts = [path.stem if path.suffix and not path.is_dir() else path.name, *(p.name for p in path.resolve().parents)]
-    return next((part for part in parts if part and part.lower() not in GENERIC), path.name)
+    return next((part for part in parts if part and not GENERIC.fullmatch(part)), path.name)
 
 
 @dataclass(kw_only=True)
@@ -59,6 +62,13 @@ class Curve:
     def add(self, step: int, values: dict[str, float]) -> None:
         """Values at a step; known ones are overwritten."""
         self.points.setdefault(step, {}).update(values)
+
+    def merge(self, later: "Curve") -> None:
+        """Take in the log of a restart of the same run."""
+        for step, values in later.points.items():
+            self.add(step, values)
+        self.facts |= later.facts
+        self.total_steps = later.total_steps or self.total_steps
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a key, by step: two float64 arrays."""
