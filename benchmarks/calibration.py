@@ -8,8 +8,6 @@ import time
 from megamm.errors import exit_on_error
 from megamm.scaling.calibration import SCENARIOS, Coverage, cover
 
-TITLES = {"percentile": "Runs (or trunks) resampled, as in fits.json", "pigeonhole": "Sizes and lengths resampled"}
-
 
 def to_markdown(results: list[Coverage], kind: str) -> str:
     """One row per scenario, one column per decision, in percent; those outside 92-98% in bold."""
@@ -30,6 +28,7 @@ def main() -> None:
     parser.add_argument("--simulations", type=int, default=1000)
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="R")
     parser.add_argument("--only", metavar="TEXT", help="only scenarios whose name holds this text")
+    parser.add_argument("--pigeonhole-every", type=int, default=5, metavar="K", help="of one ladder in K (default: 5)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     results = []
@@ -43,16 +42,22 @@ def main() -> None:
                 print(f"{name}: {done} ladders, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
 
         results.append(
-            cover(scenario, arguments.simulations, arguments.bootstrap, seed=arguments.seed, progress=progress)
+            cover(
+                scenario,
+                arguments.simulations,
+                arguments.bootstrap,
+                seed=arguments.seed,
+                pigeonhole_every=arguments.pigeonhole_every,
+                progress=progress,
+            )
         )
         bias = ", ".join(f"{name} {value:.2f}" for name, value in results[-1].bias.items())
         print(f"{scenario.name}: bias in standard deviations: {bias}", file=sys.stderr)
         print(f"{to_markdown(results[-1:], 'percentile')}\n{to_markdown(results[-1:], 'pigeonhole')}", file=sys.stderr)
-    for kind, title in (
-        ("percentile", "Runs (or trunks) resampled, as in fits.json"),
-        ("pigeonhole", "Sizes and lengths resampled"),
-    ):
-        print(f"\n{title}, coverage in %:\n\n{to_markdown(results, kind)}")
+    counts = f"{arguments.simulations} ladders a scenario, {arguments.bootstrap} resamples each; coverage in %"
+    print(f"{counts}\n\nRuns (or trunks) resampled, as in fits.json:\n\n{to_markdown(results, 'percentile')}")
+    note = f"of one ladder in {arguments.pigeonhole_every}"
+    print(f"\nSizes and lengths resampled, {note}:\n\n{to_markdown(results, 'pigeonhole')}")
 
 
 if __name__ == "__main__":

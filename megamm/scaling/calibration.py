@@ -160,7 +160,8 @@ class Coverage:
     percentile: dict[str, float]
     """Of ``Fit.draws``: runs, or trunks where there are any, resampled."""
     pigeonhole: dict[str, float]
-    """Of :func:`pigeonhole_draws`."""
+    """Of :func:`pigeonhole_draws`, over one in ``pigeonhole_every`` ladders."""
+    pigeonhole_every: int
     bias: dict[str, float]
     """Of the estimates, in their standard deviations."""
 
@@ -170,9 +171,13 @@ def cover(
     simulations: int = 1000,
     resamples: int = 1000,
     seed: int = 0,
+    pigeonhole_every: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Coverage:
-    """Fit ``simulations`` ladders of ``scenario`` and count the intervals that hold the truth."""
+    """Fit ``simulations`` ladders of ``scenario`` and count the intervals that hold the truth.
+
+    The pigeonhole bootstrap costs as much as the fit; it is made for one in ``pigeonhole_every`` ladders.
+    """
     held: dict[str, dict[str, int]] = {"percentile": {}, "pigeonhole": {}}
     estimates: dict[str, list[float]] = {}
     truth: dict[str, np.ndarray] = {}
@@ -183,11 +188,15 @@ def cover(
         truth = decisions(TRUTH, top)
         for name, value in decisions(fit.parameters, top).items():
             estimates.setdefault(name, []).append(float(value))
-        for kind, draws in (("percentile", fit.draws), ("pigeonhole", pigeonhole_draws(fit, resamples, seed + i))):
+        kinds = {"percentile": fit.draws}
+        if i % pigeonhole_every == 0:
+            kinds["pigeonhole"] = pigeonhole_draws(fit, resamples, seed + i)
+        for kind, draws in kinds.items():
             for name, values in decisions(draws, top).items():
                 low, high = np.percentile(values, [2.5, 97.5])
                 held[kind][name] = held[kind].get(name, 0) + bool(low <= truth[name] <= high)
         progress(i + 1)
-    shares = {kind: {name: n / simulations for name, n in counts.items()} for kind, counts in held.items()}
+    counts = {"percentile": simulations, "pigeonhole": -(-simulations // pigeonhole_every)}
+    shares = {kind: {name: n / counts[kind] for name, n in hits.items()} for kind, hits in held.items()}
     bias = {name: float((np.mean(x) - truth[name]) / np.std(x)) for name, x in estimates.items()}
-    return Coverage(scenario=scenario, simulations=simulations, bias=bias, **shares)
+    return Coverage(scenario=scenario, simulations=simulations, pigeonhole_every=pigeonhole_every, bias=bias, **shares)
