@@ -163,11 +163,24 @@ def _mixture(entry: dict[str, Any], key: str = "optimal_mixture") -> list[str]:
     return [f"{head}: {best['loss']:.4f} nats", "", *lines]
 
 
+def _sparsities(entry: dict[str, Any]) -> list[str]:
+    rows = []
+    for best in entry["optimum_by_sparsity"]:
+        row = [f"{best['sparsity']:.3g}", f"{best['kappa']:.3g}"]
+        for name, digits in (("params", 3), ("tokens", 3), ("loss", 4), ("a", 4)):
+            value = "none" if best[name] is None else f"{best[name]:.{digits}g}"
+            row.append(f"{value} {interval(best[f'{name}_interval'], digits)}".rstrip())
+        rows.append(row)
+    head = ["sparsity", "FLOPs / 6ND", "N* (all parameters)", "D*", "L*", "a"]
+    return [f"Optimum at {entry['optimum_by_sparsity'][0]['flops']:.3g} FLOPs:", "", *table(head, rows)]
+
+
 SECTIONS = {
     "optimum": _optimum,
     "approaches": _approaches,
     "drop_k": _drop_table,
     "sharing": _sharing,
+    "optimum_by_sparsity": _sparsities,
     "optimal_mixture": _mixture,
     "optimal_mixture_of_losses": lambda entry: _mixture(entry, "optimal_mixture_of_losses"),
 }

@@ -15,6 +15,7 @@ from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.forms import FORMS
 from megamm.scaling.forms.base import Form, FormProblem, amplitude, exponent
 from megamm.scaling.forms.fitting import descend_all, fit_form
+from megamm.scaling.forms.optimum import compute_optimum
 from megamm.scaling.forms.shared import SharedExponents, fit_shared
 from megamm.scaling.forms.simplex import mixture_entry, optimal_mixture, optimal_mixture_draws, simplex_grid
 from megamm.scaling.forms.warnings import form_warnings
@@ -303,6 +304,49 @@ def test_mixture_column_of_three_numbers():
     assert list(read) == list(given)
     for key in read:
         np.testing.assert_allclose(read[key], given[key], atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------- optima by search
+
+
+def test_optimum_by_search_is_the_closed_form_where_there_is_one():
+    """The plain law behind the interface of a form, whose optimum laws.py has in closed form."""
+    flops, plain = np.array([1e20, 1e23]), np.array([MUENNIGHOFF[p] for p in laws.PARAMETERS])
+    draws = {name: np.full(3, value) for name, value in MUENNIGHOFF.items()}
+    for values, shape in ((MUENNIGHOFF, (2,)), (draws, (3, 2))):
+        n, d, loss = compute_optimum(PlainForm(), values, flops, 1.2)
+        assert n.shape == d.shape == loss.shape == shape
+        np.testing.assert_allclose(n, np.broadcast_to(laws.optimum(plain, flops, 1.2)[0], shape), rtol=1e-3)
+        np.testing.assert_allclose(loss, np.broadcast_to(laws.frontier_loss(plain, flops, 1.2), shape), rtol=1e-7)
+        np.testing.assert_allclose(6 * 1.2 * n * d, np.broadcast_to(flops, shape), rtol=1e-9)
+
+
+class PlainForm(Form):
+    """E, A, alpha, B, beta."""
+
+    def parameters(self, columns):
+        return [p for p in FORMS["repeated"].parameters(columns) if not p.name.startswith("R_")]
+
+    def terms(self, at, data):
+        return [
+            at.linear({"E": 1.0}),
+            at.linear({"A": 1.0, "alpha": -data.u}),
+            at.linear({"B": 1.0, "beta": -data.v}),
+        ]
+
+
+def test_sparser_experts_are_larger_and_better_at_equal_compute():
+    rows = [row | {"flops": 6 * row["params"] * (1 - row["sparsity"]) * row["tokens"]} for row in planted("moe").rows]
+    fit = fit_form(table_of(rows), "moe", resamples=20)
+    entries = fit.extras["optimum_by_sparsity"]
+    assert [e["sparsity"] for e in entries] == [0.0, 0.5, 0.75, 0.938]
+    assert (np.diff([e["params"] for e in entries]) > 0).all() and (np.diff([e["loss"] for e in entries]) < 0).all()
+    for e in entries:
+        assert e["kappa"] == pytest.approx(1 - e["sparsity"], abs=1e-3)
+        v, n = VALUES["moe"], np.array([0.99, 1.0, 1.01]) * e["params"]
+        d = e["flops"] / (6 * e["kappa"] * n)
+        around = FORMS["moe"].predict(v, n, d, sparsity=np.full(3, e["sparsity"]))
+        assert around[1] <= around.min() * (1 + 1e-9) and around[1] == pytest.approx(e["loss"], rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- shared exponents

@@ -1,5 +1,7 @@
 """Mixtures of experts: the loss over total parameters, tokens and sparsity."""
 
+from typing import Any
+
 import numpy as np
 
 from megamm.scaling.forms.base import Data, Form, Parameter, Point, Term, amplitude, column_numbers, exponent
@@ -52,6 +54,11 @@ class MoeSparsity(Form):
             at.linear({"C": 1.0, "lambda": -active}),
             at.linear({"F": 1.0, "delta": -active, "gamma": -data.u}),
         ]
+
+    def extras(self, fit: Any) -> dict[str, Any]:
+        from megamm.scaling.forms.optimum import optima_by_sparsity
+
+        return optima_by_sparsity(fit)
 
     def warnings(self, columns: dict[str, np.ndarray]) -> list[str]:
         number = len(np.unique(columns["sparsity"].round(3)))
