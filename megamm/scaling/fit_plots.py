@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 
 from megamm.scaling import laws
+from megamm.scaling.charts import Chart
 from megamm.scaling.compare import Law
-from megamm.scaling.plots import PALETTE, Group
+from megamm.scaling.isoflop import IsoFlopFit
+from megamm.scaling.plots import PALETTE, Budget, Group, isoflops
 from megamm.scaling.runs import RunTable
 
 POINTS = 96
@@ -53,6 +55,30 @@ def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *,
         held_out=held_out,
         exponents=exponents,
     )
+
+
+def isoflop_chart(fit: IsoFlopFit, name: str, title: str | None = None) -> Chart:
+    """The profiles of an isoFLOP fit and the line through their minima; ``title`` is the group as people call it."""
+    budgets = []
+    for profile in fit.profiles:
+        usable = profile.problem is None
+        ends = np.exp(np.nanpercentile(profile.draws[:, 0], [2.5, 97.5])) if usable else None
+        best = np.exp(profile.optimum) if usable else None
+        budgets.append(
+            Budget(
+                flops=profile.flops,
+                params=profile.params,
+                losses=profile.loss,
+                grid=profile.grid,
+                curve=profile.curve,
+                optimum=(float(best[0]), float(best[2])) if usable else None,
+                interval=(float(ends[0]), float(ends[1])) if usable else None,
+            )
+        )
+    chart = isoflops(name, budgets, fit.coefficients["params"], fit.exponents["a"])
+    for panel in chart.panels:
+        panel.title = f"{title or fit.group}: {panel.title[0].lower()}{panel.title[1:]}"
+    return chart
 
 
 def colours(names: list[str]) -> dict[str, str]:

@@ -12,6 +12,8 @@ from megamm.errors import InputError
 from megamm.scaling import laws
 from megamm.scaling.charts import to_pdf, to_plotly, to_png
 from megamm.scaling.fit_outputs import fit_table, write_fits
+from megamm.scaling.fit_plots import isoflop_chart
+from megamm.scaling.isoflop import fit_isoflops
 from megamm.scaling.plots import Budget, Group, correlations, fit_charts, frontiers, hold_out, isoflops, residuals
 from megamm.scaling.plots import write_charts as write
 from megamm.scaling.runs import read_runs, write_runs
@@ -113,6 +115,27 @@ def test_isoflops_line_passes_through_exact_optima():
     assert len(points.x) == 3 and line.name == f"N* ~ C^{a:.4f}"
     np.testing.assert_allclose(np.interp(np.log(points.x), np.log(line.x), np.log(line.y)), np.log(points.y), rtol=1e-4)
     assert to_png(chart).startswith(b"\x89PNG")
+
+
+def isoflop_rows() -> list[dict]:
+    """Three budgets of seven sizes around the optimum of LAW, without noise."""
+    rows = []
+    for flops in (1e18, 1e19, 1e20):
+        best = float(laws.optimum(LAW, np.array([flops]))[0][0])
+        for n in best * np.geomspace(0.2, 5, 7):
+            loss = float(laws.predict(LAW, np.array([n]), np.array([flops / 6 / n]))[0])
+            rows.append({"run": f"{flops:g}-{n:g}", "architecture": "early", "params": n, "tokens": flops / 6 / n})
+            rows[-1] |= {"flops": flops, "loss": loss}
+    return rows
+
+
+def test_chart_of_an_isoflop_fit(tmp_path):
+    write_runs(tmp_path / "runs.csv", isoflop_rows())
+    fit = fit_isoflops(read_runs(tmp_path / "runs.csv"), group="early", noise=1e-4, draws=50)
+    left, right = isoflop_chart(fit, "isoflop_0", "early fusion").panels
+    assert left.title == "early fusion: loss over size at equal compute"
+    optima = laws.optimum(LAW, np.array([1e18, 1e19, 1e20]))[0]
+    np.testing.assert_allclose(traces(right)[-2].y, optima, rtol=0.03)
 
 
 def test_files_are_pdf_and_png_and_the_same_each_time(tmp_path):

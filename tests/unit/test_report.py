@@ -193,6 +193,20 @@ def test_charts_of_the_fits_hold_every_run(study, page):
     assert "residuals" in charts and "correlations" in charts
 
 
+def test_shows_isoflop_profiles_where_runs_have_budgets_in_common(copy, study):
+    assert not any(name.startswith("isoflop") for name in all_charts(study, None))
+    rows = read_runs(copy / "runs.csv").rows
+    early = [row for row in rows if row["architecture"] == "early"]
+    for i, row in enumerate(early):  # three budgets of three sizes
+        size = row["params"] * (0.3, 1.0, 3.0)[i % 3]
+        budget = (1e14, 3e14, 1e15)[i // 3]
+        row |= {"params": size, "flops": budget, "tokens": budget / 6 / size, "loss": 3 - 0.2 * i + (i % 3 != 1)}
+    write_runs(copy / "runs.csv", early + [row for row in rows if row["architecture"] != "early"])
+    charts = all_charts(read_study(copy), None)
+    assert len(early) == 9 and "isoflop_0" in charts and "isoflop_1" not in charts
+    assert charts["isoflop_0"].panels[0].title.startswith("early fusion")
+
+
 def test_shows_image_use_against_the_blind_model(study):
     chart = all_charts(study, None)["image_use"]
     assert [panel.title for panel in chart.panels] == ["caption", "interleaved"]

@@ -4,12 +4,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from megamm.errors import InputError
 from megamm.scaling.accounting import runs_of
 from megamm.scaling.charts import Axis, Chart, Panel, Series, padded
 from megamm.scaling.compare import Comparison
 from megamm.scaling.compare_outputs import lead_chart
 from megamm.scaling.fit import distinct
-from megamm.scaling.fit_plots import group_of
+from megamm.scaling.fit_plots import group_of, isoflop_chart
+from megamm.scaling.isoflop import fit_isoflops
 from megamm.scaling.plots import fit_charts
 from megamm.scaling.report.study import BLIND, Run, Study
 from megamm.scaling.units import count, digits, power
@@ -19,6 +21,7 @@ COLOURS = {"early": "#0072B2", "late": "#D55E00", "text": "#7a8089"}
 OTHER_COLOURS = ("#009E73", "#CC79A7", "#B8860B", "#56B4E9")
 NAMES = {"early": "early fusion", "late": "late fusion", "text": "text only (blind)"}
 POINTS = 300
+ISOFLOP_DRAWS = 400
 
 
 def colour_of(study: Study, group: str) -> str:
@@ -55,7 +58,13 @@ def all_charts(study: Study, comparison: Comparison | None) -> dict[str, Chart]:
     charts = [frontier(study), *frontiers_by_source(study)]
     if comparison is not None:
         charts.append(lead_chart("lead", comparison, (name_of(comparison.first), name_of(comparison.second))))
-    charts += [*fit_diagnostics(study), *training(study), *validation(study), *image_use(study)]
+    charts += [
+        *isoflop_profiles(study),
+        *fit_diagnostics(study),
+        *training(study),
+        *validation(study),
+        *image_use(study),
+    ]
     return {chart.name: chart for chart in charts}
 
 
@@ -139,6 +148,19 @@ def _frontier_panel(study: Study, column: str, title: str) -> Panel:
     if lines:  # a wide band at the far end must not squeeze the points
         low = max(min(low, min(float(s.band[0].min()) for s in lines)), low - 0.3 * (high - low))
     return Panel(title=title, x=x, y=Axis(label="loss (nats per token)", range=(low, high)), series=series)
+
+
+def isoflop_profiles(study: Study) -> list[Chart]:
+    """Loss over size at equal compute, for each group whose runs have budgets in common; most ladders have none."""
+    charts = []
+    for group in study.groups:
+        runs = runs_of(study.table, study.group_column, group)
+        try:
+            fit = fit_isoflops(runs, group=group, draws=ISOFLOP_DRAWS)
+        except InputError:
+            continue
+        charts.append(isoflop_chart(fit, f"isoflop_{len(charts)}", name_of(group)))
+    return charts
 
 
 def fit_diagnostics(study: Study) -> list[Chart]:

@@ -35,9 +35,10 @@ def render_page(
         return _chart(charts[name], pngs[name]) if name in charts else ""
 
     images = image_table(study) + chart("image_use") if "image_use" in charts else ""
+    profiles = "".join(chart(name) for name in charts if name.startswith("isoflop_"))
     diagnostics = "".join(chart(name) for name in ("residuals", "correlations", "holdout"))
     sections = [
-        ("frontiers", "Loss against compute", chart("frontier") + chart("frontier_by_source")),
+        ("frontiers", "Loss against compute", chart("frontier") + chart("frontier_by_source") + profiles),
         ("lead", "Who is ahead, and by how much", comparison_table(found) + chart("lead") if found else ""),
         ("constants", "Fitted constants", fits_table(study) + diagnostics),
         ("training", "Training loss", chart("training")),
