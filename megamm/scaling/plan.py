@@ -242,8 +242,9 @@ def _warnings(chosen: Fitted, plan: dict[str, Any], request: Request) -> list[st
 
 def _assumptions(chosen: Fitted, request: Request) -> list[str]:
     entry = chosen.entry
+    at = ", ".join(f"{name} {value}" for name, value in entry.get("law", {}).get("at", {}).items())
     found = [
-        f"law {entry['form']} of group {chosen.law.name}, {entry['n_runs']} runs up to "
+        f"law {entry['form']}{f' at {at}' if at else ''} of group {chosen.law.name}, {entry['n_runs']} runs up to "
         f"{chosen.law.flops_range[1]:.2g} FLOPs; it holds at the budget",
         f"FLOPs as in the runs ({chosen.law.kappa:.3g} x 6ND); the same data mixture, tokenizer and schedule",
         "intervals: 95% bootstrap percentiles of the law; they do not hold the error of the form itself",

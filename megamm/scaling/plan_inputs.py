@@ -112,6 +112,8 @@ class Fitted:
 def read_fits(path: Path | str, loss_column: str = "loss") -> tuple[list[Fitted], list[str]]:
     """The laws of one loss column in fits.json with their draws in bootstrap.npz beside it, and what was left out.
 
+    A fit of another form is taken by the plain law that it comes down to, where it states one.
+
     Raises:
         InputError: a file is missing or unlike what fit_scaling_laws.py writes, or no fit can be planned with.
     """
@@ -122,30 +124,39 @@ def read_fits(path: Path | str, loss_column: str = "loss") -> tuple[list[Fitted]
         entries = json.loads(path.read_text(encoding="utf-8"))["fits"]
         with np.load(path.parent / "bootstrap.npz", allow_pickle=False) as draws:
             for entry in entries:
-                group, column = entry["group"], entry.get("loss_column", "loss")
-                if column != loss_column:
+                if entry.get("loss_column", "loss") != loss_column:
                     continue
-                if tuple(entry["parameters"]) != laws.PARAMETERS or entry.get("objective_name") != "huber_log":
-                    left_out.append(f"group {group}: form {entry.get('form')} is not one that a plan can use")
+                key = key_of(entry["group"], loss_column)
+                plain = "law" in entry
+                parameters = entry["law"]["parameters"] if plain else entry["parameters"]
+                if tuple(parameters) != laws.PARAMETERS or entry["objective_name"] != "huber_log":
+                    left_out.append(
+                        f"group {entry['group']}: form {entry['form']} comes down to no law in N and D alone"
+                    )
                     continue
-                law = Law(
-                    name=group,
-                    parameters=np.array(list(entry["parameters"].values()), float),
-                    draws=np.asarray(draws[key_of(group, column)], float),
-                    kappa=float(entry["kappa"]),
-                    flops_range=tuple(entry["ranges"]["flops"]),
-                )
-                if not (np.isfinite(law.parameters).all() and (law.parameters[1:] > 0).all()):
-                    raise InputError(f"{path}: group {group}: a parameter is not a finite number above zero")
-                if law.draws.ndim != 2 or law.draws.shape[1] != len(laws.PARAMETERS):
-                    raise InputError(f"{path.parent / 'bootstrap.npz'}: group {group}: expected draws of shape (R, 5)")
-                found.append(Fitted(law=law, entry=entry))
+                found.append(_fitted(path, entry, parameters, draws[f"{key}@{entry['form']}/law" if plain else key]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: no readable fits ({error}); run tools/fit_scaling_laws.py again") from error
     if not found:
-        named = sorted({entry.get("loss_column", "loss") for entry in entries})
-        raise InputError(f"{path}: no usable fit of column {loss_column!r}; it has {', '.join(named) or 'no fits'}")
+        columns = sorted({entry.get("loss_column", "loss") for entry in entries})
+        reason = "; ".join(left_out) or f"it has {', '.join(columns) or 'no fits'}"
+        raise InputError(f"{path}: no usable fit of column {loss_column!r}: {reason}")
     return found, left_out
+
+
+def _fitted(path: Path, entry: dict[str, Any], parameters: dict[str, float], draws: np.ndarray) -> Fitted:
+    law = Law(
+        name=entry["group"],
+        parameters=np.array(list(parameters.values()), float),
+        draws=np.asarray(draws, float),
+        kappa=float(entry["kappa"]),
+        flops_range=tuple(entry["ranges"]["flops"]),
+    )
+    if not (np.isfinite(law.parameters).all() and (law.parameters[1:] > 0).all()):
+        raise InputError(f"{path}: group {law.name}: a parameter is not a finite number above zero")
+    if law.draws.ndim != 2 or law.draws.shape[1] != len(laws.PARAMETERS):
+        raise InputError(f"{path.parent / 'bootstrap.npz'}: group {law.name}: expected draws of shape (R, 5)")
+    return Fitted(law=law, entry=entry)
 
 
 def measured(value: float, draws: np.ndarray) -> dict[str, Any]:

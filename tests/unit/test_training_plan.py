@@ -333,6 +333,20 @@ def test_bad_requests(fits, changes, message):
         find_gpu("tpu")
 
 
+def test_fits_of_another_form(tmp_path, table):
+    """The law of data that are not repeated stands for the form of repeated data; a form without one is left out."""
+    rows = [{**row, "unique_tokens": row["tokens"] / 4} for row in table.rows if row["architecture"] == "early"]
+    runs = check_rows(RunTable(path="made.csv", rows=rows, lines=list(range(2, len(rows) + 2))))
+    write_fits(tmp_path, fit_table(runs, form="repeated", resamples=20))
+    plan = make_plan(Request(flops=1e22), read_fits(tmp_path)[0])
+    assert any("law repeated at repetition none" in text for text in plan["assumptions"])
+    document = json.loads((tmp_path / "fits.json").read_text())
+    del document["fits"][0]["law"]
+    (tmp_path / "fits.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="form repeated"):
+        read_fits(tmp_path)
+
+
 def test_unreadable_fits(tmp_path, folder):
     with pytest.raises(InputError, match="no readable fits"):
         read_fits(tmp_path)
