@@ -55,6 +55,8 @@ def main() -> None:
     for fit in fits:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in fit.exponents.items())
         print(f"{fit.group}, {fit.loss_column}: {len(fit.table)} runs, {numbers}, {len(fit.warnings)} warnings")
+        for text in fit.warnings:
+            print(f"warning: {fit.group}, {fit.loss_column}: {text}", file=sys.stderr)
     print(f"-> {', '.join(str(path) for path in written)}")
 
 

@@ -133,11 +133,12 @@ def _approaches(entry: dict[str, Any]) -> list[str]:
 
 
 def _drop_table(entry: dict[str, Any]) -> list[str]:
+    names = [name for name in ("E", "alpha", "beta", "a") if name in entry["drop_k"][0]]
     rows = []
     for row in entry["drop_k"]:
-        cells = [str(row["k"]), row["dropped"], *(f"{row[name]:.4f}" for name in ("E", "alpha", "beta", "a"))]
+        cells = [str(row["k"]), row["dropped"], *(f"{row[name]:.4f}" for name in names)]
         rows.append([*cells, f"{row['objective']:.4g}", ", ".join(row["outside"])])
-    head = ["k", "dropped", "E", "alpha", "beta", "a", "objective", "out of its interval"]
+    head = ["k", "dropped", *names, "objective", "out of its interval"]
     return ["Without the k runs of highest loss or of largest FLOPs:", "", *table(head, rows)]
 
 

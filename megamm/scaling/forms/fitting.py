@@ -22,8 +22,10 @@ from megamm.scaling.fit import (
 from megamm.scaling.forms import FORMS
 from megamm.scaling.forms.base import Form, FormProblem
 from megamm.scaling.runs import RunTable
+from megamm.scaling.stability import SHOWN, drop_plan, drop_rows, refit
 
 POLISHED = 8
+DROP_STARTS = 4
 SPARE_RUNS = 3
 """Runs beyond the number of parameters that a held-out refit needs."""
 
@@ -193,9 +195,23 @@ def fit_form(
         redrawn=redrawn,
     )
     fit.holdout = hold_out(fit)
-    fit.extras = form.extras(fit)
+    fit.extras = {"drop_k": drop_table(fit), **form.extras(fit)}
     fit.warnings += dropped
     return fit
+
+
+def drop_table(fit: FormFit) -> list[dict[str, Any]]:
+    """As stability.drop_table, from the optimum and a few other starts; a where the form implies a plain law."""
+    problem = fit.problem
+    plan = drop_plan(fit.table, fit.loss_column, len(fit.names) + SPARE_RUNS)
+    starts = np.concatenate([problem.to_theta(fit.parameters)[None], problem.starts(DROP_STARTS)])
+    theta, objective = refit(problem, starts, np.stack([weights for *_, weights in plan]))
+    parameters = problem.to_parameters(theta)
+    values = {name: parameters[:, i] for i, name in enumerate(fit.names) if name in SHOWN}
+    law = fit.law_of(parameters)
+    if law is not None:
+        values["a"] = law[0][:, 4] / (law[0][:, 2] + law[0][:, 4])
+    return drop_rows(plan, fit.table, values, objective, fit.intervals)
 
 
 def descend_all(problem: FormProblem, starts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

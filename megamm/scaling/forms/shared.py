@@ -5,6 +5,7 @@ and beta then narrows both frontiers. Whether the runs allow it is tested agains
 """
 
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from megamm.scaling.fit import (
 )
 from megamm.scaling.forms.base import Data, Form, FormProblem, Parameter, Point, Term, amplitude, exponent
 from megamm.scaling.runs import RunTable
+from megamm.scaling.stability import drop_plan, drop_rows, drop_warnings, refit
 from megamm.scaling.uncertainty import deviance_scale, joint_intervals, optimum_intervals
 
 NAME = "shared"
@@ -80,18 +82,17 @@ def fit_shared(
     best = int(objectives.argmin())
     objective = float(objectives[best])
     _, gradient, _, reweighted = problem.evaluate(theta[best][None], np.ones((1, len(whole))), minimise.DELTA)
-    drawn = [
-        resample(t, cluster_labels(t), resamples, np.random.default_rng([seed, zlib.crc32(name.encode())]))
-        for name, t in groups.items()
-    ]
+    seeds = [np.random.default_rng([seed, zlib.crc32(name.encode())]) for name in groups]
+    drawn = [resample(table, cluster_labels(table), resamples, rng) for table, rng in zip(tables, seeds)]
     weights = np.concatenate([w for w, _ in drawn], axis=1)
     draws, _ = minimise.minimise(problem, np.repeat(theta[best][None], resamples, axis=0), weights)
-    values, draws = problem.to_parameters(theta[best]), problem.to_parameters(draws)
+    values, draws = (problem.to_parameters(x) for x in (theta[best], draws))
     held_out = _hold_out(tables, loss_column)
     sharing = _sharing(tables, problem, theta[best], objective, loss_column)
+    dropping = _Dropping.of(problem, theta[best], whole, loss_column)
     fits = []
     for g, (name, table) in enumerate(groups.items()):
-        columns = [2 + 3 * g, 3 + 3 * g, 0, 4 + 3 * g, 1]
+        columns = _columns(g)
         fit = Fit(
             group=name,
             form=NAME,
@@ -111,7 +112,8 @@ def fit_shared(
         )
         fit.holdout = _group_hold_out(fit, held_out, g)
         fit.checks = {"joint": joint_intervals(fit), "optimum": optimum_intervals(fit)}
-        fit.checks["sharing"] = {"groups": list(groups), **sharing}
+        fit.checks |= {"drop_k": dropping.rows(fit, g), "sharing": {"groups": list(groups), **sharing}}
+        fit.warnings += drop_warnings(fit.checks["drop_k"], fit.intervals)
         fit.warnings += dropped[name]
         if sharing["p_value"] < 0.05:
             fit.warnings.append(
@@ -119,6 +121,34 @@ def fit_shared(
             )
         fits.append(fit)
     return fits
+
+
+def _columns(g: int) -> list[int]:
+    """Where E, A, alpha, B and beta of a group stand among the parameters."""
+    return [2 + 3 * g, 3 + 3 * g, 0, 4 + 3 * g, 1]
+
+
+@dataclass(kw_only=True)
+class _Dropping:
+    """Refits of all groups together without some runs of the whole table: parameters (m, P), objective (m,)."""
+
+    plan: list[tuple[str, int, np.ndarray]]
+    table: RunTable
+    parameters: np.ndarray
+    objective: np.ndarray
+
+    @classmethod
+    def of(cls, problem: FormProblem, theta: np.ndarray, table: RunTable, column: str) -> "_Dropping":
+        plan = drop_plan(table, column, len(theta) + MIN_RUNS)
+        starts = np.concatenate([theta[None], problem.starts(3)])
+        ends, objective = refit(problem, starts, np.stack([weights for *_, weights in plan]))
+        return cls(plan=plan, table=table, parameters=problem.to_parameters(ends), objective=objective)
+
+    def rows(self, fit: Fit, g: int) -> list[dict[str, Any]]:
+        """The drop-k table of one group: its own E, the exponents of all."""
+        alpha, beta = self.parameters[:, 0], self.parameters[:, 1]
+        values = {"E": self.parameters[:, 2 + 3 * g], "alpha": alpha, "beta": beta, "a": beta / (alpha + beta)}
+        return drop_rows(self.plan, self.table, values, self.objective, fit.intervals)
 
 
 def _measured(
@@ -174,7 +204,7 @@ def _hold_out(tables: list[RunTable], column: str) -> dict[str, Any]:
 def _group_hold_out(fit: Fit, found: dict[str, Any], g: int) -> dict[str, Any]:
     if "skipped" in found:
         return dict(found)
-    parameters = found["parameters"][[2 + 3 * g, 3 + 3 * g, 0, 4 + 3 * g, 1]]
+    parameters = found["parameters"][_columns(g)]
     kept_back = fit.table.select(found["held"][g])
     error = np.expm1(log_residuals(parameters, kept_back, fit.loss_column))
     return hold_out_entry(fit, found["held"][g], error, float(parameters[4] / (parameters[2] + parameters[4])))

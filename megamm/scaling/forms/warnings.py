@@ -3,6 +3,7 @@
 from megamm.scaling.diagnostics import outliers
 from megamm.scaling.forms.fitting import FormFit
 from megamm.scaling.forms.mixtures import domains
+from megamm.scaling.stability import drop_warnings
 
 FEW_PER_PARAMETER = 3
 OUTSIDE = 0.02
@@ -11,7 +12,8 @@ OUTSIDE = 0.02
 
 def form_warnings(fit: FormFit) -> list[str]:
     """All warnings about ``fit``, the gravest kinds first."""
-    return [*_identification(fit), *_mixture(fit), *_holdout(fit), *outliers(fit)]
+    unstable = drop_warnings(fit.extras["drop_k"], fit.intervals)
+    return [*_identification(fit), *unstable, *_mixture(fit), *_holdout(fit), *outliers(fit)]
 
 
 def _identification(fit: FormFit) -> list[str]:
