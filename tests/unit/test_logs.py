@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megamm.errors import InputError
 from megamm.scaling.collect import Options, collect
@@ -340,6 +342,35 @@ def test_wandb_runs_as_json_lines(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- general
+
+
+PIECES = st.sampled_from(
+    [
+        " iteration 10/ 20 |", " iteration 9999999999999999999/0 |", " lm loss: 1.0 |", " lm loss: nan |", " : |", "||",
+        " consumed samples: -3 |", " validation loss at iteration 5 |", " lm loss value: x |", "  seq_length .... 128",
+        "  moe_layer_freq ....... 0", "  num_experts ..... 0", "  num_layers ...... 4", "[titan] step: 3  loss: 1.2.3",
+        "[titan] step: 4  loss: 3.5  tps: 0  tflops: .", "validate step: 4 loss: 2.0 root - INFO", "\033[31m",
+        '"min_lr_factor": -', '"decay_ratio": 1e', "size: , total parameters", " step: 1 loss: 2 tps: 1,",
+        '{"_step": null}', '{"_step": NaN, "loss": 3}', '{"_step": 1, "loss": "a"}', '{"summary": "{", "name": 3}',
+        '{"summary": {"_step": -1, "loss": 2.5, "params": 1e400}}', "[]", "Step,a - eval/loss", "nan,3", "1,inf",
+        "_step,loss",
+        "Name,State,loss", "a,finished", "a,finished,3,4", "run,params,tokens,loss", "\n", "\x00", "\ufeff", "x,1,2,3",
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(lines=st.lists(PIECES, max_size=6), suffix=st.sampled_from([".log", ".csv", ".jsonl"]))
+def test_no_log_however_damaged_ends_in_another_error(tmp_path_factory, lines, suffix):
+    path = tmp_path_factory.mktemp("fuzz") / f"a{suffix}"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    options = Options(facts={"*": {"params": 1e6, "tokens_per_step": 10.0}}, include_intermediate=True)
+    try:
+        rows, _ = collect([path], options)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(row["loss"] > 0 and row["tokens"] > 0 and row["flops"] > 0 for row in rows)
 
 
 def test_a_file_of_no_known_kind(tmp_path):

@@ -110,6 +110,8 @@ def rows_of(curve: Curve, *, loss: str = "auto", intermediate: bool = False) -> 
     Raises:
         InputError: a loss that is not finite, or no value for a required column.
     """
+    if not curve.points:
+        return [], [f"{curve.origin}: run {curve.name}: no step in it"]
     steps = validation_steps(curve) if loss in ("auto", "validation") else []
     if loss == "validation" and not steps:
         raise InputError(f"{curve.origin}: run {curve.name}: no validation loss in the log; --loss training takes it")

@@ -124,7 +124,7 @@ def _expert_layers(arguments: dict[str, str]) -> int | None:
     layers, every = _integer(arguments, "num_layers"), arguments.get("moe_layer_freq", "1")
     if layers is None:
         return None
-    if every.isdigit():
+    if every.isdigit() and int(every):
         return len(range(0, layers, int(every)))
     try:
         return sum(json.loads(every))

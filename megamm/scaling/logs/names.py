@@ -1,5 +1,6 @@
 """Names under which trainers log the same thing, for formats whose tags are free (TensorBoard, W&B, JSON lines)."""
 
+import math
 import re
 from typing import Any
 
@@ -71,6 +72,11 @@ def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def whole(value: float | None) -> int | None:
+    """A count of steps as an integer; None if it is not finite or negative."""
+    return int(value) if value is not None and math.isfinite(value) and value >= 0 else None
 
 
 def number(value: Any) -> float | None:

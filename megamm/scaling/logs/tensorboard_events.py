@@ -10,7 +10,7 @@ from typing import Any
 from megamm.errors import InputError
 from megamm.scaling.logs.curve import Curve, name_of
 from megamm.scaling.logs.megatron import facts_of_arguments
-from megamm.scaling.logs.names import key_of
+from megamm.scaling.logs.names import key_of, whole
 
 MARK = "tfevents"
 _FACTS = ("params", "params_active", "params_embedding", "params_head", "params_vision", "tokens_vision")
@@ -43,7 +43,7 @@ def read_events(path: Path, mapping: dict[str, str] | None = None) -> list[Curve
             if key in _FACTS or key == "tokens_per_step":
                 curve.facts[key] = event.value
             elif key == "total_steps":
-                curve.total_steps = int(event.value)
+                curve.total_steps = whole(event.value)
             else:
                 curve.add(event.step, {key: event.value})
     arguments = _texts(accumulator)

@@ -12,13 +12,16 @@ from statistics import median
 from typing import Any
 
 from megamm.scaling.logs.curve import COOLED, Curve, name_of
+from megamm.scaling.logs.names import number
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(r"(validate )?step:\s*(\d+)\s+loss:\s*([\d.]+(?:e[+-]?\d+)?|nan|inf)", re.I)
 _LINE = re.compile(r"\[titan\]|tps: [\d,]+|root - INFO")
-_SPEED = re.compile(r"tps: ([\d,]+)\s+tflops: ([\d,.]+)")
-_SIZE = re.compile(r"size: ([\d,]+) total parameters")
-_EXPERTS = re.compile(r"parameter count: dense ([\d,]+), sparse ([\d,]+)(?:, vision ([\d,]+))?, active ([\d,]+)")
+_SPEED = re.compile(r"tps: (\d[\d,]*)\s+tflops: (\d[\d,.]*)")
+_SIZE = re.compile(r"size: (\d[\d,]*) total parameters")
+_EXPERTS = re.compile(
+    r"parameter count: dense (\d[\d,]*), sparse (\d[\d,]*)(?:, vision (\d[\d,]*))?, active (\d[\d,]*)"
+)
 _BATCH = re.compile(r"global batch size (\d+),.*sequence length (\d+)")
 _STEP_TOKENS = re.compile(r"(\d+) tokens per train step")
 _TOTAL = re.compile(r"total steps (\d+)")
@@ -34,10 +37,12 @@ def read_torchtitan(path: Path) -> list[Curve] | None:
         for raw in lines:
             line = _COLOUR.sub("", raw)
             if (match := _STEP.search(line)) and _LINE.search(line):
+                if (loss := number(match[3])) is None:
+                    continue
                 steps += 1
-                curve.add(int(match[2]), {"loss" if match[1] else "train_loss": float(match[3])})
-                if (speed := _SPEED.search(line)) and _integer(speed[1]):
-                    per_token.append(1e12 * float(speed[2].replace(",", "")) / _integer(speed[1]))
+                curve.add(int(match[2]), {"loss" if match[1] else "train_loss": loss})
+                if (speed := _SPEED.search(line)) and (tokens := number(speed[1])) and (tera := number(speed[2])):
+                    per_token.append(1e12 * tera / tokens)
                 continue
             for key, value in _DECAY.findall(line):
                 decay.setdefault(key, value)
@@ -77,11 +82,10 @@ def _cools_down(decay: dict[str, str]) -> bool | None:
 
     The rate falls linearly to ``min_lr_factor`` after the warm-up unless ``decay_ratio`` is zero.
     """
-    lowest = decay.get("min_lr_factor", decay.get("lr_min"))
+    lowest = number(decay.get("min_lr_factor", decay.get("lr_min")))
     if lowest is None:
         return None
-    ratio = decay.get("decay_ratio", "null")
-    return float(lowest) <= COOLED and (ratio in ("null", "None") or float(ratio) > 0)
+    return lowest <= COOLED and number(decay.get("decay_ratio")) != 0
 
 
 def _integer(text: str) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from megamm.errors import InputError
 from megamm.scaling.logs.curve import Curve, name_of
-from megamm.scaling.logs.names import flatten, key_of, number
+from megamm.scaling.logs.names import flatten, key_of, number, whole
 
 TEXTS = ("run", "state", "architecture", "mixture")
 CURVES = ("train_loss", "tokens", "lr", "flops", "flops_exact")
@@ -34,7 +34,7 @@ def read_wandb(path: Path, mapping: dict[str, str] | None = None) -> list[Curve]
         if not records:
             return None
         if any("summary" in record or "summary_metrics" in record for _, record in records):
-            return _runs(path, [(line, _opened(r)) for line, r in records], mapping)
+            return _runs(path, [(line, _opened(r, f"{path}: line {line}")) for line, r in records], mapping)
         if any("_step" in record or "step" in record for _, record in records):
             return [_history(path, records, mapping)]
         return None
@@ -44,11 +44,11 @@ def read_wandb(path: Path, mapping: dict[str, str] | None = None) -> list[Curve]
         reader = csv.DictReader(file)
         header = list(reader.fieldnames or [])
         if "Name" in header and "State" in header:
-            return _runs(path, [(reader.line_num, row) for row in reader], mapping)
+            return _runs(path, _csv_rows(path, reader), mapping)
         if "_step" in header:
-            return [_history(path, [(reader.line_num, row) for row in reader], mapping)]
+            return [_history(path, _csv_rows(path, reader), mapping)]
         if header and any(" - " in column for column in header[1:]):
-            return _chart(path, header, [(reader.line_num, row) for row in reader], mapping)
+            return _chart(path, header, _csv_rows(path, reader), mapping)
     return None
 
 
@@ -66,13 +66,31 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield i, record
 
 
-def _opened(record: dict[str, Any]) -> dict[str, Any]:
+def _csv_rows(path: Path, reader: csv.DictReader) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                given = sum(value is not None for value in row.values())
+                wanted = f"{len(reader.fieldnames)} cells as the header has"
+                found = "more" if None in row else str(given)
+                raise InputError(f"{path}: line {reader.line_num}: expected {wanted}, found {found}")
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: not valid CSV ({error})") from error
+    return rows
+
+
+def _opened(record: dict[str, Any], where: str) -> dict[str, Any]:
     """A run's record with config and summary as mappings: some exports store them as JSON text."""
     opened = {}
     for key, value in record.items():
         key = {"summary_metrics": "summary"}.get(key, key)
         if key in ("config", "summary") and isinstance(value, str):
-            value = json.loads(value)
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise InputError(f"{where}: {key} is text that is not JSON ({error})") from error
         opened[key] = value
     return flatten(opened)
 
@@ -96,9 +114,9 @@ def _runs(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[s
             else:
                 facts.setdefault(key, parsed)
         name, state = facts.pop("run", f"{path.stem}-{line}"), facts.pop("state", "finished")
-        total = facts.pop("total_steps", None)
-        step = int(point.pop("step", total or 1))
-        curve = Curve(name=name, origin=f"{path} line {line}", facts=facts, total_steps=int(total) if total else None)
+        total = whole(facts.pop("total_steps", None)) or None
+        step = whole(point.pop("step", None)) or total or 1
+        curve = Curve(name=name, origin=f"{path} line {line}", facts=facts, total_steps=total)
         curve.finished = str(state).lower() == "finished" and (not total or step >= total)
         curve.add(step, point)
         curves.append(curve)
@@ -119,7 +137,7 @@ def _history(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dic
                 raise InputError(f"{path}: line {line}: column {tag}: {value!r} is not a number")
             # A history in CSV holds nan where a metric was not logged.
             if key == "step":
-                step = int(parsed) if step is None or tag == "_step" else step
+                step = whole(parsed) if step is None or tag == "_step" else step
             elif parsed == parsed or path.suffix.lower() != ".csv":
                 values[key] = parsed
         if step is None:
@@ -129,8 +147,7 @@ def _history(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dic
         curve.add(step, {k: v for k, v in values.items() if k not in facts})
     if not any(curve.points.values()):
         raise InputError(f"{path}: no column of a usual name; name them with --map loss=COLUMN, tokens=COLUMN")
-    if total := curve.facts.pop("total_steps", None):
-        curve.total_steps = int(total)
+    curve.total_steps = whole(curve.facts.pop("total_steps", None)) or None
     return curve
 
 
@@ -149,10 +166,11 @@ def _chart(
         for line, record in records:
             if record[column] in (None, ""):
                 continue
-            at, value = number(record[header[0]]), number(record[column])
-            if at is None or value is None:
-                raise InputError(f"{path}: line {line}: column {column}: {record[column]!r} is not a number")
-            curve.add(int(at), {key: value} | ({"tokens": at} if axis == "tokens" else {}))
+            at, value = whole(number(record[header[0]])), number(record[column])
+            for name, parsed in ((header[0], at), (column, value)):
+                if parsed is None:
+                    raise InputError(f"{path}: line {line}: column {name}: {record[name]!r} is not a number")
+            curve.add(at, {key: value} | ({"tokens": float(at)} if axis == "tokens" else {}))
     if not curves:
         raise InputError(f"{path}: no column RUN - METRIC of a usual metric; name it with --map loss=METRIC")
     return list(curves.values())
