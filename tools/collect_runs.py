@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from rich.console import Console
 
 from megamm.errors import InputError, exit_on_error
-from megamm.scaling.collect import LOSSES, Options, collect, parse_facts, read_facts
+from megamm.scaling.collect import LOSSES, Options, collect, parse_facts, read_facts, suspected_duplicates
 from megamm.scaling.conventions import COLUMN, CONVENTIONS, conversion_lines
 from megamm.scaling.runs import write_runs
 
@@ -77,6 +77,8 @@ def main() -> None:
         print(f"left out: {line}", file=sys.stderr)
     for line in conversion_lines(rows):
         print(f"convention: {line}", file=sys.stderr)
+    for line in suspected_duplicates(rows):
+        print(f"note: {line}", file=sys.stderr)
     unknown = sum(row.get("cooled") is None for row in rows)
     if unknown:
         print(f"note: the learning rate of {unknown} runs is not known: column cooled is empty there", file=sys.stderr)

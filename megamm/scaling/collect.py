@@ -240,6 +240,18 @@ def _check_one_loss(rows: list[dict[str, Any]], places: list[str]) -> None:
             )
 
 
+def suspected_duplicates(rows: list[dict[str, Any]]) -> list[str]:
+    """A line per pair of rows of different names whose params, tokens and loss agree to the last digit."""
+    seen: dict[tuple, str] = {}
+    lines = []
+    for row in rows:
+        key = (row["params"], row["tokens"], row["loss"])
+        if key in seen:
+            lines.append(f"runs {seen[key]} and {row['run']} have the same params, tokens and loss: one run twice?")
+        seen.setdefault(key, row["run"])
+    return lines
+
+
 def _check_facts(options: Options, rows: list[dict[str, Any]]) -> None:
     """Facts of which not one belongs to a run are of other runs, or misspelt."""
     names = {str(row["run"]).partition("@")[0] for row in rows} | {str(row["run"]) for row in rows}

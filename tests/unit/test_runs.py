@@ -10,7 +10,7 @@ import pytest
 
 from megamm.errors import InputError
 from megamm.scaling import conventions
-from megamm.scaling.collect import Options, collect, read_facts
+from megamm.scaling.collect import Options, collect, read_facts, suspected_duplicates
 from megamm.scaling.runs import read_runs, write_runs
 
 ROOT = Path(__file__).parents[2]
@@ -280,6 +280,15 @@ def test_intermediate_checkpoints_of_our_runs(tmp_path):
     assert early["loss"] == 4.0 and early["tokens_vision"] == 102400 and early["trunk"] == "a"
     assert (early["flops"], early["flops_exact"]) == (1e12, 5e11)
     assert len(collect([tmp_path])[0]) == 1
+
+
+def test_a_run_under_two_names_is_noticed(tmp_path):
+    path = table(tmp_path, "run,params,tokens,loss\na,1e6,1e7,3.25\nb,1e6,1e7,3.25\nc,1e6,1e7,3.2501\n")
+    assert suspected_duplicates(collect([path])[0]) == [
+        "runs a and b have the same params, tokens and loss: one run twice?"
+    ]
+    done = tool(path, "--out", tmp_path / "out.csv")
+    assert done.returncode == 0 and "note: runs a and b have the same" in done.stderr
 
 
 def test_facts_file(tmp_path):
