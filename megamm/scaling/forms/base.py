@@ -205,7 +205,7 @@ class Form:
 
 
 def column_numbers(table: RunTable, column: str, low: float, high: float, hint: str) -> np.ndarray:
-    """A further column as numbers strictly between ``low`` and ``high``... inclusive of ``low``.
+    """A further column as numbers from ``low`` on and below ``high``, (n,).
 
     Raises:
         InputError: the column is missing, or a row is empty, no number or out of range.
