@@ -73,7 +73,7 @@ def optimum_intervals(fit: Fit, flops: np.ndarray | None = None) -> list[dict[st
     for i, c in enumerate(flops):
         entry: dict[str, Any] = {"flops": float(c), "times_largest": float(c / fit.flops_range[1])}
         pointwise = np.exp(np.percentile(draws[:, i], [tail, 100 - tail], axis=0))
-        joint = np.exp(simultaneous(center[i], draws[:, i]))
+        joint = np.exp(np.clip(simultaneous(center[i], draws[:, i]), -690.0, 690.0))
         for j, name in enumerate(names):
             entry[name] = float(np.exp(center[i, j]))
             entry[f"{name}_interval"] = pointwise[:, j].tolist()

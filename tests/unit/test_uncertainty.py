@@ -1,5 +1,6 @@
 """Joint and profile intervals, drop-k tables, hold-out drift and the three approaches."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,25 @@ def test_few_ratios_and_far_predictions_are_told():
     assert any("only 1 distinct tokens per parameter" in text for text in warnings_of(fit))
     assert extrapolation(9e22, (1e18, 1e22)) is None
     assert "20 times the largest run" in extrapolation(2e23, (1e18, 1e22))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["one size", "constant loss", "random loss", "no noise"])
+def test_tables_that_determine_nothing_still_give_finite_json(kind):
+    rng = np.random.default_rng(1)
+    for n_runs in (5, 8, 11):
+        n, d = 10 ** rng.uniform(7, 9, n_runs), 10 ** rng.uniform(8, 10, n_runs)
+        if kind == "one size":
+            n = np.full(n_runs, 1e8)
+        loss = laws.predict(LAW, n, d)
+        if kind == "constant loss":
+            loss = np.full(n_runs, 3.0)
+        if kind == "random loss":
+            loss = rng.uniform(2, 5, n_runs)
+        fit = fit_group(table_of(n, d, loss), resamples=20)
+        examine(fit)
+        json.dumps(fit.to_json(), allow_nan=False)
+        assert kind == "no noise" or fit.warnings
 
 
 def test_everything_is_on_the_page(everything):
