@@ -11,10 +11,10 @@ from rich.console import Console
 from megamm.config import ModelConfig, build, read_yaml
 from megamm.data.shards import read_dataset_info
 from megamm.errors import InputError, exit_on_error
-from megamm.scaling.plan import make_plan
-from megamm.scaling.plan_hardware import GPUS, find_gpu, read_mfu, stated_mfu
-from megamm.scaling.plan_inputs import Request, default_model, read_fits
-from megamm.scaling.plan_outputs import write_plan
+from megamm.scaling.plan.hardware import GPUS, find_gpu, read_mfu, stated_mfu
+from megamm.scaling.plan.inputs import Request, default_model, read_fits
+from megamm.scaling.plan.outputs import write_plan
+from megamm.scaling.plan.proposal import make_plan
 from megamm.scaling.runs import read_runs
 
 

@@ -18,13 +18,13 @@ from megamm.scaling import laws
 from megamm.scaling.compare import Law
 from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.flops import count_parameters
-from megamm.scaling.plan import budget_flops, make_plan
-from megamm.scaling.plan_hardware import GPUS, bill, find_gpu, read_mfu, stated_mfu
-from megamm.scaling.plan_inputs import Request, read_fits
-from megamm.scaling.plan_outputs import train_values, write_plan
-from megamm.scaling.plan_sizes import nearest_model, peak_lr
-from megamm.scaling.plan_tradeoffs import repeated_loss, repeated_optimum, serving_optimum
-from megamm.scaling.plan_transfer import NOT_FITTED, break_even, fit_transfer
+from megamm.scaling.plan.hardware import GPUS, bill, find_gpu, read_mfu, stated_mfu
+from megamm.scaling.plan.inputs import Request, read_fits
+from megamm.scaling.plan.outputs import train_values, write_plan
+from megamm.scaling.plan.proposal import budget_flops, make_plan
+from megamm.scaling.plan.sizes import nearest_model, peak_lr
+from megamm.scaling.plan.tradeoffs import repeated_loss, repeated_optimum, serving_optimum
+from megamm.scaling.plan.transfer import NOT_FITTED, break_even, fit_transfer
 from megamm.scaling.runs import RunTable, check_rows
 
 ROOT = Path(__file__).parents[2]

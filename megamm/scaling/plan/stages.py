@@ -7,9 +7,9 @@ import numpy as np
 from megamm.errors import InputError
 from megamm.scaling import laws
 from megamm.scaling.design import Ladder, candidate_grid, log_params_at, propose
-from megamm.scaling.plan_inputs import Fitted, Request, default_model, losses_at
-from megamm.scaling.plan_sizes import Buildable, nearest_model
-from megamm.scaling.plan_tradeoffs import repeated_optimum
+from megamm.scaling.plan.inputs import Fitted, Request, default_model, losses_at
+from megamm.scaling.plan.sizes import Buildable, nearest_model
+from megamm.scaling.plan.tradeoffs import repeated_optimum
 
 MID_SHARE = 0.1
 """FLOPs of the mid run over those of the full one: the usual step of a ladder, a factor of ten."""

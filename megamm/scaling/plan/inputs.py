@@ -11,8 +11,8 @@ from megamm.config import ModelConfig
 from megamm.errors import InputError
 from megamm.scaling import laws
 from megamm.scaling.compare import Law, key_of
-from megamm.scaling.plan_hardware import Efficiency, Gpu
-from megamm.scaling.plan_tradeoffs import repeated_loss
+from megamm.scaling.plan.hardware import Efficiency, Gpu
+from megamm.scaling.plan.tradeoffs import repeated_loss
 from megamm.scaling.runs import RunTable
 
 HUBER_DELTA = 1e-3

@@ -10,8 +10,8 @@ import yaml
 from megamm.config import Config, ParallelConfig, build, merge
 from megamm.errors import InputError
 from megamm.files import write_json, write_text
-from megamm.scaling.plan_inputs import Request
-from megamm.scaling.plan_sizes import Buildable, peak_lr
+from megamm.scaling.plan.inputs import Request
+from megamm.scaling.plan.sizes import Buildable, peak_lr
 
 BATCH_ROWS = 2048
 FEWEST_STEPS = 2000

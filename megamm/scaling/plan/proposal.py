@@ -12,12 +12,12 @@ from scipy.optimize import brentq
 from megamm.errors import InputError
 from megamm.scaling import laws
 from megamm.scaling.compare import Law, compare, verdict
-from megamm.scaling.plan_hardware import bill
-from megamm.scaling.plan_inputs import Fitted, Request, default_model, losses_at, measured
-from megamm.scaling.plan_sizes import Buildable, nearest_model
-from megamm.scaling.plan_stages import propose_stages
-from megamm.scaling.plan_tradeoffs import repeated_optimum, serving_optimum, serving_table
-from megamm.scaling.plan_transfer import (
+from megamm.scaling.plan.hardware import bill
+from megamm.scaling.plan.inputs import Fitted, Request, default_model, losses_at, measured
+from megamm.scaling.plan.sizes import Buildable, nearest_model
+from megamm.scaling.plan.stages import propose_stages
+from megamm.scaling.plan.tradeoffs import repeated_optimum, serving_optimum, serving_table
+from megamm.scaling.plan.transfer import (
     FORM,
     NOT_FITTED,
     Transfer,
