@@ -2,7 +2,8 @@
 """Time the scaling-law fit against scipy's L-BFGS from the same starts, interleaved, on one core.
 
 Set OMP_NUM_THREADS=1 to hold numpy to one core. Prints the objective, the share of starts that reach it, seconds
-and their ratio, and the bootstrap's time and standard errors.
+and their ratio, and the bootstrap's time and standard errors; then the checks of a fit (drop-k, profile likelihood)
+and the isoFLOP fits of Porian et al. with 1,000 noise draws.
 """
 
 import argparse
@@ -15,10 +16,14 @@ import numpy as np
 from scipy.optimize import minimize
 
 from megamm.scaling import laws, minimise
-from megamm.scaling.fit import cluster_labels, resample
-from megamm.scaling.runs import read_runs
+from megamm.scaling.fit import cluster_labels, fit_group, resample
+from megamm.scaling.isoflop import fit_isoflops
+from megamm.scaling.runs import RunTable, read_runs
+from megamm.scaling.stability import drop_table
+from megamm.scaling.uncertainty import profile_intervals
 
-DATA = Path(__file__).parents[1] / "tests" / "data" / "chinchilla_runs.csv"
+FOLDER = Path(__file__).parents[1] / "tests" / "data"
+DATA = FOLDER / "chinchilla_runs.csv"
 
 
 def timed(function: Callable) -> tuple[float, object]:
@@ -69,6 +74,20 @@ def main() -> None:
     seconds, (draws, _) = timed(lambda: minimise.minimise(problem, start, weights))
     errors = dict(zip(laws.PARAMETERS, problem.to_parameters(draws).std(axis=0, ddof=1).round(5).tolist()))
     print(f"bootstrap: {arguments.bootstrap} resamples in {seconds:.3f} s; standard errors {errors}")
+    time_checks(runs)
+
+
+def time_checks(runs: RunTable) -> None:
+    """Seconds of the checks of one fit, and of the isoFLOP fits."""
+    fit = fit_group(runs, resamples=1000)
+    for check in (drop_table, profile_intervals):
+        seconds, _ = timed(lambda check=check: check(fit))
+        print(f"{check.__name__}: {seconds:.3f} s")
+    for name in ("tuned", "cosine"):
+        table = read_runs(FOLDER / f"isoflop_refinedweb_{name}.csv")
+        seconds, found = timed(lambda table=table: fit_isoflops(table, draws=1000))
+        low, high = found.intervals["a"]
+        print(f"isoFLOP {name}: {seconds:.3f} s for 1000 draws, a {found.exponents['a']:.4f} [{low:.4f}, {high:.4f}]")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ Two questions:
 2. 45-45-10 rows (caption, interleaved, text by tokens): our model against itself with logits at every position.
 
 A step is forward, loss, backward, clipping at 1.0 and fused AdamW. The contenders take turns; a ratio is the
-median over rounds of (peer's time / our time): above 1 we are faster.
+median over rounds of (peer's time / our time): above 1 we are faster. Without transformers only the second question
+is answered.
 """
 
 import argparse
@@ -19,13 +20,13 @@ import json
 import platform
 import statistics
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 
 from megamm.config import ModelConfig, OptimizerConfig
 from megamm.data.batch import Batch
@@ -206,7 +207,11 @@ def main() -> None:
         write(results, args)  # each time: a run that is cut off keeps what it has
 
     report("45-45-10", "eager", "ours, logits everywhere", ours(args, False), ours(args, False, True), "mixed")
-    for mode in ("eager", "compiled")[: 1 if args.skip_compiled else 2]:
+    modes = ("eager", "compiled")[: 1 if args.skip_compiled else 2]
+    if not find_spec("transformers"):
+        modes = ()
+        print("transformers is not installed: no comparison with LlamaForCausalLM")
+    for mode in modes:
         mine, theirs = ours(args, mode == "compiled"), llama(args, mode == "compiled")
         report("text, packed documents", mode, "LlamaForCausalLM", mine, theirs, "text")
         report("text, one document", mode, "LlamaForCausalLM", mine, theirs, "one")
@@ -215,12 +220,11 @@ def main() -> None:
 
 def about(args: argparse.Namespace) -> dict[str, str | int]:
     """The machine, versions and settings."""
-    import transformers
-
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     return {
         "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "transformers": transformers.__version__, **{k: str(v) for k, v in vars(args).items() if k != "out"},
+        "transformers": version("transformers") if find_spec("transformers") else "",
+        **{k: str(v) for k, v in vars(args).items() if k != "out"},
     }  # fmt: skip
 
 
@@ -238,10 +242,11 @@ def write(results: list[dict], args: argparse.Namespace) -> None:
 
 def show(results: list[dict], facts: dict) -> None:
     """A table on the terminal."""
-    table = Table(*(name.replace("_", " ") for name in results[0]), title=f"training step on {facts['device']}")
-    for result in results:
-        table.add_row(*map(str, result.values()))
-    Console().print(table)
+    table = [[name.replace("_", " ") for name in results[0]], *([str(v) for v in r.values()] for r in results)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print(f"training step on {facts['device']}")
+    for row in table:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)))
 
 
 if __name__ == "__main__":

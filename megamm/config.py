@@ -2,7 +2,7 @@
 
 Keyword-only dataclasses filled from YAML and ``--section.key value`` overrides. Values are parsed and typed
 by jsonargparse, one setting at a time, so that *all* problems are reported at once, an unknown key with the
-nearest known one.
+nearest known one. jsonargparse and yaml are imported where they parse: settings made in Python need neither.
 """
 
 import dataclasses
@@ -12,14 +12,12 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from typing import TYPE_CHECKING, Any, Literal
 
 from megamm.errors import InputError
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 @dataclass(kw_only=True)
@@ -277,6 +275,8 @@ def to_dict(config: Any) -> dict:
 
 def to_yaml(config: Any) -> str:
     """The settings as YAML, in the order of their definition."""
+    import yaml
+
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
@@ -286,6 +286,8 @@ def read_yaml(path: Path | str) -> dict:
     Raises:
         InputError: the file is missing, is not YAML or is not a mapping.
     """
+    import yaml
+
     try:
         value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -299,6 +301,8 @@ def read_yaml(path: Path | str) -> dict:
 
 def parse_overrides(arguments: list[str]) -> dict:
     """Turn ``["--train.steps", "10", "--data.workers=2"]`` into nested dictionaries; values are YAML scalars."""
+    import yaml
+
     nested: dict = {}
     rest = list(arguments)
     while rest:
@@ -333,6 +337,8 @@ def build(cls: type, values: dict, where: str = "config") -> Any:
     Raises:
         InputError: with every problem in ``values``, a line each.
     """
+    from jsonargparse import ArgumentError
+
     parser = _parser(cls)
     problems: list[str] = []
     leaves = _known_leaves(cls, values, [], problems)
@@ -375,15 +381,18 @@ def load(paths: list[Path | str] | Path | str | None, overrides: list[str] | Non
     return build(Config, values, where=str(paths or "config"))
 
 
-def make_parser(cls: type = Config, **kwargs) -> ArgumentParser:
+def make_parser(cls: type = Config, **kwargs) -> "ArgumentParser":
     """The jsonargparse parser of a dataclass of settings (also the source of ``--help``)."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False, **kwargs)
     parser.add_class_arguments(cls, None)
     return parser
 
 
 @functools.cache
-def _parser(cls: type) -> ArgumentParser:
+def _parser(cls: type) -> "ArgumentParser":
     return make_parser(cls)
 
 

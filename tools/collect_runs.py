@@ -1,31 +1,97 @@
 #!/usr/bin/env python
-"""Collect finished runs into one table, runs.csv."""
+"""Collect runs from training logs into one table, runs.csv.
+
+Reads our run directories, TensorBoard event files, the output of Megatron-LM and torchtitan, exports of Weights &
+Biases (CSV or JSON lines) and tables in the form of runs.csv. What was left out, and how other conventions would
+count the FLOPs, goes to stderr.
+"""
 
 import argparse
 import sys
+from collections.abc import Iterable
 
 from rich.console import Console
 
-from megamm.errors import exit_on_error
-from megamm.scaling.runs import collect, write_runs
+from megamm.errors import InputError, exit_on_error
+from megamm.scaling.collect import LOSSES, Options, collect, parse_facts, read_facts, suspected_duplicates
+from megamm.scaling.conventions import COLUMN, CONVENTIONS, conversion_lines
+from megamm.scaling.runs import write_runs
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    counted = "\n".join(f"  {c.name:<13} {c.explained}" for c in CONVENTIONS.values())
+    made = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"conventions:\n{counted}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("paths", nargs="+", metavar="PATH", help="log file, table, or folder that is searched for logs")
+    made.add_argument("--out", default="runs.csv", help="table to write (default: %(default)s)")
+    made.add_argument(
+        "--flops-convention",
+        choices=list(CONVENTIONS),
+        help="count params and FLOPs of all runs by this (default: as each source counted, which must be one way)",
+    )
+    made.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="auto",
+        help="final loss from logs; auto: validation where there is any (default: %(default)s)",
+    )
+    made.add_argument(
+        "--include-uncooled",
+        action="store_true",
+        help="also take in runs whose learning rate was not cooled down, such as trunks",
+    )
+    made.add_argument(
+        "--include-intermediate",
+        action="store_true",
+        help="also take in validations before the end, as rows RUN@STEP marked checkpoint=intermediate",
+    )
+    made.add_argument("--facts", metavar="CSV", help="table with a column run and columns that the logs lack (params)")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="COLUMN=VALUE", help="such a column for every run; repeatable"
+    )
+    made.add_argument(
+        "--map", action="append", default=[], metavar="NAME=TAG", help="tag of a log that means NAME; repeatable"
+    )
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="folder searched for run directories, or a runs.csv")
-    parser.add_argument("--out", default="runs.csv", help="table to write (default: %(default)s)")
-    parser.add_argument(
-        "--include-uncooled",
-        action="store_true",
-        help="also take in trunks, runs at constant learning rate without a cool-down",
+    arguments = parser().parse_args()
+    facts = read_facts(arguments.facts) if arguments.facts else {}
+    facts["*"] = parse_facts(dict(_pairs("--set", arguments.set)), "--set")
+    options = Options(
+        loss=arguments.loss,
+        include_uncooled=arguments.include_uncooled,
+        include_intermediate=arguments.include_intermediate,
+        convention=arguments.flops_convention,
+        mapping={tag: name for name, tag in _pairs("--map", arguments.map)},
+        facts=facts,
     )
-    arguments = parser.parse_args()
-    with Console(stderr=True).status("reading runs"):
-        rows, left_out = collect(arguments.paths, include_uncooled=arguments.include_uncooled)
+    with Console(stderr=True).status("reading runs") as status:
+        rows, left_out = collect(arguments.paths, options, status.update)
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
+    for line in conversion_lines(rows):
+        print(f"convention: {line}", file=sys.stderr)
+    for line in suspected_duplicates(rows):
+        print(f"note: {line}", file=sys.stderr)
+    unknown = sum(row.get("cooled") is None for row in rows)
+    if unknown:
+        print(f"note: the learning rate of {unknown} runs is not known: column cooled is empty there", file=sys.stderr)
     write_runs(arguments.out, rows)
-    print(f"{len(rows)} runs -> {arguments.out}")
+    print(f"{len(rows)} runs, counted as {rows[0][COLUMN]} -> {arguments.out}")
+
+
+def _pairs(option: str, values: Iterable[str]) -> list[tuple[str, str]]:
+    pairs = [value.partition("=") for value in values]
+    for name, sign, value in pairs:
+        if not (name and sign and value):
+            raise InputError(f"{option}: {name}{sign}{value} is not of the form NAME=VALUE")
+    return [(name, value) for name, _, value in pairs]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from megamm.errors import exit_on_error
 from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.laws import FORMS
+from megamm.scaling.forms import FORMS
+from megamm.scaling.laws import FORMS as PLAIN_FORMS
 from megamm.scaling.runs import read_runs
 
 
@@ -28,7 +29,7 @@ def main() -> None:
         metavar="COLUMNS",
         help="column to fit, several with commas, or 'all' (default: loss)",
     )
-    formulas = "; ".join(f"{form.name}: {form.formula}" for form in FORMS.values())
+    formulas = "; ".join(f"{form.name}: {form.formula}" for form in (*PLAIN_FORMS.values(), *FORMS.values()))
     parser.add_argument("--form", default="chinchilla", help=f"form of the law ({formulas}; default: %(default)s)")
     parser.add_argument(
         "--bootstrap",
@@ -54,6 +55,8 @@ def main() -> None:
     for fit in fits:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in fit.exponents.items())
         print(f"{fit.group}, {fit.loss_column}: {len(fit.table)} runs, {numbers}, {len(fit.warnings)} warnings")
+        for text in fit.warnings:
+            print(f"warning: {fit.group}, {fit.loss_column}: {text}", file=sys.stderr)
     print(f"-> {', '.join(str(path) for path in written)}")
 
 

@@ -74,6 +74,19 @@ def liger(inputs: Inputs):
     return gradients(lambda: loss(weight, x, targets), [x, weight])
 
 
+def hugging_face(inputs: Inputs):
+    """All logits, and the loss of Hugging Face's causal language models; for one item in the batch, it is the sum."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    x, weight, targets = inputs.x, inputs.weight, inputs.targets.long()
+
+    def loss():
+        logits = F.linear(x, weight)
+        return ForCausalLMLoss(logits, None, len(weight), num_items_in_batch=1, shift_labels=targets)
+
+    return gradients(loss, [x, weight])
+
+
 def torch_chunked(inputs: Inputs):
     """torch's own, in chunks."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -90,6 +103,7 @@ PROVIDERS = [
     Provider("full logits, eager", partial(full_logits, compiled=False)),
     Provider("full logits, compiled", partial(full_logits, compiled=True), compiles=True),
     Provider("Liger-Kernel", liger),
+    Provider("Hugging Face", hugging_face),
     Provider("F.linear_cross_entropy", torch_chunked),
 ]
 

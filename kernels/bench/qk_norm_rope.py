@@ -78,20 +78,40 @@ def compiled(inputs: Inputs):
     return training(torch.compile(qk_norm_rope_reference))(inputs)
 
 
+def full_angles(inputs: Inputs) -> list[torch.Tensor]:
+    """Cosines and sines [B, L, D] in the dtype of the activations, each half alike."""
+    if len(inputs.weight) != 2:
+        raise UnavailableError("no norm over all heads")
+    return [torch.cat((t, t), dim=-1).squeeze(2).to(inputs.qkv.dtype) for t in (inputs.cos, inputs.sin)]
+
+
 def liger(inputs: Inputs):
     """Liger's norm of queries and of keys, then its rotation of both, in the layout [B, H, L, D] that it wants."""
     from liger_kernel.transformers.functional import liger_rms_norm, liger_rope
 
-    if len(inputs.weight) != 2:
-        raise UnavailableError("Liger has no norm over all heads")
-    cos, sin = (torch.cat((t, t), dim=-1).squeeze(2) for t in (inputs.cos, inputs.sin))
+    cos, sin = full_angles(inputs)
 
     def op(qk, weight, cos_table, sin_table, eps, query_heads):
         q, k = qk.split((query_heads, qk.shape[2] - query_heads), dim=2)
         q, k = (liger_rms_norm(x, w, eps, in_place=False).transpose(1, 2) for x, w in zip((q, k), weight))
-        return [x.transpose(1, 2) for x in liger_rope(q, k, cos.to(q.dtype), sin.to(q.dtype))]
+        return [x.transpose(1, 2) for x in liger_rope(q, k, cos, sin)]
 
     return training(op)(inputs)
+
+
+def hugging_face(inputs: Inputs):
+    """Qwen3's norms and rotation, with weights in the dtype of the activations."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+    cos, sin = full_angles(inputs)
+    norms = [Qwen3RMSNorm(inputs.qkv.shape[-1], EPS).to(inputs.qkv) for _ in range(2)]
+
+    def op():
+        parts = inputs.qkv.split((inputs.query_heads, inputs.key_heads), dim=2)
+        q, k = (norm(x).transpose(1, 2) for norm, x in zip(norms, parts))
+        return [x.transpose(1, 2) for x in apply_rotary_pos_emb(q, k, cos, sin)]
+
+    return gradients(op, [inputs.qkv, *(norm.weight for norm in norms)], inputs.grads)
 
 
 PROVIDERS = [
@@ -100,6 +120,7 @@ PROVIDERS = [
     Provider("eager", training(qk_norm_rope_reference)),
     Provider("torch.compile", compiled, compiles=True),
     Provider("liger norm and rope", liger),
+    Provider("Hugging Face norm and rope", hugging_face),
 ]
 
 if __name__ == "__main__":

@@ -89,6 +89,19 @@ def liger(inputs: Inputs):
     return training(norm, add_norm)(inputs)
 
 
+def hugging_face(inputs: Inputs):
+    """Llama's module, its weight in the dtype of the activations."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    module = LlamaRMSNorm(inputs.x.shape[-1], EPS).to(inputs.x)
+
+    def add_norm(x, residual, weight, eps):
+        total = x + residual
+        return module(total), total
+
+    return training(lambda x, weight, eps: module(x), add_norm)(inputs._replace(weight=module.weight))
+
+
 PROVIDERS = [
     Provider("megamm", training(rms_norm, add_rms_norm)),
     Provider("megamm", forward(rms_norm, add_rms_norm), FORWARD),
@@ -96,6 +109,7 @@ PROVIDERS = [
     Provider("torch F.rms_norm", training(torch_norm, torch_add_norm)),
     Provider("torch.compile", compiled, compiles=True),
     Provider("liger", liger),
+    Provider("Hugging Face", hugging_face),
 ]
 
 if __name__ == "__main__":

@@ -58,12 +58,25 @@ def liger(inputs: Inputs):
     return training(lambda gate_up: liger_swiglu(*gate_up.chunk(2, dim=-1)))(inputs)
 
 
-def liger_unfused(inputs: Inputs):
-    """Gate and up as two products would give them; its backward writes over them."""
+def apart(op, inputs: Inputs):
+    """``op`` on gate and up as two products would give them."""
+    gate, up = (x.detach().contiguous().requires_grad_() for x in inputs.gate_up.chunk(2, dim=-1))
+    return gradients(lambda: op(gate, up), [gate, up], inputs.grad)
+
+
+def liger_apart(inputs: Inputs):
+    """Its backward writes over gate and up."""
     from liger_kernel.transformers.functional import liger_swiglu
 
-    gate, up = (x.detach().contiguous().requires_grad_() for x in inputs.gate_up.chunk(2, dim=-1))
-    return gradients(lambda: liger_swiglu(gate, up), [gate, up], inputs.grad)
+    return apart(liger_swiglu, inputs)
+
+
+def hugging_face(inputs: Inputs):
+    """What Llama's feed-forward module does between its products."""
+    from transformers.activations import ACT2FN
+
+    activation = ACT2FN["silu"]
+    return apart(lambda gate, up: activation(gate) * up, inputs)
 
 
 PROVIDERS = [
@@ -72,7 +85,8 @@ PROVIDERS = [
     Provider("eager", training(swiglu_reference)),
     Provider("torch.compile", compiled, compiles=True),
     Provider("liger", liger),
-    Provider("liger, gate and up apart", liger_unfused),
+    Provider("liger, gate and up apart", liger_apart),
+    Provider("Hugging Face, gate and up apart", hugging_face),
 ]
 
 if __name__ == "__main__":

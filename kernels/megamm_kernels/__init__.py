@@ -10,7 +10,7 @@ from megamm_kernels.grouped_experts import (
 )
 from megamm_kernels.interval_attention import AttentionPlan, attention_plan, default_backend, interval_attention
 from megamm_kernels.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
-from megamm_kernels.multimodal_embedding import multimodal_embedding, multimodal_patch_embedding
+from megamm_kernels.multimodal_embedding import multimodal_embedding, multimodal_patch_embedding, project_patches
 from megamm_kernels.qk_norm_rope import qk_norm_rope, rope_table
 from megamm_kernels.rms_norm import add_rms_norm, rms_norm
 from megamm_kernels.swiglu import swiglu
@@ -29,6 +29,7 @@ __all__ = [
     "multimodal_embedding",
     "multimodal_patch_embedding",
     "permute_tokens",
+    "project_patches",
     "qk_norm_rope",
     "rms_norm",
     "rope_table",

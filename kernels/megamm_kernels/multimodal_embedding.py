@@ -77,7 +77,7 @@ def multimodal_patch_embedding(
     # Not every version of Triton compiles a float64 product with uint8 operands for every GPU.
     if dispatch.use_triton(table) and not (table.is_cuda and dtype == torch.float64):
         return multimodal_patch_embedding_gpu(tokens, table, patches, projection, patch_index, dtype)[0]
-    return multimodal_embedding(tokens, table, _project(patches, projection, dtype), patch_index, dtype)
+    return multimodal_embedding(tokens, table, project_patches(patches, projection, dtype), patch_index, dtype)
 
 
 def multimodal_embedding_reference(
@@ -103,10 +103,10 @@ def multimodal_patch_embedding_reference(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The definition."""
-    features = _project(patches, projection, dtype or table.dtype)
+    features = project_patches(patches, projection, dtype or table.dtype)
     return multimodal_embedding_reference(tokens, table, features, patch_index, dtype)
 
 
-def _project(patches: torch.Tensor, projection: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Pixels to [-1, 1], then the linear map: [P, W]."""
+def project_patches(patches: torch.Tensor, projection: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 pixels [P, C] to [-1, 1], then the linear map [W, C]: [P, W] in ``dtype``, in plain torch."""
     return F.linear(patches.to(dtype) / 127.5 - 1, projection.to(dtype))

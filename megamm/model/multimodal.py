@@ -17,6 +17,7 @@ from megamm_kernels import (
     default_backend,
     linear_cross_entropy,
     multimodal_embedding,
+    multimodal_patch_embedding,
     rope_table,
 )
 from torch import nn
@@ -64,13 +65,21 @@ class MultimodalModel(nn.Module):
 
     def hidden_states(self, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Final normalised states [B, S, W] of every position, in ``dtype``."""
-        features = self.image_features(batch, dtype) if self.vision else None
-        x_bsw = multimodal_embedding(batch.tokens, self.embedding.to(dtype), features, batch.patch_index)
+        x_bsw = self.embed(batch, dtype)
         cos, sin = rope_table(batch.positions, self.config.head_dim, self.config.rope_theta)
         plan = self.plan_attention(batch, dtype)
         for block in self.blocks:
             x_bsw = block(x_bsw, cos, sin, plan)
         return self.norm(x_bsw)
+
+    def embed(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """Decoder input [B, S, W]: text rows of the table, and at image positions what the architecture has there."""
+        tokens, index = batch.tokens, batch.patch_index
+        if self.config.architecture == "early":
+            projection = self.vision.projection.weight
+            return multimodal_patch_embedding(tokens, self.embedding, batch.patches, projection, index, dtype)
+        features = self.image_features(batch, dtype) if self.vision else None
+        return multimodal_embedding(tokens, self.embedding, features, index, dtype)
 
     def plan_attention(self, batch: Batch, dtype: torch.dtype) -> AttentionPlan:
         """What all blocks share of the batch's mask, for the configured backend.
@@ -85,7 +94,7 @@ class MultimodalModel(nn.Module):
             raise InputError(f"model.attention.backend: {error}") from error
 
     def image_features(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-        """Features [P, W] of the batch's patches.
+        """The vision tower's features [P, W] of the batch's patches.
 
         A batch without images still runs a black one: ranks whose micro-batches have images must find all
         others in the same collectives, and an optimizer step must not depend on how rows are split.

@@ -1,19 +1,14 @@
 """What turns image patches into decoder features: one linear layer (early fusion) or a ViT (late fusion)."""
 
 import torch
-from megamm_kernels import rope_table
+from megamm_kernels import project_patches, rope_table
 from torch import nn
 
 from megamm.model.layers import Block, Linear, RMSNorm
 
 
-def normalise(patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 pixels to [-1, 1]."""
-    return patches.to(dtype) / 127.5 - 1
-
-
 class PatchProjection(nn.Module):
-    """Early fusion: one linear map from pixels to the residual stream."""
+    """One linear map from pixels to the residual stream."""
 
     def __init__(self, patch_dim: int, width: int):
         super().__init__()
@@ -21,7 +16,7 @@ class PatchProjection(nn.Module):
 
     def forward(self, patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """uint8 [P, patch_dim] -> features [P, width]."""
-        return self.projection(normalise(patches, dtype))
+        return project_patches(patches, self.projection.weight, dtype)
 
 
 class VisionTower(nn.Module):

@@ -1,8 +1,9 @@
 """Which of two groups reaches the lower loss at equal compute, and how sure that is.
 
-Each group's frontier is L*(C) = min over N of L(N, C/(6 kappa N)); C counts what the runs' ``flops`` counted
-(for late fusion its encoder too), through the group's kappa. Bands come from the bootstrap draws of both
-fits, paired at random since the groups were resampled independently.
+Each group's frontier is L*(C) = min of L(N, D) over all N, D with C = 6 kappa (N/N0)^growth N D. C counts what the
+runs' ``flops`` counted (for late fusion its encoder too), through the group's kappa and growth; see
+``accounting.recount`` for other counts. Bands come from the bootstrap draws of both fits, paired at random since the
+groups were resampled independently.
 """
 
 import json
@@ -21,13 +22,24 @@ NOT_SEPARABLE = "not separable at 95%"
 
 @dataclass(kw_only=True)
 class Law:
-    """A fitted law: ``parameters`` (5,), ``draws`` (R, 5), ``kappa`` FLOPs per 6ND, compute of its runs."""
+    """A fitted law and what its compute costs.
+
+    Attributes:
+        parameters: (5,) E, A, alpha, B, beta.
+        draws: (R, 5), the same of each bootstrap resample.
+        kappa: FLOPs per 6ND of a model with ``reference`` parameters.
+        flops_range: compute of the runs.
+        growth: power of N with which FLOPs per 6ND change, 0 where they do not.
+        reference: N0, parameters.
+    """
 
     name: str
     parameters: np.ndarray
     draws: np.ndarray
     kappa: float
     flops_range: tuple[float, float]
+    growth: float = 0.0
+    reference: float = 1.0
 
     @classmethod
     def of_fit(cls, fit: Fit) -> "Law":
@@ -39,13 +51,26 @@ class Law:
             flops_range=fit.flops_range,
         )
 
-    def frontier(self, flops: np.ndarray) -> np.ndarray:
-        """L*(C): (m,) FLOPs to (m,) nats."""
-        return laws.frontier_loss(self.parameters, flops, self.kappa)
+    def frontier(self, flops: np.ndarray, parameters: np.ndarray | None = None) -> np.ndarray:
+        """L*(C): (m,) FLOPs to nats, (m,) or (R, m) for ``parameters`` (R, 5) in place of the fitted ones."""
+        return laws.frontier_loss(self._effective(parameters), flops, self.kappa)
+
+    def flops_for(self, loss: np.ndarray, parameters: np.ndarray | None = None) -> np.ndarray:
+        """FLOPs at which the frontier reaches ``loss`` (..., m), infinite where it never does."""
+        return laws.frontier_flops(self._effective(parameters)[..., None, :], loss, self.kappa)
 
     def band(self, flops: np.ndarray) -> np.ndarray:
         """Pointwise 95% band of the frontier, (2, m)."""
-        return _percentiles(laws.frontier_loss(self.draws, flops, self.kappa))
+        return _percentiles(self.frontier(flops, self.draws))
+
+    def _effective(self, parameters: np.ndarray | None) -> np.ndarray:
+        """The law in M = N (N/N0)^growth, of which C = 6 kappa M D: the plain closed form holds for M and D."""
+        values = np.array(self.parameters if parameters is None else parameters, float)
+        if self.growth:
+            alpha = values[..., 2]
+            values[..., 1] *= self.reference ** (-alpha * self.growth / (1 + self.growth))
+            values[..., 2] = alpha / (1 + self.growth)
+        return values
 
 
 @dataclass(kw_only=True)
@@ -54,6 +79,35 @@ class Crossover:
 
     flops: float
     interval: tuple[float | None, float | None]
+    further: int = 0
+    """Changes of lead after this one, within the range."""
+
+
+@dataclass(kw_only=True)
+class Gain:
+    """What the second group needs for the loss that the first reaches with ``flops``."""
+
+    first: str
+    second: str
+    flops: float
+    ratio: float
+    """FLOPs of the second over ``flops``; infinite where its law never reaches that loss."""
+    interval: tuple[float, float]
+    """95% of the bootstrap."""
+    beyond: float
+    """``flops`` over the largest compute that both groups have runs at; above 1 it is an extrapolation."""
+
+    @property
+    def sentence(self) -> str:
+        """As people say it: late needs 1.07x [0.98, 1.17] the FLOPs of early for the same loss at 1e21."""
+        note = f", {self.beyond:.3g}x beyond the runs" if self.beyond > 1 + 1e-9 else ""
+        if not np.isfinite(self.ratio):
+            return f"{self.second} never reaches the loss of {self.first} at {self.flops:.3g} FLOPs{note}"
+        low, high = (f"{end:.3g}" if np.isfinite(end) else "never" for end in self.interval)
+        return (
+            f"{self.second} needs {self.ratio:.3g}x [{low}, {high}] the FLOPs of {self.first} for the same loss at "
+            f"{self.flops:.3g}{note}"
+        )
 
 
 @dataclass(kw_only=True)
@@ -75,6 +129,8 @@ class Comparison:
     gain_interval: np.ndarray
     """(2, m): pointwise 95%."""
     crossover: Crossover | None
+    crossing_share: float
+    """Share of the resamples in which the lead changes within the range."""
     extrapolated: bool
     """Whether the range leaves that of either group's runs."""
 
@@ -87,16 +143,21 @@ def key_of(group: str, loss_column: str = "loss") -> str:
 def read_laws(folder: Path | str, loss_column: str = "loss") -> dict[str, Law]:
     """The laws of one loss column by group, from the output folder of fit_scaling_laws.py.
 
+    Fits of other forms than E + A/N^alpha + B/D^beta have no frontier of that shape and are passed over.
+
     Raises:
         InputError: fits.json or bootstrap.npz is missing or not as written by that tool.
     """
     folder = Path(folder)
+    path = folder / "fits.json"
+    if not path.exists():
+        raise InputError(f"{path}: not found; run tools/fit_scaling_laws.py again with --out {folder}")
     try:
         fits = json.loads((folder / "fits.json").read_text(encoding="utf-8"))["fits"]
         found = {}
         with np.load(folder / "bootstrap.npz", allow_pickle=False) as draws:
             for fit in fits:
-                if fit.get("loss_column", "loss") != loss_column:
+                if fit.get("loss_column", "loss") != loss_column or not set(laws.PARAMETERS) <= set(fit["parameters"]):
                     continue
                 found[fit["group"]] = Law(
                     name=fit["group"],
@@ -117,18 +178,16 @@ def compare(first: Law, second: Law, flops_range: tuple[float, float] | None = N
         InputError: the range is empty.
     """
     ranges = (first.flops_range, second.flops_range)
-    both = max(r[0] for r in ranges), min(r[1] for r in ranges)
+    both = common_range(first, second)
     if flops_range is None:
         flops_range = both if both[0] < both[1] else (min(r[0] for r in ranges), max(r[1] for r in ranges))
     low, high = flops_range
     if not 0 < low < high:
         raise InputError(f"flops range {low:.3g} to {high:.3g} is empty; give two FLOPs, the lower one first")
     flops = np.geomspace(low, high, POINTS)
-    pairs = min(len(first.draws), len(second.draws))
-    shuffled = np.random.default_rng(0).permutation(len(second.draws))[:pairs]
-    draws = (first.draws[:pairs], second.draws[shuffled])
+    draws = _pairs(first, second)
     difference = first.frontier(flops) - second.frontier(flops)
-    resampled = laws.frontier_loss(draws[0], flops, first.kappa) - laws.frontier_loss(draws[1], flops, second.kappa)
+    resampled = first.frontier(flops, draws[0]) - second.frontier(flops, draws[1])
     pointwise = _percentiles(resampled)
     return Comparison(
         first=first.name,
@@ -137,11 +196,44 @@ def compare(first: Law, second: Law, flops_range: tuple[float, float] | None = N
         difference=difference,
         pointwise=pointwise,
         simultaneous=_simultaneous(difference, resampled, pointwise),
-        gain=_gain(first.parameters, second.parameters, first, second, flops),
-        gain_interval=_percentiles(_gain(*draws, first, second, flops)),
+        gain=_gain(first, second, flops),
+        gain_interval=_percentiles(_gain(first, second, flops, draws)),
         crossover=_crossover(flops, difference, resampled),
+        crossing_share=float((np.diff(np.sign(resampled), axis=1) != 0).any(axis=1).mean()),
         extrapolated=low < both[0] * (1 - 1e-9) or high > both[1] * (1 + 1e-9),
     )
+
+
+def common_range(first: Law, second: Law) -> tuple[float, float]:
+    """Compute at which both have runs: the higher lower end and the lower upper end, not always in order."""
+    ranges = (first.flops_range, second.flops_range)
+    return max(r[0] for r in ranges), min(r[1] for r in ranges)
+
+
+def gain_at(first: Law, second: Law, flops: float) -> Gain:
+    """The compute that ``second`` needs for the loss of ``first`` at ``flops``, with its 95% interval."""
+    at = np.array([flops], float)
+    low, high = _percentiles(_gain(first, second, at, _pairs(first, second)))[:, 0]
+    return Gain(
+        first=first.name,
+        second=second.name,
+        flops=float(flops),
+        ratio=float(_gain(first, second, at)[0]),
+        interval=(float(low), float(high)),
+        beyond=float(flops / common_range(first, second)[1]),
+    )
+
+
+def crossover_sentence(comparison: Comparison) -> str:
+    """Where the frontiers cross, with the 95% interval, or that they do not within the range."""
+    low, high = comparison.flops[[0, -1]]
+    crossing = comparison.crossover
+    if crossing is None:
+        some = f" ({comparison.crossing_share:.0%} of the resamples cross in it)" if comparison.crossing_share else ""
+        return f"crossover: none within range, {low:.2g} to {high:.2g} FLOPs{some}"
+    ends = [f"{end:.2g}" if end else side for end, side in zip(crossing.interval, ("below range", "above range"))]
+    again = f"; the lead changes {crossing.further} more times after it" if crossing.further else ""
+    return f"crossover: {crossing.flops:.2g} FLOPs [{ends[0]}, {ends[1]}]{again}"
 
 
 def verdict(comparison: Comparison) -> str:
@@ -183,12 +275,18 @@ def _simultaneous(center: np.ndarray, draws: np.ndarray, pointwise: np.ndarray) 
     return np.stack([center - factor * below, center + factor * above])
 
 
+def _pairs(first: Law, second: Law) -> tuple[np.ndarray, np.ndarray]:
+    """Draws of both laws, (R, 5) each, paired at random."""
+    pairs = min(len(first.draws), len(second.draws))
+    shuffled = np.random.default_rng(0).permutation(len(second.draws))[:pairs]
+    return first.draws[:pairs], second.draws[shuffled]
+
+
 def _gain(
-    first_parameters: np.ndarray, second_parameters: np.ndarray, first: Law, second: Law, flops: np.ndarray
+    first: Law, second: Law, flops: np.ndarray, draws: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
 ) -> np.ndarray:
-    """FLOPs of the second for the loss of the first at ``flops``, over ``flops``: (..., m)."""
-    loss = laws.frontier_loss(first_parameters, flops, first.kappa)
-    return laws.frontier_flops(second_parameters[..., None, :], loss, second.kappa) / flops
+    """FLOPs of the second for the loss of the first at ``flops``, over ``flops``: (m,), or (R, m) for draws."""
+    return second.flops_for(first.frontier(flops, draws[0]), draws[1]) / flops
 
 
 def _crossover(flops: np.ndarray, difference: np.ndarray, draws: np.ndarray) -> Crossover | None:
@@ -211,7 +309,7 @@ def _crossover(flops: np.ndarray, difference: np.ndarray, draws: np.ndarray) -> 
             crossings.append(np.inf if draw[-1] > 0 else -np.inf)
     ends = _percentiles(np.array(crossings)[:, None])[:, 0]
     low, high = (float(np.exp(x)) if np.isfinite(x) else None for x in ends)
-    return Crossover(flops=float(np.exp(position)), interval=(low, high))
+    return Crossover(flops=float(np.exp(position)), interval=(low, high), further=len(changes) - 1)
 
 
 def _zero(x: np.ndarray, y: np.ndarray, i: int) -> float:

@@ -3,8 +3,11 @@
 import numpy as np
 
 from megamm.scaling import laws
+from megamm.scaling.approaches import disagreement, side_by_side
 from megamm.scaling.fit import Fit, distinct
 from megamm.scaling.minimise import EXPONENT_BOUNDS
+from megamm.scaling.stability import drop_table, drop_warnings
+from megamm.scaling.uncertainty import joint_intervals, optimum_intervals, profile_intervals
 
 FEW_RUNS = 8
 FEW_CLUSTERS = 8
@@ -13,6 +16,30 @@ OUTLIER_MADS = 6.0
 SLACK = 1.5
 """Factor by which an optimum may leave the measured sizes without a warning."""
 SHOWN = 10
+FEW_RATIOS = 4
+FAR = 10.0
+"""Multiple of the largest measured compute beyond which a prediction is told to be an extrapolation."""
+WIDTHS_APART = 2.5
+
+
+def examine(fit: Fit) -> None:
+    """Add to ``fit`` the drop-k table, joint and profile intervals and the three approaches, and all warnings."""
+    fit.checks = {
+        "drop_k": drop_table(fit),
+        "joint": joint_intervals(fit),
+        "optimum": optimum_intervals(fit),
+        "profile_intervals": profile_intervals(fit),
+        "approaches": side_by_side(fit),
+    }
+    fit.warnings += warnings_of(fit)
+
+
+def extrapolation(flops: float, flops_range: tuple[float, float]) -> str | None:
+    """A warning where ``flops`` is more than ten times the largest measured compute, else None."""
+    ratio = flops / flops_range[1]
+    if ratio <= FAR:
+        return None
+    return f"extrapolation: {flops:.3g} FLOPs are {ratio:.0f} times the largest run, {flops_range[1]:.3g}"
 
 
 def warnings_of(fit: Fit) -> list[str]:
@@ -21,9 +48,10 @@ def warnings_of(fit: Fit) -> list[str]:
         *_identification(fit),
         *_bounds(fit),
         *_starts(fit),
+        *_stability(fit),
         *_design(fit),
         *_bootstrap(fit),
-        *_outliers(fit),
+        *outliers(fit),
     ]
 
 
@@ -88,6 +116,25 @@ def _starts(fit: Fit) -> list[str]:
     return found
 
 
+def _stability(fit: Fit) -> list[str]:
+    found = drop_warnings(fit.checks.get("drop_k", []), fit.intervals)
+    if fit.holdout.get("a_drift_in_half_widths", 0) > 1:
+        found.append(
+            f"held out: a is {fit.holdout['a_without']:.3f} without the runs of largest FLOPs and "
+            f"{fit.holdout['a_with']:.3f} with them, apart by more than the half-width of its interval"
+        )
+    for name, (low, high) in fit.checks.get("profile_intervals", {}).items():
+        width = fit.intervals[name][1] - fit.intervals[name][0]
+        if low is None or high is None:
+            found.append(f"the profile likelihood of {name} has an open end: the objective is flat there")
+        elif not 1 / WIDTHS_APART < (high - low) / max(width, 1e-12) < WIDTHS_APART:
+            found.append(
+                f"the profile likelihood gives {name} the interval {low:.4f} to {high:.4f}, the bootstrap "
+                f"{fit.intervals[name][0]:.4f} to {fit.intervals[name][1]:.4f}"
+            )
+    return found + disagreement(fit.checks.get("approaches", []))
+
+
 def _design(fit: Fit) -> list[str]:
     found = []
     params, tokens, flops = (fit.table.numbers(c) for c in ("params", "tokens", "flops"))
@@ -95,6 +142,9 @@ def _design(fit: Fit) -> list[str]:
         correlation = np.corrcoef(np.log(params), np.log(tokens))[0, 1]
         if abs(correlation) > 0.98:
             found.append(f"params and tokens vary together (correlation {correlation:.3f}): vary them apart")
+    ratios = int(distinct(tokens / params).max()) + 1
+    if ratios < FEW_RATIOS:
+        found.append(f"only {ratios} distinct tokens per parameter: the optimal ratio rests on the form of the law")
     best = laws.optimum(fit.parameters, np.array(fit.flops_range), fit.kappa)
     for name, values, optimal in (("params", params, best[0]), ("tokens", tokens, best[1])):
         if optimal.min() < values.min() / SLACK or optimal.max() > values.max() * SLACK:
@@ -128,7 +178,8 @@ def _bootstrap(fit: Fit) -> list[str]:
     return found
 
 
-def _outliers(fit: Fit) -> list[str]:
+def outliers(fit: Fit) -> list[str]:
+    """The runs more than 6 usual deviations off the fit, by name, the furthest first."""
     residuals = fit.residuals
     middle = np.median(residuals)
     # Below 1e-4 a residual is beyond what any run can measure, however well the others agree.

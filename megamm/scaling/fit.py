@@ -42,6 +42,8 @@ class Fit:
     starts_at_optimum: int
     gradient_norm: float
     """Of the objective in (E, log A, alpha, log B, beta), without components that push against a bound."""
+    condition_number: float
+    """Of the reweighted least-squares matrix at the optimum, scaled to a unit diagonal."""
     kappa: float
     """Median of flops/(6*params*tokens)."""
     seed: int
@@ -50,6 +52,8 @@ class Fit:
     redrawn: int = 0
     """Resamples drawn again because they held fewer than 3 distinct sizes."""
     holdout: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+    """Further entries of `fits.json`, made by diagnostics.examine."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -92,6 +96,7 @@ class Fit:
             "objective": self.objective,
             "starts": {"total": self.starts_total, "at_optimum": self.starts_at_optimum},
             "gradient_norm": self.gradient_norm,
+            "condition_number": self.condition_number,
             "intervals": self.intervals,
             "standard_errors": dict(zip(laws.PARAMETERS, self.draws.std(axis=0, ddof=1).tolist())),
             "exponents": self.exponents,
@@ -103,6 +108,7 @@ class Fit:
             },
             "bootstrap": {"resamples": len(self.draws), "seed": self.seed, "clusters": self.clusters},
             "holdout": self.holdout,
+            **self.checks,
             "warnings": self.warnings,
         }
 
@@ -121,25 +127,19 @@ def fit_group(
     Raises:
         InputError: unknown form or column, too few resamples, or fewer than 5 runs.
     """
-    if form not in laws.FORMS:
-        raise InputError(f"--form: {form!r} is unknown; known: {', '.join(laws.FORMS)}")
-    if resamples < 10:
-        raise InputError(f"--bootstrap: {resamples} resamples cannot give intervals; give at least 10")
-    if loss_column not in table.loss_columns:
-        raise InputError(f"{table.path}: no loss column {loss_column!r}; has {', '.join(table.loss_columns)}")
-    measured = ~np.isnan(table.numbers(loss_column))
-    dropped = int((~measured).sum())
-    table = table.select(measured)
+    if form != "chinchilla":
+        raise InputError(f"--form: {form!r} is unknown; known: chinchilla (see fit_outputs.fit_table for the others)")
+    table, dropped = measured_runs(table, loss_column, resamples)
     if len(table) < MIN_RUNS:
         lines = ", ".join(map(str, table.lines)) or "none"
         raise InputError(
             f"{table.path}: group {group!r}, column {loss_column}: {len(table)} runs (line {lines}), but the "
             f"{len(laws.PARAMETERS)} parameters need at least {MIN_RUNS}; add runs or remove the group"
         )
-    problem = _problem(table, loss_column)
-    ends, objectives = _descend_all(problem)
+    problem = fit_problem(table, loss_column)
+    ends, objectives = optima(problem)
     theta, objective = ends[0], float(objectives[0])
-    gradient = minimise.evaluate(problem, theta[None], np.ones((1, len(table))), minimise.DELTA)[1]
+    _, gradient, _, reweighted = minimise.evaluate(problem, theta[None], np.ones((1, len(table))), minimise.DELTA)
     gradient = minimise.projected_gradient(problem, theta[None], gradient)[0]
     # The batch works on centred logarithms; the chain rule takes the gradient back to log A and log B.
     gradient[[2, 4]] -= gradient[[1, 3]] * [problem.mean_log_n, problem.mean_log_d]
@@ -160,15 +160,31 @@ def fit_group(
         starts_total=len(objectives),
         starts_at_optimum=int((objectives <= objective * (1 + AGREE_RELATIVE) + AGREE_ABSOLUTE).sum()),
         gradient_norm=float(np.linalg.norm(gradient)),
+        condition_number=minimise.condition_number(reweighted[0]),
         kappa=laws.flops_factor(table.numbers("params"), table.numbers("tokens"), table.numbers("flops")),
         seed=seed,
         clusters=int(clusters.max()) + 1,
         redrawn=redrawn,
     )
     fit.holdout = hold_out(fit)
-    if dropped:
-        fit.warnings.append(f"{dropped} runs have no {loss_column} and were left out")
+    fit.warnings += dropped
     return fit
+
+
+def measured_runs(table: RunTable, loss_column: str, resamples: int) -> tuple[RunTable, list[str]]:
+    """The runs that have a ``loss_column``, and a line on those that have not.
+
+    Raises:
+        InputError: no such column, or too few ``resamples`` for intervals.
+    """
+    if resamples < 10:
+        raise InputError(f"--bootstrap: {resamples} resamples cannot give intervals; give at least 10")
+    if loss_column not in table.loss_columns:
+        raise InputError(f"{table.path}: no loss column {loss_column!r}; has {', '.join(table.loss_columns)}")
+    measured = ~np.isnan(table.numbers(loss_column))
+    places = table.select(~measured).places
+    line = f"{len(places)} runs have no {loss_column} and were left out: {', '.join(places)}"
+    return table.select(measured), [line] if places else []
 
 
 def log_residuals(parameters: np.ndarray, table: RunTable, loss_column: str = "loss") -> np.ndarray:
@@ -226,14 +242,14 @@ def distinct(values: np.ndarray) -> np.ndarray:
 
 
 def hold_out(fit: Fit) -> dict[str, Any]:
-    """Refit without the runs of largest compute and predict them.
+    """Refit without the runs of largest compute and predict them; tell how far the exponent a moves.
 
-    Held back: the highest fifth of the runs by FLOPs, together with any run tied with them.
+    Held back: the highest fifth of the runs by FLOPs, together with any run tied with them. A loss may be
+    predicted to 1% while the exponent of the allocation drifts by far more: ``a_drift`` is without minus with
+    them, ``a_drift_in_half_widths`` the same in half-widths of the interval of a.
     """
     table = fit.table
-    flops = table.numbers("flops")
-    number = max(1, round(HOLDOUT_SHARE * len(table)))
-    held = flops >= np.sort(flops)[-number] * (1 - 1e-9)
+    held = largest_runs(table)
     rest = table.select(~held)
     if len(rest) < MIN_RUNS_HOLDOUT:
         return {
@@ -243,27 +259,52 @@ def hold_out(fit: Fit) -> dict[str, Any]:
     for column in ("params", "tokens"):
         if distinct(rest.numbers(column)).max() < 2:
             return {"skipped": f"fewer than 3 distinct {column} would be left"}
-    problem = _problem(rest, fit.loss_column)
-    parameters = problem.to_parameters(_descend_all(problem)[0][0])
+    problem = fit_problem(rest, fit.loss_column)
+    parameters = problem.to_parameters(optima(problem)[0][0])
     kept_back = table.select(held)
     error = np.expm1(log_residuals(parameters, kept_back, fit.loss_column))
-    exponent = laws.exponents(parameters, fit.flops_range)["a"]
-    return {
+    return hold_out_entry(fit, held, error, float(laws.exponents(parameters, fit.flops_range)["a"]))
+
+
+def largest_runs(table: RunTable) -> np.ndarray:
+    """Which runs a hold-out keeps back, (n,) bool: the highest fifth by FLOPs, with any run tied with them."""
+    flops = table.numbers("flops")
+    number = max(1, round(HOLDOUT_SHARE * len(table)))
+    return flops >= np.sort(flops)[-number] * (1 - 1e-9)
+
+
+def hold_out_entry(fit: Any, held: np.ndarray, error: np.ndarray, a_without: float | None) -> dict[str, Any]:
+    """What `fits.json` says of a hold-out: relative errors of the runs ``held`` back and the drift of a.
+
+    ``fit`` is a Fit or a FormFit; ``a_without`` is None for a form that has no such exponent.
+    """
+    flops = fit.table.numbers("flops")
+    found: dict[str, Any] = {
         "rule": f"the {held.sum()} runs of largest FLOPs (highest {HOLDOUT_SHARE:.0%})",
         "n": int(held.sum()),
-        "runs": kept_back.names,
+        "runs": fit.table.select(held).names,
         "relative_error_loss": float(np.abs(error).mean()),
         "relative_errors": error.tolist(),
-        "a_without": float(exponent),
+        "compute_ratio": float(flops.max() / flops[~held].max()),
+    }
+    if a_without is None:
+        return found
+    low, high = fit.intervals["a"]
+    drift = a_without - fit.exponents["a"]
+    return found | {
+        "a_without": a_without,
         "a_with": fit.exponents["a"],
+        "a_drift": drift,
+        "a_drift_in_half_widths": abs(drift) / max(0.5 * (high - low), 1e-12),
     }
 
 
-def _problem(table: RunTable, loss_column: str) -> minimise.Problem:
+def fit_problem(table: RunTable, loss_column: str) -> minimise.Problem:
+    """The runs of ``table`` as megamm.scaling.minimise needs them."""
     return minimise.Problem.of(table.numbers("params"), table.numbers("tokens"), table.numbers(loss_column))
 
 
-def _descend_all(problem: minimise.Problem) -> tuple[np.ndarray, np.ndarray]:
+def optima(problem: minimise.Problem) -> tuple[np.ndarray, np.ndarray]:
     """Where all starts end: theta (starts, 5) and objectives (starts,), the best first."""
     theta, objective = minimise.minimise(problem, minimise.starts(problem), np.ones((1, len(problem.y))))
     order = np.argsort(objective, kind="stable")

@@ -1,8 +1,9 @@
 """Fit every group of a table and write the folder of results.
 
 The folder holds `fits.json` (the contract), `fits.md` (the same for people), `bootstrap.npz` (per fit a
-float64 array (R, 5) of E, A, alpha, B, beta, one row per resample; keys by compare.key_of; no pickled
-objects) and plots.
+float64 array (R, 5) of E, A, alpha, B, beta, one row per resample; keys by compare.key_of; for a form of
+megamm.scaling.forms (R, P) of its own parameters under `key@form` and of the plain law it implies under
+`key@form/law`; no pickled objects) and plots.
 """
 
 import io
@@ -17,8 +18,15 @@ from megamm.errors import InputError
 from megamm.files import atomic_path, write_text
 from megamm.scaling import laws
 from megamm.scaling.compare import Law, key_of
-from megamm.scaling.diagnostics import warnings_of
+from megamm.scaling.diagnostics import examine
 from megamm.scaling.fit import MIN_RUNS, Fit, fit_group
+from megamm.scaling.fits_page import to_markdown
+from megamm.scaling.forms import FORMS
+from megamm.scaling.forms.fitting import FormFit, fit_form
+from megamm.scaling.forms.shared import NAME as SHARED
+from megamm.scaling.forms.shared import fit_shared
+from megamm.scaling.forms.simplex import mixture_entry
+from megamm.scaling.forms.warnings import form_warnings
 from megamm.scaling.runs import RunTable
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,7 +43,7 @@ def fit_table(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
     left_out: Callable[[str], None] = lambda text: None,
-) -> list[Fit]:
+) -> list[Fit | FormFit]:
     """Fit each group of ``table``.
 
     Groups are the values of ``group_by``; by default of ``architecture`` where every run has one, else one
@@ -43,30 +51,56 @@ def fit_table(
     ``loss_*`` that at least 5 runs of the group have.
     Beside a group of 5 runs or more, smaller ones (baselines) are not fitted but told to ``left_out``.
 
+    ``form`` is `chinchilla`, `shared` (one pair of exponents for all groups) or a name in forms.FORMS.
+
     Raises:
         InputError: every group has fewer than 5 runs; see also fit.fit_group and runs.RunTable.groups.
     """
+    if form not in (*laws.FORMS, *FORMS):
+        raise InputError(f"--form: {form!r} is unknown; known: {', '.join((*laws.FORMS, *FORMS))}")
     if group_by is None and any(row.get("architecture") for row in table.rows):
         group_by = "architecture"
     groups = table.groups(group_by)
     every = losses == "all"
     columns = table.loss_columns if every else [name.strip() for name in losses.split(",")]
-    fits = []
     if any(len(runs) >= MIN_RUNS for runs in groups.values()):
         for group in [group for group, runs in groups.items() if len(runs) < MIN_RUNS]:
             left_out(f"group {group} has {len(groups.pop(group))} runs, fewer than {MIN_RUNS}: not fitted")
+    options = {"resamples": resamples, "seed": seed}
+    if form == SHARED:
+        enough = [c for c in columns if not every or all(_measured(runs, c) >= MIN_RUNS for runs in groups.values())]
+        fits = []
+        for column in enough:
+            progress(f"fitting {', '.join(groups)}, {column}")
+            fits += fit_shared(groups, loss_column=column, **options)
+        return fits
+    fits = []
     for group, runs in groups.items():
+        of_group = []
         for column in columns:
-            if every and column != "loss" and np.isfinite(runs.numbers(column)).sum() < MIN_RUNS:
+            if every and column != "loss" and _measured(runs, column) < MIN_RUNS:
                 continue
             progress(f"fitting {group}, {column}")
-            fit = fit_group(runs, group=group, loss_column=column, form=form, resamples=resamples, seed=seed)
-            fit.warnings += warnings_of(fit)
-            fits.append(fit)
+            if form in FORMS:
+                fit = fit_form(runs, form, group=group, loss_column=column, **options)
+                fit.warnings += form_warnings(fit)
+            else:
+                fit = fit_group(runs, group=group, loss_column=column, form=form, **options)
+                examine(fit)
+            of_group.append(fit)
+        targets = [fit for fit in of_group if fit.loss_column != "loss"]
+        if len(targets) > 1 and "optimal_mixture" in targets[0].__dict__.get("extras", {}):
+            of_group[0].extras["optimal_mixture_of_losses"] = mixture_entry(targets)
+        fits += of_group
     return fits
 
 
-def write_fits(folder: Path | str, fits: list[Fit]) -> list[Path]:
+def _measured(table: RunTable, column: str) -> int:
+    """How many runs have a value in ``column``."""
+    return int(np.isfinite(table.numbers(column)).sum())
+
+
+def write_fits(folder: Path | str, fits: list[Fit | FormFit]) -> list[Path]:
     """Write the folder of results; everything is computed before the first file is written.
 
     Returns the paths. Raises InputError if ``folder`` is a file.
@@ -78,7 +112,7 @@ def write_fits(folder: Path | str, fits: list[Fit]) -> list[Path]:
     page = to_markdown(fits)
     plots = draw_plots(fits)
     draws = io.BytesIO()
-    np.savez(draws, **{key_of(fit.group, fit.loss_column): fit.draws for fit in fits})
+    np.savez(draws, **{key: array for fit in fits for key, array in _draws_of(fit).items()})
     for name, content in {**plots, "bootstrap.npz": draws.getvalue()}.items():
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
@@ -87,72 +121,28 @@ def write_fits(folder: Path | str, fits: list[Fit]) -> list[Path]:
     return [folder / name for name in ("fits.json", "fits.md", "bootstrap.npz", *plots)]
 
 
-# ------------------------------------------------------------------------------------------------- fits.md
-
-
-def to_markdown(fits: list[Fit]) -> str:
-    """All fits as a page: constants, exponents, intervals, held-out error, warnings."""
-    lines = ["# Scaling-law fits", "", "Loss in nats; 95% percentile bootstrap intervals in brackets.", ""]
-    for fit in fits:
-        entry = fit.to_json()
-        intervals = entry["intervals"]
-        lines += [
-            f"## {_title(fit)}: {laws.FORMS[fit.form].formula}",
-            "",
-            "| quantity | value | 95% interval |",
-        ]
-        lines += ["| --- | --- | --- |"]
-        for name, value in {**entry["parameters"], **entry["exponents"]}.items():
-            low, high = intervals[name]
-            lines.append(f"| {_meaning(name)} | {value:.5g} | [{low:.5g}, {high:.5g}] |")
-        unit = "runs" if fit.clusters == len(fit.table) else "trunks"
-        lines += [
-            "",
-            f"- runs: {entry['n_runs']}; FLOPs {fit.flops_range[0]:.3g} to {fit.flops_range[1]:.3g}; "
-            f"FLOPs are {fit.kappa:.4g} times 6ND",
-            f"- objective (huber_log): {fit.objective:.8g}; {fit.starts_at_optimum} of {fit.starts_total} "
-            f"starts ended there; gradient norm {fit.gradient_norm:.2g}",
-            f"- bootstrap: {len(fit.draws)} resamples of {fit.clusters} {unit}, seed {fit.seed}",
-            f"- held out: {_held_out(fit)}",
-            "",
-        ]
-        lines += [f"- **Warning**: {_escape(text)}" for text in fit.warnings] or ["No warnings."]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _title(fit: Fit) -> str:
-    return _escape(fit.group if fit.loss_column == "loss" else f"{fit.group}, {fit.loss_column}")
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
-
-
-def _meaning(name: str) -> str:
-    return {"a": "a (N* ~ C^a)", "b": "b (D* ~ C^b)", "c": "c (L* ~ C^c)", "d": "d (D* ~ N*^d)"}.get(name, name)
-
-
-def _held_out(fit: Fit) -> str:
-    result = fit.holdout
-    if "skipped" in result:
-        return f"skipped, {result['skipped']}"
-    return (
-        f"{result['rule']}; mean relative error of their loss {result['relative_error_loss']:.2%}; "
-        f"a {result['a_without']:.4f} without them, {result['a_with']:.4f} with them"
-    )
+def _draws_of(fit: Fit | FormFit) -> dict[str, np.ndarray]:
+    """Arrays of `bootstrap.npz`: of a form, all its parameters under `key@form`, its plain law under `key@form/law`."""
+    key = key_of(fit.group, fit.loss_column)
+    if isinstance(fit, Fit):
+        return {key: fit.draws}
+    key = f"{key}@{fit.form.name}"
+    law = fit.law_of(fit.draws)
+    return {key: fit.draws} | ({} if law is None else {f"{key}/law": law[0]})
 
 
 # --------------------------------------------------------------------------------------------------- plots
 
 
-def draw_plots(fits: list[Fit]) -> dict[str, bytes]:
+def draw_plots(fits: list[Fit | FormFit]) -> dict[str, bytes]:
     """PNG files by name: loss against compute, and residuals against params and tokens, per loss column."""
     files = {}
     for column in dict.fromkeys(fit.loss_column for fit in fits):
         chosen = [fit for fit in fits if fit.loss_column == column]
         suffix = "" if column == "loss" else f"-{column}"
-        files[f"loss_vs_flops{suffix}.png"] = _png(_plot_frontiers, chosen)
+        plain = [fit for fit in chosen if isinstance(fit, Fit)]
+        if plain:
+            files[f"loss_vs_flops{suffix}.png"] = _png(_plot_frontiers, plain)
         for axis in ("params", "tokens"):
             files[f"residuals_vs_{axis}{suffix}.png"] = _png(_plot_residuals, chosen, axis)
     return files

@@ -25,7 +25,7 @@ def predict(parameters: np.ndarray, params: np.ndarray, tokens: np.ndarray) -> n
 
 @dataclass(kw_only=True, frozen=True)
 class Form:
-    """A form of law that can be fitted."""
+    """A law in N and D alone; laws with further variables are in megamm.scaling.forms."""
 
     name: str
     formula: str
@@ -35,6 +35,12 @@ class Form:
 
 FORMS = {
     "chinchilla": Form(name="chinchilla", formula="E + A/N^alpha + B/D^beta", parameters=PARAMETERS, predict=predict),
+    "shared": Form(
+        name="shared",
+        formula="E + A/N^alpha + B/D^beta, alpha and beta shared by all groups",
+        parameters=PARAMETERS,
+        predict=predict,
+    ),
 }
 
 
@@ -54,10 +60,16 @@ def frontier_power_law(parameters: np.ndarray, kappa: float | np.ndarray = 1.0) 
     At the optimum both terms fall with the same power g = alpha*beta/(alpha+beta) of C.
     """
     E, A, alpha, B, beta = np.moveaxis(np.asarray(parameters, float), -1, 0)
-    G = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
+    log_g = log_size_factor(parameters)
     g = alpha * beta / (alpha + beta)
-    K = (A * G**-alpha + B * G**beta) * (6.0 * np.asarray(kappa, float)) ** g
-    return E, K, g
+    terms = np.exp(np.log(A) - alpha * log_g) + np.exp(np.log(B) + beta * log_g)
+    return E, terms * (6.0 * np.asarray(kappa, float)) ** g, g
+
+
+def log_size_factor(parameters: np.ndarray) -> np.ndarray:
+    """log G, of the leading shape: N* = G*(C/6kappa)^a. Of the logarithm, as G overflows where exponents are tiny."""
+    _, A, alpha, B, beta = np.moveaxis(np.asarray(parameters, float), -1, 0)
+    return (np.log(alpha) + np.log(A) - np.log(beta) - np.log(B)) / (alpha + beta)
 
 
 def frontier_loss(parameters: np.ndarray, flops: np.ndarray, kappa: float = 1.0) -> np.ndarray:
@@ -75,11 +87,16 @@ def frontier_flops(parameters: np.ndarray, loss: np.ndarray, kappa: float = 1.0)
 
 
 def optimum(parameters: np.ndarray, flops: np.ndarray, kappa: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Compute-optimal params and tokens, each (..., m): N* = G*(C/6kappa)^a, D* = (C/6kappa)^b / G."""
-    _, A, alpha, B, beta = np.moveaxis(np.asarray(parameters, float)[..., None], -2, 0)
-    G = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
-    product = np.asarray(flops, float) / (6.0 * kappa)
-    return G * product ** (beta / (alpha + beta)), product ** (alpha / (alpha + beta)) / G
+    """Compute-optimal params and tokens, each (..., m): N* = G*(C/6kappa)^a, D* = (C/6kappa)^b / G.
+
+    Kept within e^-690 and e^690, which only laws without any sense of size would leave.
+    """
+    _, _, alpha, _, beta = np.moveaxis(np.asarray(parameters, float)[..., None], -2, 0)
+    log_g = log_size_factor(parameters)[..., None]
+    log_product = np.log(np.asarray(flops, float) / (6.0 * kappa))
+    logs = log_g + log_product * beta / (alpha + beta), log_product * alpha / (alpha + beta) - log_g
+    params, tokens = (np.exp(np.clip(x, -690.0, 690.0)) for x in logs)
+    return params, tokens
 
 
 def exponents(parameters: np.ndarray, flops_range: tuple[float, float], kappa: float = 1.0) -> dict[str, np.ndarray]:

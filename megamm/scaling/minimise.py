@@ -32,6 +32,9 @@ class Problem:
     y: np.ndarray
     mean_log_n: float
     mean_log_d: float
+    continuation: tuple[float, ...] = CONTINUATION
+    held: tuple[int, ...] = ()
+    """Components of theta that stay where a start puts them, as a profile likelihood needs."""
 
     @classmethod
     def of(cls, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> "Problem":
@@ -49,6 +52,10 @@ class Problem:
             np.array([0.0, middle - 16, low, middle - 16, low]),
             np.array([np.exp(self.y.max()), middle + 3, high, middle + 3, high]),
         )
+
+    def evaluate(self, theta: np.ndarray, weights: np.ndarray, delta: float) -> tuple[np.ndarray, ...]:
+        """See :func:`evaluate`."""
+        return evaluate(self, theta, weights, delta)
 
     def to_parameters(self, theta: np.ndarray) -> np.ndarray:
         """(..., 5) theta to (..., 5) (E, A, alpha, B, beta)."""
@@ -136,7 +143,7 @@ def minimise(
     objective = np.empty(len(theta))
     for begin in range(0, len(theta), CHUNK):
         part = slice(begin, begin + CHUNK)
-        for stage in (*(d for d in CONTINUATION if d > delta), delta):
+        for stage in (*(d for d in problem.continuation if d > delta), delta):
             last = stage == delta
             theta[part], objective[part] = _descend(
                 problem, theta[part], weights[part], stage, 200 if last else 6, 1e-11 if last else 1e-3
@@ -147,7 +154,16 @@ def minimise(
 def projected_gradient(problem: Problem, theta: np.ndarray, gradient: np.ndarray) -> np.ndarray:
     """The gradient (b, 5) without the components that push theta against a bound."""
     low, high = problem.bounds
-    return np.where(((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0)), 0.0, gradient)
+    blocked = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
+    blocked[:, list(problem.held)] = True
+    return np.where(blocked, 0.0, gradient)
+
+
+def condition_number(matrix: np.ndarray) -> float:
+    """Condition number of a positive semidefinite matrix (p, p) scaled to a unit diagonal; at most 1e16."""
+    scale = np.sqrt(np.maximum(np.diag(matrix), 1e-300))
+    values = np.linalg.eigvalsh(matrix / np.outer(scale, scale))
+    return float(min(1e16, values[-1] / max(values[0], 1e-300)))
 
 
 def _descend(
@@ -160,10 +176,10 @@ def _descend(
     live = np.arange(len(theta))
     x, w = theta, weights
     damping = np.full(len(x), 0.3)
-    value, gradient, hessian, reweighted = evaluate(problem, x, w, delta)
+    value, gradient, hessian, reweighted = problem.evaluate(x, w, delta)
     for _ in range(steps):
         trial = np.clip(x + _step(problem, x, gradient, hessian, reweighted, damping), low, high)
-        new = evaluate(problem, trial, w, delta)
+        new = problem.evaluate(trial, w, delta)
         better = new[0] < value
         move = np.abs(trial - x).max(-1)
         pick = better[:, None]
@@ -198,10 +214,12 @@ def _step(
     """Solve (hessian + damping * reweighted) step = -gradient over the components free to move: (b, 5)."""
     projected = projected_gradient(problem, theta, gradient)
     free = ~((projected == 0) & (gradient != 0))
+    free[:, list(problem.held)] = False
+    identity = np.eye(theta.shape[1])
     diagonal = np.einsum("bii->bi", reweighted)
     ridge = 1e-12 * diagonal.max(-1, keepdims=True) + damping[:, None] * (1e-3 * diagonal) + 1e-30
-    matrix = hessian + damping[:, None, None] * reweighted + ridge[:, :, None] * np.eye(5)
-    matrix = np.where(free[:, :, None] & free[:, None, :], matrix, np.eye(5))
+    matrix = hessian + damping[:, None, None] * reweighted + ridge[:, :, None] * identity
+    matrix = np.where(free[:, :, None] & free[:, None, :], matrix, identity)
     try:
         return -np.linalg.solve(matrix, projected[:, :, None])[:, :, 0]
     except np.linalg.LinAlgError:  # one singular problem must not stop the batch

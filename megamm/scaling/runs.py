@@ -1,20 +1,22 @@
-"""Tables of finished runs: collected from logs, written and read as `runs.csv`, checked row by row.
+"""Tables of finished runs: written and read as `runs.csv`, checked row by row.
 
 A row is a dictionary with the columns of `runs.csv`: ``run, architecture, mixture, params, params_active,
-tokens, flops, loss``, a ``loss_*`` per source (nats), and two of our own: ``trunk`` (the run directory whose
-constant-rate steps this run shares with others; empty if none) and ``cooled`` (true if its learning rate was
-cooled down). Columns beyond these are kept, so that a fit can be grouped by them.
+tokens, flops, loss``, a ``loss_*`` per source (nats), those of conventions.FACTS and four of our own:
 
-To collect from another kind of log, add a function to :data:`READERS`.
+* ``flops_convention``: how params and FLOPs are counted, a name in conventions.CONVENTIONS;
+* ``checkpoint``: ``final`` or ``intermediate``;
+* ``cooled``: whether the learning rate was cooled down there;
+* ``trunk``: what the run shares steps with: the run directory of its constant-rate trunk, or the run of which it is
+  an intermediate checkpoint; empty if none.
+
+Columns beyond these are kept, so that a fit can be grouped by them.
 """
 
 import csv
 import io
-import json
 import math
-import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ import numpy as np
 
 from megamm.errors import InputError
 from megamm.files import write_text
+from megamm.scaling import conventions
 
 COLUMNS = ("run", "architecture", "mixture", "params", "params_active", "tokens", "flops", "loss")
 LOSS_COLUMNS = ("loss_text", "loss_caption", "loss_interleaved")
-OWN_COLUMNS = ("trunk", "cooled")
+OWN_COLUMNS = (conventions.COLUMN, "measured_on", "checkpoint", "cooled", "trunk")
 REQUIRED = ("params", "tokens", "loss")
-POSITIVE = ("params", "params_active", "tokens", "flops")
+POSITIVE = ("params", "params_active", "tokens", "flops", "params_total", "flops_exact")
+NOT_NEGATIVE = ("params_embedding", "params_head", "params_vision", "tokens_vision")
 
 
 @dataclass(kw_only=True)
@@ -93,8 +97,11 @@ class RunTable:
 # ---------------------------------------------------------------------------------------------- the CSV file
 
 
-def read_runs(path: Path | str) -> RunTable:
+def read_runs(path: Path | str, *, one_convention: bool = True) -> RunTable:
     """Read and check a `runs.csv`; a missing ``flops`` becomes 6*params*tokens.
+
+    Args:
+        one_convention: refuse a table whose rows are counted by different conventions.
 
     Raises:
         InputError: unreadable, a column missing, a value that is no number or not positive, or a run
@@ -126,7 +133,10 @@ def read_runs(path: Path | str) -> RunTable:
         raise InputError(f"{path}: line {reader.line_num}: not valid CSV ({error})") from error
     if not rows:
         raise InputError(f"{path}: no runs; expected a header line and a line per run")
-    return check_rows(RunTable(path=str(path), rows=rows, lines=lines))
+    table = check_rows(RunTable(path=str(path), rows=rows, lines=lines))
+    if one_convention:
+        conventions.check_one_convention(table.rows, (f"{path}: {place}" for place in table.places))
+    return table
 
 
 def _check_header(path: str, header: list[str]) -> list[str]:
@@ -148,8 +158,8 @@ def check_rows(table: RunTable) -> RunTable:
         where = f"{table.path}: line {line}" + (f" (run {name})" if name else "")
         row = dict(raw)
         for column in raw:
-            if column in POSITIVE or column == "loss" or column.startswith("loss_"):
-                row[column] = _number(where, column, raw[column])
+            if is_number(column):
+                row[column] = parse_number(where, column, raw[column])
         if row.get("cooled") not in (None, ""):
             row["cooled"] = _flag(where, "cooled", raw["cooled"])
         if row.get("flops") is None:
@@ -163,7 +173,13 @@ def check_rows(table: RunTable) -> RunTable:
     return RunTable(path=table.path, rows=rows, lines=table.lines)
 
 
-def _number(where: str, column: str, value: Any) -> float | None:
+def is_number(column: str) -> bool:
+    """Whether a column holds numbers that are checked."""
+    return column in POSITIVE + NOT_NEGATIVE or column == "loss" or column.startswith("loss_")
+
+
+def parse_number(where: str, column: str, value: Any) -> float | None:
+    """The number in a cell, None where an optional one is empty; InputError, naming ``where``, if it is bad."""
     if value in (None, ""):
         if column in REQUIRED:
             raise InputError(f"{where}: column {column} is empty; fill it in or remove the row")
@@ -172,8 +188,10 @@ def _number(where: str, column: str, value: Any) -> float | None:
         number = float(value)
     except ValueError as error:
         raise InputError(f"{where}: column {column}: {value!r} is not a number") from error
-    if not (math.isfinite(number) and number > 0):
-        raise InputError(f"{where}: column {column}: {value} is not a finite number above zero")
+    may_be_zero = column in NOT_NEGATIVE
+    if not (math.isfinite(number) and (number > 0 or (may_be_zero and number == 0))):
+        wanted = "of zero or more" if may_be_zero else "above zero"
+        raise InputError(f"{where}: column {column}: {value} is not a finite number {wanted}")
     return number
 
 
@@ -188,7 +206,8 @@ def write_runs(path: Path | str, rows: list[dict[str, Any]]) -> None:
     """Write rows as `runs.csv`, whole or not at all; known columns first, empty ones only if contractual."""
     used = dict.fromkeys(k for row in rows for k in row if row[k] is not None)
     losses = [c for c in (*LOSS_COLUMNS, *used) if c.startswith("loss_") and c in used]
-    header = list(dict.fromkeys([*COLUMNS, *losses, *(c for c in OWN_COLUMNS if c in used), *used]))
+    extra = [c for c in (*conventions.FACTS, *OWN_COLUMNS) if c in used]
+    header = list(dict.fromkeys([*COLUMNS, *losses, *extra, *used]))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
@@ -204,133 +223,4 @@ def _cell(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
-    return repr(value) if isinstance(value, float) else str(value)
-
-
-# ------------------------------------------------------------------------------------------------ collecting
-
-
-@dataclass(kw_only=True)
-class Collected:
-    """What one PATH held: rows, where each came from, and lines on what was left out."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-
-def read_run_directories(path: Path) -> Collected | None:
-    """Our run directories at or below the folder ``path``; None if it is no folder."""
-    if not path.is_dir():
-        return None
-    found = Collected()
-    for folder, subfolders, files in os.walk(path):
-        subfolders.sort()
-        run_dir = Path(folder)
-        if "result.json" in files:
-            found.rows.append(row_of_result(run_dir, path))
-            found.origins.append(str(run_dir.resolve()))
-        elif "config.yaml" in files:
-            found.left_out.append(f"{run_dir}: unfinished (config.yaml but no result.json)")
-    if not found.rows and not found.left_out:
-        raise InputError(f"{path}: no run directory (a folder with result.json) at or below it")
-    return found
-
-
-def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
-    """The row of a finished run; ``trunk`` is given from the name of ``root`` on where it lies below.
-
-    Raises:
-        InputError: result.json is not valid or lacks a field.
-    """
-    path = run_dir / "result.json"
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(result, dict):
-        raise InputError(f"{path}: expected a mapping of results")
-    missing = [key for key in ("name", *REQUIRED) if result.get(key) is None]
-    if missing:
-        raise InputError(f"{path}: no field {', '.join(missing)}; run the training again or move the folder away")
-    row = {column: result.get(column) for column in COLUMNS if column != "run"}
-    row |= {"run": str(result["name"]), **_source_losses(path, result.get("losses") or {})}
-    branch = result.get("branch_from")
-    cooled = bool(result.get("cooled", not result.get("trunk", False)))
-    trunk = Path(branch) if branch else None if cooled else run_dir
-    row["trunk"] = _relative(trunk, root) if trunk else None
-    row["cooled"] = cooled
-    for column in POSITIVE + tuple(c for c in row if c.startswith("loss")):
-        row[column] = _number(str(path), column, row[column])
-    return row
-
-
-def _source_losses(path: Path, losses: dict[str, Any]) -> dict[str, float]:
-    """``loss_<source>``, or ``loss_<kind>`` where the kind is a standard column and the name is not."""
-    by_column: dict[str, list[float]] = {}
-    for source, entry in losses.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("loss"), int | float):
-            raise InputError(f"{path}: losses.{source}: expected a mapping with a number 'loss'")
-        column = f"loss_{source}"
-        if column not in LOSS_COLUMNS and f"loss_{entry.get('kind')}" in LOSS_COLUMNS:
-            column = f"loss_{entry['kind']}"
-        by_column.setdefault(column, []).append(float(entry["loss"]))
-    return {column: sum(values) / len(values) for column, values in by_column.items()}
-
-
-def _relative(folder: Path, root: Path) -> str:
-    try:
-        return str(folder.resolve().relative_to(root.resolve().parent))
-    except ValueError:
-        return str(folder)
-
-
-def read_table(path: Path) -> Collected | None:
-    """A file already in the form of `runs.csv`; None if the name does not end in .csv."""
-    if path.suffix.lower() != ".csv":
-        return None
-    table = read_runs(path)
-    names = [row.get("run") or f"{path.stem}-{line}" for row, line in zip(table.rows, table.lines)]
-    rows = [{**row, "run": name} for row, name in zip(table.rows, names)]
-    rows = [{k: None if v == "" else v for k, v in row.items()} for row in rows]
-    return Collected(rows=rows, origins=[f"{path.resolve()} line {line}" for line in table.lines])
-
-
-READERS: list[Callable[[Path], Collected | None]] = [read_run_directories, read_table]
-"""Tried in turn on each PATH; a reader returns None for a path that is not of its kind."""
-
-
-def collect(paths: Iterable[Path | str], include_uncooled: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of all ``paths`` and lines on what was left out.
-
-    A run directory reached twice counts once. Trunks (constant learning rate, never cooled down) are left out
-    unless ``include_uncooled``: their loss is not that of a finished run.
-
-    Raises:
-        InputError: a path of no known kind, a bad value, one name for two runs, or nothing found.
-    """
-    rows, left_out = [], []
-    origins: set[str] = set()
-    named: dict[tuple, str] = {}
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path}: does not exist; give run directories or CSV files")
-        found = next((c for c in (reader(path) for reader in READERS) if c is not None), None)
-        if found is None:
-            raise InputError(f"{path}: not a kind of log that is known; give run directories or CSV files")
-        left_out += found.left_out
-        for row, origin in zip(found.rows, found.origins):
-            if origin in origins:
-                continue
-            origins.add(origin)
-            if row.get("cooled") is False and not include_uncooled:
-                left_out.append(f"{origin}: not cooled down (a trunk); --include-uncooled takes it in")
-                continue
-            key = (row["run"], row.get("architecture"), row.get("mixture"))
-            if key in named:
-                raise InputError(f"{origin}: run {row['run']} is also in {named[key]}; rename or remove one")
-            named[key] = origin
-            rows.append(row)
-    if not rows:
-        raise InputError(f"no finished run in {', '.join(map(str, paths))} ({len(left_out)} left out)")
-    return rows, left_out
+    return repr(float(value)) if isinstance(value, float) else str(value)  # numpy's floats have another repr

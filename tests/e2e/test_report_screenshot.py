@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 from study_factory import make_datasets, make_study
 
+from megamm.scaling.collect import collect
 from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.report import render_report
-from megamm.scaling.runs import collect, read_runs, write_runs
+from megamm.scaling.runs import read_runs, write_runs
 
 CHROMIUM = shutil.which("chromium")
-WIDTH, HEIGHT, PANELS = 1280, 5000, 17
+WIDTH, HEIGHT, PANELS = 1280, 5000, 27
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,8 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_as_accurate, assert_matches, assert_repeats, poison_outputs, skip_bf16_under_interpreter
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from megamm_kernels import attention_plan, default_backend, dispatch, interval_attention
 from megamm_kernels.attention_backends import sdpa
 from megamm_kernels.interval_attention import interval_attention_reference as reference
@@ -224,16 +222,3 @@ def test_sdpa_in_blocks(names, block, stored):
     assert stored or not plan.bias.numel()
     check(lambda *x: interval_attention(*x, plan, return_lse=True), random_qkv(lo), lo, hi)
     check(lambda *x: sdpa.attend_in_blocks(*x, plan, return_lse=True), random_qkv(lo, heads=(2, 2)), lo, hi)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.lists(st.integers(-9, 9).filter(bool), min_size=1, max_size=5), max_size=6),
-    st.integers(1, 40),
-)
-def test_sdpa_on_random_rows(documents, block):
-    used = sum(abs(span) for spans in documents for span in spans)
-    lo, hi = batch([documents], used + 3, torch.device("cpu"))
-    q, k, v = random_qkv(lo, heads=(1, 1), head_dim=8)
-    out = interval_attention(q, k, v, sdpa.plan(lo, hi, torch.float64, block))
-    torch.testing.assert_close(out, reference(q, k, v, lo, hi), atol=1e-12, rtol=0)

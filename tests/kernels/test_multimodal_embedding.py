@@ -10,13 +10,10 @@ from checks import (
     poison_outputs,
     skip_bf16_under_interpreter,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from megamm_kernels import dispatch, multimodal_embedding, multimodal_patch_embedding
 from megamm_kernels.multimodal_embedding import multimodal_embedding_reference, multimodal_patch_embedding_reference
 
 VOCABULARY = 11
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make(device, shape, num_images, width, channels=5, dtype=torch.float64, token=None):
@@ -63,20 +60,6 @@ def test_matches_the_definition(device, shape, num_images, width, token, monkeyp
         with_patches(tokens, patches, index, multimodal_patch_embedding_reference),
         (table, projection), **tolerance,
     )  # fmt: skip
-
-
-@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="needs triton")
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 40)), max_size=6), st.integers(0, 9))
-def test_table_gradient_of_runs_of_any_length(runs, left_out):
-    """Runs end before, at and after the chunks' edges; the last key counts nowhere."""
-    from megamm_kernels.gpu.embedding_gradient import table_gradient
-
-    keys = torch.tensor([key for key, length in runs for _ in range(length)] + [5] * left_out, dtype=torch.int32)
-    keys = keys[torch.randperm(len(keys))].to(DEVICE)
-    grad = torch.randn(len(keys), 3, dtype=torch.float64, device=DEVICE)
-    want = torch.zeros(6, 3, dtype=torch.float64, device=DEVICE).index_add(0, keys.long(), grad)[:5]
-    torch.testing.assert_close(table_gradient(grad, keys, 5, torch.float64), want, atol=1e-12, rtol=0)
 
 
 def test_without_features(device):

@@ -1,12 +1,26 @@
 """Frontiers of two groups against each other."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 
 from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.compare import Law, compare, read_laws, verdict
+from megamm.scaling import conventions, laws
+from megamm.scaling.accounting import cost_of
+from megamm.scaling.compare import Law, compare, crossover_sentence, gain_at, read_laws, verdict
+from megamm.scaling.compare_outputs import compare_fits
+from megamm.scaling.fit_outputs import fit_table, write_fits
+from megamm.scaling.runs import read_runs, write_runs
+
+ROOT = Path(__file__).parents[2]
 
 BASE = np.array([1.9, 420.0, 0.33, 1500.0, 0.36])
 
@@ -104,3 +118,148 @@ def test_ranges():
 def test_read_laws_names_the_folder(tmp_path):
     with pytest.raises(InputError, match=r"run tools/fit_scaling_laws\.py again"):
         read_laws(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ counts of FLOPs
+
+
+def cheapest(parameters: np.ndarray, flops: float, kappa: float, growth: float, reference: float) -> float:
+    """The lowest loss at C = 6 kappa (N/N0)^growth N D, by search over N."""
+
+    def loss(log_n: float) -> float:
+        n = np.exp(log_n)
+        d = flops / (6 * kappa * (n / reference) ** growth * n)
+        return parameters[0] + parameters[1] * n ** -parameters[2] + parameters[3] * d ** -parameters[4]
+
+    return minimize_scalar(loss, bounds=(np.log(1e6), np.log(1e13)), method="bounded", options={"xatol": 1e-10}).fun
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.15, -0.2])
+def test_frontier_where_cost_changes_with_size(growth):
+    priced = replace(law("late", kappa=1.3), growth=growth, reference=3e9)
+    flops = np.array([1e18, 1e20, 3e22])
+    expected = [cheapest(BASE, c, 1.3, growth, 3e9) for c in flops]
+    np.testing.assert_allclose(priced.frontier(flops), expected, rtol=1e-9)
+    np.testing.assert_allclose(priced.flops_for(np.array(expected)), flops, rtol=1e-6)
+
+
+def test_cost_is_read_off_the_runs():
+    params, tokens = np.repeat(np.geomspace(1e8, 1e10, 5), 3), np.tile([1e9, 1e10, 1e11], 5)
+    cost = cost_of(params, tokens, 6 * 1.2 * (params / 1e9) ** -0.1 * params * tokens)
+    assert (cost.kappa, cost.growth, cost.reference) == pytest.approx((1.2, -0.1, 1e9)) and cost.misfit < 1e-9
+    one_size = cost_of(np.full(3, 1e9), np.array([1e9, 1e10, 1e11]), 6e9 * np.array([1.1e9, 1.2e10, 1.3e11]))
+    assert one_size.growth == 0 and one_size.misfit > 0.05
+
+
+def ladder(architecture: str, parameters: np.ndarray, encoder: float = 0.0, noise: float = 5e-4) -> list[dict]:
+    """Runs on a grid; the encoder is a share of the parameters and sees half of the positions."""
+    rng = np.random.default_rng(len(architecture))
+    rows = []
+    for i, (n, d) in enumerate((n, d) for n in np.geomspace(2e8, 8e9, 7) for d in np.geomspace(4e9, 4e11, 5)):
+        loss = float(laws.predict(parameters, np.array([n]), np.array([d]))[0]) * np.exp(rng.normal(0, noise))
+        vision = encoder * n
+        row = {"run": f"{architecture}-{i}", "architecture": architecture, "params": n, "tokens": d, "loss": loss}
+        row |= {"params_active": n, "params_vision": vision, "tokens_vision": d / 2}
+        rows.append(conventions.convert(row, "paper"))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """Folder of fits and table of two ladders whose laws are equal, one with an encoder."""
+    folder = tmp_path_factory.mktemp("compare")
+    write_runs(folder / "runs.csv", ladder("early", BASE) + ladder("late", BASE, encoder=0.2))
+    write_fits(folder / "fits", fit_table(read_runs(folder / "runs.csv"), resamples=200))
+    return folder
+
+
+def test_counting_the_encoder_decides(fitted):
+    report = compare_fits(fitted / "fits", read_runs(fitted / "runs.csv"), at=[1e20])
+    assert [one.counting for one in report.accounted] == ["counted", "decoder"]
+    assert report.notes == ["every matrix product counted: some runs have no flops_exact; collect them again"]
+    # Equal laws: the cost of a model is all the difference. 0.8 N D + 0.2 N D/2 and 0.8 N D, against N D.
+    counted, decoder = (report.gains[name][0] for name in ("counted", "decoder"))
+    assert counted.ratio == pytest.approx(0.9, rel=0.02) and decoder.ratio == pytest.approx(0.8, rel=0.02)
+    assert counted.interval[0] < 0.9 < counted.interval[1] and decoder.interval[0] < 0.8 < decoder.interval[1]
+    assert re.match(r"late needs 0\.8\d*x \[.*\] the FLOPs of early for the same loss at 1e\+20", decoder.sentence)
+    assert decoder.beyond < 1 and "beyond" not in decoder.sentence
+    costs = {law.name: law.kappa for law in report.accounted[0].laws}
+    assert costs == pytest.approx({"early": 1.0, "late": 0.9})
+
+
+def test_gain_beyond_the_runs_and_beyond_the_law():
+    first, second = law("early", spread=1e-3), law("late", BASE * [1.05, 1, 1, 1, 1], spread=1e-3, seed=2)
+    gain = gain_at(first, second, 1e23)
+    assert gain.beyond == pytest.approx(10) and gain.sentence.endswith("at 1e+23, 10x beyond the runs")
+    assert gain.interval[0] < gain.ratio < gain.interval[1]
+    hopeless = gain_at(first, law("late", BASE * [2, 1, 1, 1, 1]), 1e22)
+    assert hopeless.sentence == "late never reaches the loss of early at 1e+22 FLOPs"
+
+
+def test_published_frontiers_of_early_and_late_fusion():
+    """L = 29.574 C^-.0492 (early) and 29.923 C^-.0494 (late), arXiv 2504.07951: 1.04x at 1e21, no crossing near."""
+
+    def published(name: str, K: float, g: float) -> Law:
+        # With E = 0, alpha = beta = 2g and A = B the frontier is 2 A (C/6)^-g.
+        parameters = np.array([0.0, K / 2 / 6**g, 2 * g, K / 2 / 6**g, 2 * g])
+        return Law(name=name, parameters=parameters, draws=parameters[None], kappa=1.0, flops_range=(1e19, 1e22))
+
+    early, late = published("early", 29.574, 0.0492), published("late", 29.923, 0.0494)
+    np.testing.assert_allclose(early.frontier(np.array([1e21])), 29.574 * 1e21**-0.0492, rtol=1e-12)
+    equal = (29.923 / (29.574 * 1e21**-0.0492)) ** (1 / 0.0494)
+    assert gain_at(early, late, 1e21).ratio == pytest.approx(equal / 1e21) == pytest.approx(1.043, abs=1e-3)
+    result = compare(early, late, (1e19, 1e28))
+    assert result.crossover.flops == pytest.approx((29.923 / 29.574) ** (1 / 0.0002), rel=0.02)
+    assert crossover_sentence(compare(early, late)).startswith("crossover: none within range")
+
+
+def test_crossover_sentences():
+    crossing = compare(law("early", spread=5e-4, seed=1), law("late", CROSSING, spread=5e-4, seed=2))
+    found = re.fullmatch(r"crossover: (\S+) FLOPs \[(\S+), (\S+)\]", crossover_sentence(crossing))
+    low, high = float(found[2]), float(found[3])
+    assert low < crossing_point() < high and crossing.crossing_share > 0.9
+    apart = compare(law("early", spread=1e-4), law("late", BASE * [1.05, 1, 1, 1, 1], spread=1e-4, seed=3))
+    assert crossover_sentence(apart) == "crossover: none within range, 1e+18 to 1e+22 FLOPs"
+    unsure = compare(law("early", spread=1e-2, seed=1), law("late", spread=1e-2, seed=2))
+    assert re.search(r"none within range.*\(\d+% of the resamples cross in it\)", crossover_sentence(unsure))
+
+
+def tool(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "compare_groups.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_tool_writes_the_comparison(fitted, tmp_path):
+    out = tmp_path / "out"
+    done = tool(fitted / "fits", "--runs", fitted / "runs.csv", "--out", out, "--at", "1e20,1e23")
+    assert done.returncode == 0, done.stderr
+    assert "front end not counted:" in done.stdout and "late needs" in done.stdout
+    document = json.loads((out / "comparison.json").read_text())
+    entry = document["accountings"][1]
+    assert entry["counting"] == "decoder" and len(entry["gains"]) == 2 and entry["gains"][1]["beyond_runs"] > 1
+    assert len(entry["simultaneous"][0]) == len(entry["flops"]) == 256
+    page = (out / "comparison.md").read_text()
+    assert entry["gains"][0]["sentence"] in page and "## front end counted" in page
+    assert (out / "lead_counted.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "lead_decoder.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--groups", "early,mid"], "--groups: early,mid: give two different ones of early, late"),
+        (["--at", "lots"], "--at: 'lots' is not a number of FLOPs above zero"),
+        (["--range", "1e20", "1e19"], "is empty"),
+        (["--loss", "loss_text"], "fits of loss_text for no group"),
+    ],
+)
+def test_tool_refuses(fitted, tmp_path, options, message):
+    done = tool(fitted / "fits", "--runs", fitted / "runs.csv", "--out", tmp_path / "out", *options)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_must_be_those_of_the_fits(fitted, tmp_path):
+    write_runs(tmp_path / "runs.csv", ladder("early", BASE) + ladder("late", BASE, encoder=0.3))
+    with pytest.raises(InputError, match=r"column flops: the runs of late are not those that"):
+        compare_fits(fitted / "fits", read_runs(tmp_path / "runs.csv"))

@@ -95,7 +95,7 @@ def test_no_other_minimiser_improves_on_the_optimum(chinchilla, chinchilla_fit):
 
 def test_every_start_of_a_resample_agrees(chinchilla, chinchilla_fit):
     """The bootstrap starts at the full optimum; the whole grid of starts finds nothing better."""
-    problem = fitting._problem(chinchilla, "loss")
+    problem = fitting.fit_problem(chinchilla, "loss")
     rng = np.random.default_rng(3)
     weights, _ = fitting.resample(chinchilla, fitting.cluster_labels(chinchilla), 20, rng)
     one = problem.to_theta(chinchilla_fit.parameters)
@@ -114,7 +114,7 @@ thetas = st.tuples(st.floats(0.1, 3), st.floats(-3, 1), st.floats(0.1, 1), st.fl
 @settings(max_examples=30, deadline=None)
 def test_derivatives_by_finite_differences(theta, seed):
     table = planted(noise=0.3, seed=seed, sizes=4, lengths=3)
-    problem = fitting._problem(table, "loss")
+    problem = fitting.fit_problem(table, "loss")
     weights = np.random.default_rng(seed).integers(0, 4, (1, len(table))).astype(float)
     theta, delta = np.array(theta), 0.2
     residual = np.log(laws.predict(problem.to_parameters(theta), table.numbers("params"), table.numbers("tokens")))
@@ -134,7 +134,7 @@ def test_derivatives_by_finite_differences(theta, seed):
 
 def test_starts_solve_the_non_negative_least_squares():
     table = planted(noise=0.05, sizes=4, lengths=4)
-    problem = fitting._problem(table, "loss")
+    problem = fitting.fit_problem(table, "loss")
     scale = np.exp(-problem.y)
     floor = 1e-2 * np.exp(np.median(problem.y))
     for E, a, alpha, b, beta in minimise.starts(problem):
@@ -145,14 +145,14 @@ def test_starts_solve_the_non_negative_least_squares():
 
 def test_weights_count_runs():
     table = planted(noise=0.01)
-    problem = fitting._problem(table, "loss")
+    problem = fitting.fit_problem(table, "loss")
     theta = minimise.starts(problem)[:3]
     twice = table.select(np.ones(len(table), bool))
     twice.rows, twice.lines = table.rows + table.rows[:5], table.lines + table.lines[:5]
     weights = np.ones((1, len(table)))
     weights[0, :5] = 2
     weighted = minimise.minimise(problem, theta, weights)[1].min()
-    repeated = fitting._problem(twice, "loss")
+    repeated = fitting.fit_problem(twice, "loss")
     expected = minimise.minimise(repeated, repeated.to_theta(problem.to_parameters(theta)), np.ones((1, 41)))[1]
     assert weighted == pytest.approx(expected.min(), rel=1e-9)
 

@@ -17,16 +17,17 @@ from PIL import Image
 from study_factory import COOLDOWN, LAWS, make_datasets, make_study
 
 from megamm.errors import InputError
-from megamm.scaling import laws
+from megamm.scaling import laws, units
+from megamm.scaling.charts import extent, to_plotly, to_png
+from megamm.scaling.collect import collect
 from megamm.scaling.compare import compare, verdict
 from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.report import render_report, units
-from megamm.scaling.report.charts import extent, to_plotly, to_png
+from megamm.scaling.report import render_report
 from megamm.scaling.report.figures import all_charts, shade
 from megamm.scaling.report.findings import cautions, findings, headline
 from megamm.scaling.report.study import read_study
 from megamm.scaling.report.tables import runs_table
-from megamm.scaling.runs import collect, read_runs, write_runs
+from megamm.scaling.runs import read_runs, write_runs
 
 EVIL = "<script>alert('x')</script>"
 TOOL = Path(__file__).parents[2] / "tools" / "render_report.py"
@@ -169,6 +170,41 @@ def test_counts_flops_three_ways(study):
     assert exact.flops_range[1] == max(r.result["flops_exact"] for r in study.cooled if r.architecture == "late")
     early = study.laws["loss"]["early"], study.recounted("loss", "decoder")["early"]
     assert early[0].kappa == pytest.approx(early[1].kappa, rel=1e-6)
+
+
+def test_says_what_changes_where_the_encoder_is_not_counted(study):
+    found = findings(study)
+    uncounted = next(f for f in found if f.counting == "decoder")
+    sentence = headline(study, found)[-1]
+    assert sentence.startswith(
+        f"If the image encoder's FLOPs are not counted, late fusion needs {uncounted.gain[0]} times"
+    )
+    late = study.laws["loss"]["late"], study.recounted("loss", "decoder")["late"]
+    assert late[0].kappa > 1.05 * late[1].kappa
+    assert float(uncounted.gain[0]) < float(found[0].gain[0])  # late fusion gets cheaper, early does not
+
+
+def test_charts_of_the_fits_hold_every_run(study, page):
+    charts = all_charts(study, None)
+    points = sum(len(series.x) for series in charts["residuals"].panels[0].series)
+    assert points == sum(fit["n_runs"] for fit in study.fits if fit["loss_column"] == "loss") == 18
+    for name in ("residuals", "correlations", "holdout"):
+        assert (name in charts) == (f'id="{name}-0"' in page)
+    assert "residuals" in charts and "correlations" in charts
+
+
+def test_shows_isoflop_profiles_where_runs_have_budgets_in_common(copy, study):
+    assert not any(name.startswith("isoflop") for name in all_charts(study, None))
+    rows = read_runs(copy / "runs.csv").rows
+    early = [row for row in rows if row["architecture"] == "early"]
+    for i, row in enumerate(early):  # three budgets of three sizes
+        size = row["params"] * (0.3, 1.0, 3.0)[i % 3]
+        budget = (1e14, 3e14, 1e15)[i // 3]
+        row |= {"params": size, "flops": budget, "tokens": budget / 6 / size, "loss": 3 - 0.2 * i + (i % 3 != 1)}
+    write_runs(copy / "runs.csv", early + [row for row in rows if row["architecture"] != "early"])
+    charts = all_charts(read_study(copy), None)
+    assert len(early) == 9 and "isoflop_0" in charts and "isoflop_1" not in charts
+    assert charts["isoflop_0"].panels[0].title.startswith("early fusion")
 
 
 def test_shows_image_use_against_the_blind_model(study):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from megamm.errors import InputError
-from megamm.scaling.runs import collect, read_runs, write_runs
+from megamm.scaling import conventions
+from megamm.scaling.collect import Options, collect, read_facts, suspected_duplicates
+from megamm.scaling.runs import read_runs, write_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +76,11 @@ def test_blank_lines_and_byte_order_mark_are_accepted(tmp_path):
         ("params,tokens,loss\n1e6,1e7\n", ["line 2", "2 cells"]),
         ("params,tokens,loss,loss\n1,2,3,3\n", ["loss", "twice"]),
         ("params,tokens,loss,cooled\n1e6,1e7,3,maybe\n", ["line 2", "cooled", "'maybe'"]),
+        ("params,tokens,loss,params_vision\n1e6,1e7,3,-1\n", ["line 2", "column params_vision", "zero or more"]),
+        (
+            "run,params,tokens,loss,flops_convention\na,1e6,1e7,3,paper\nb,1e6,2e7,3,exact\n",
+            ["line 3", "run b", "flops_convention: exact", "line 2", "paper", "--flops-convention"],
+        ),
     ],
 )
 def test_bad_tables_name_line_run_and_column(tmp_path, text, expected):
@@ -108,7 +115,7 @@ def test_collect_round_trip(tmp_path):
     (study / "runs" / "d" / "config.yaml").write_text("{}")
     rows, left_out = collect([study, study / "runs"])
     assert [row["run"] for row in rows] == ["a", "b", "c"]
-    assert sum("unfinished" in line for line in left_out) == 2 and sum("not cooled" in x for x in left_out) == 1
+    assert sum("unfinished" in line for line in left_out) == 1 and sum("not cooled" in x for x in left_out) == 1
     assert rows[0]["loss_text"] == 4.0 and rows[0]["loss_interleaved"] == 3.0 and rows[0]["loss_stamps"] == 3.5
     assert rows[0]["trunk"] == rows[1]["trunk"] == "study/trunks/t" and rows[2]["trunk"] is None
     out = tmp_path / "runs.csv"
@@ -116,14 +123,15 @@ def test_collect_round_trip(tmp_path):
     header = out.read_text().splitlines()[0]
     assert header == (
         "run,architecture,mixture,params,params_active,tokens,flops,loss,"
-        "loss_text,loss_interleaved,loss_stamps,trunk,cooled"
+        "loss_text,loss_interleaved,loss_stamps,params_vision,tokens_vision,flops_convention,measured_on,checkpoint,"
+        "cooled,trunk"
     )
     runs = read_runs(out)
     assert runs.numbers("loss").tolist() == [3.5, 3.2, 3.5]
     assert runs.rows[0]["cooled"] is True and runs.numbers("flops")[2] == 6e6 * 409600
     again, _ = collect([out])
     assert [(r["run"], r["loss"], r["trunk"]) for r in again] == [(r["run"], r["loss"], r["trunk"]) for r in rows]
-    with_trunk, _ = collect([study], include_uncooled=True)
+    with_trunk, _ = collect([study], Options(include_uncooled=True))
     assert {row["trunk"] for row in with_trunk if row["run"] in "tab"} == {"study/trunks/t"}
 
 
@@ -168,3 +176,142 @@ def test_tool(tmp_path):
     assert out.read_text() == before
     done = tool(tmp_path / "missing", "--out", tmp_path / "new.csv")
     assert done.returncode == 2 and "does not exist" in done.stderr and not (tmp_path / "new.csv").exists()
+
+
+# ---------------------------------------------------------------------------------------------- conventions
+
+LATE = {
+    "run": "late-1", "architecture": "late", "params": 1000.0, "params_active": 1000.0, "params_embedding": 300.0,
+    "params_head": 150.0, "params_vision": 200.0, "tokens": 50.0, "tokens_vision": 20.0, "flops_exact": 123456.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "flops"),
+    [
+        ("paper", 1000, 6 * (800 * 50 + 200 * 20)),  # DESIGN of the ladder: 6 (N_v D_v + N D)
+        ("6nd", 1000, 6 * 1000 * 50),
+        ("active", 1000, 6 * (800 * 50 + 200 * 20)),
+        ("decoder", 1000, 6 * 800 * 50),
+        ("no-embedding", 700, 6 * (500 * 50 + 200 * 20)),
+        ("with-head", 850, 6 * (650 * 50 + 200 * 20)),
+        ("exact", 1000, 123456),
+    ],
+)
+def test_conventions_count_late_fusion(name, params, flops):
+    row = conventions.convert(LATE, name)
+    assert (row["params"], row["flops"], row["flops_convention"]) == (params, flops, name)
+    back = conventions.convert(row, "paper")
+    assert (back["params"], back["flops"]) == (1000, 6 * (800 * 50 + 200 * 20))
+
+
+def test_conventions_count_active_experts():
+    row = {"architecture": "moe", "params": 1000.0, "params_active": 300.0, "tokens": 50.0}
+    assert conventions.convert(row, "paper")["flops"] == 6 * 300 * 50
+    assert conventions.convert(row, "active")["params"] == 300
+    assert conventions.convert(row, "6nd")["flops"] == 6 * 1000 * 50
+    assert conventions.convert(conventions.convert(row, "active"), "6nd")["params"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "column"),
+    [
+        ("early", "no-embedding", "params_embedding"),
+        ("early", "exact", "flops_exact"),
+        ("late", "paper", "params_vision"),
+        ("moe", "paper", "params_active"),
+    ],
+)
+def test_a_missing_count_names_run_and_column(tmp_path, architecture, name, column):
+    path = table(tmp_path, f"run,architecture,params,tokens,loss\na,{architecture},1e6,1e7,3\n")
+    with pytest.raises(InputError, match=rf"line 2: run a: column {column} is missing.*--facts"):
+        collect([path], Options(convention=name))
+
+
+def test_tables_of_two_conventions_are_refused_and_can_be_converted(tmp_path):
+    exact = [conventions.convert(LATE | {"loss": 3.0, "mixture": "m"}, "exact")]
+    paper = [conventions.convert(LATE | {"loss": 2.9, "mixture": "m", "run": "late-2"}, "paper")]
+    write_runs(tmp_path / "exact.csv", exact)
+    write_runs(tmp_path / "paper.csv", paper)
+    paths = [tmp_path / "exact.csv", tmp_path / "paper.csv"]
+    with pytest.raises(InputError, match=r"run late-2: column flops_convention: paper, but .*late-1 has exact: mixed"):
+        collect(paths)
+    rows, _ = collect(paths, Options(convention="decoder"))
+    assert [row["flops"] for row in rows] == [6 * 800 * 50] * 2
+    write_runs(tmp_path / "both.csv", exact + paper)
+    with pytest.raises(InputError, match=r"both\.csv: line 3 \(run late-2\): column flops_convention"):
+        read_runs(tmp_path / "both.csv")
+    with pytest.raises(InputError, match=r"both\.csv line 3: run late-2: column flops_convention"):
+        collect([tmp_path / "both.csv"])
+    assert collect([tmp_path / "both.csv"], Options(convention="decoder"))[0][1]["flops"] == 6 * 800 * 50
+
+
+def test_given_flops_are_named_by_what_they_agree_with(tmp_path):
+    path = table(tmp_path, "run,params,tokens,loss,flops\na,1e6,1e7,3,6e13\n")
+    assert collect([path])[0][0]["flops_convention"] == "paper"
+    path = table(tmp_path, "run,params,tokens,loss,flops\na,1e6,1e7,3,7e13\n")
+    assert collect([path])[0][0]["flops_convention"] == "given"
+    path = table(tmp_path, "run,architecture,params,tokens,loss\na,late,1e6,1e7,3\n")
+    assert collect([path])[0][0]["flops_convention"] == "6nd"
+
+
+def test_conversions_are_shown():
+    lines = conventions.conversion_lines([conventions.convert(LATE, "paper")])
+    assert "late: counted as decoder, FLOPs x0.9091" in lines
+    assert "late: counted as no-embedding, FLOPs x0.6591, params x0.7" in lines
+    assert not any("active" in line or "paper" in line for line in lines)
+
+
+def test_intermediate_checkpoints_of_our_runs(tmp_path):
+    folder = run_dir(tmp_path / "a", "a", params_vision=1000, tokens_vision=204800, flops_exact=9e11)
+    lines = [
+        {"step": 50, "tokens": 204800, "loss": 4.1, "flops": 1e12, "flops_exact": 5e11},
+        {"step": 50, "tokens": 204800, "val/text/loss": 4.2, "val/text/text": 4.2, "val/pages/loss": 3.8},
+        {"step": 100, "tokens": 409600, "loss": 3.5, "flops": 2e12, "flops_exact": 1e12},
+        {"step": 100, "tokens": 409600, "val/text/loss": 4.0, "val/pages/loss": 3.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')
+    rows, _ = collect([tmp_path], Options(include_intermediate=True))
+    assert [(r["run"], r["checkpoint"], r["cooled"]) for r in rows] == [
+        ("a@50", "intermediate", False),
+        ("a", "final", True),
+    ]
+    early = rows[0]
+    assert early["loss"] == 4.0 and early["tokens_vision"] == 102400 and early["trunk"] == "a"
+    assert (early["flops"], early["flops_exact"]) == (1e12, 5e11)
+    assert len(collect([tmp_path])[0]) == 1
+
+
+def test_a_run_under_two_names_is_noticed(tmp_path):
+    path = table(tmp_path, "run,params,tokens,loss\na,1e6,1e7,3.25\nb,1e6,1e7,3.25\nc,1e6,1e7,3.2501\n")
+    assert suspected_duplicates(collect([path])[0]) == [
+        "runs a and b have the same params, tokens and loss: one run twice?"
+    ]
+    done = tool(path, "--out", tmp_path / "out.csv")
+    assert done.returncode == 0 and "note: runs a and b have the same" in done.stderr
+
+
+def test_facts_file(tmp_path):
+    path = tmp_path / "facts.csv"
+    path.write_text("run,params,architecture\na,2e6,early\nb,,late\n")
+    assert read_facts(path) == {"a": {"params": 2e6, "architecture": "early"}, "b": {"architecture": "late"}}
+    for text, message in (
+        ("name,params\na,1\n", "line 1: no column run"),
+        ("run,params\na,1\na,2\n", "line 3: run a twice"),
+        ("run,params\na,-1\n", r"line 2 \(run a\): column params: -1"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_facts(path)
+
+
+def test_tool_converts_and_shows_it(tmp_path):
+    run_dir(tmp_path / "study" / "a", "a", flops_exact=1.2e13)
+    out = tmp_path / "runs.csv"
+    done = tool(tmp_path / "study", "--out", out, "--flops-convention", "exact", "--set", "width=64")
+    assert done.returncode == 0 and "counted as exact" in done.stdout
+    assert "convention: early: counted as paper, FLOPs x0.2048" in done.stderr
+    row = read_runs(out).rows[0]
+    assert row["flops"] == 1.2e13 and row["width"] == "64"
+    done = tool(tmp_path / "study", "--out", out, "--set", "width")
+    assert done.returncode == 2 and "--set: width is not of the form NAME=VALUE" in done.stderr

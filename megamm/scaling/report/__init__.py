@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megamm.errors import InputError
 from megamm.files import write_json, write_text
-from megamm.scaling.report.charts import to_png
+from megamm.scaling.charts import to_png
 from megamm.scaling.report.figures import all_charts
 from megamm.scaling.report.findings import findings, headline
 from megamm.scaling.report.page import render_page

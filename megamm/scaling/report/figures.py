@@ -4,17 +4,24 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from megamm.errors import InputError
+from megamm.scaling.accounting import runs_of
+from megamm.scaling.charts import Axis, Chart, Panel, Series, padded
 from megamm.scaling.compare import Comparison
+from megamm.scaling.compare_outputs import lead_chart
 from megamm.scaling.fit import distinct
-from megamm.scaling.report.charts import Axis, Chart, Panel, Series, padded
+from megamm.scaling.fit_plots import group_of, isoflop_chart
+from megamm.scaling.isoflop import fit_isoflops
+from megamm.scaling.plots import fit_charts
 from megamm.scaling.report.study import BLIND, Run, Study
-from megamm.scaling.report.units import count, digits, power
+from megamm.scaling.units import count, digits, power
 
 COLOURS = {"early": "#0072B2", "late": "#D55E00", "text": "#7a8089"}
 """Of each architecture, everywhere; told apart by colour-blind readers (Okabe and Ito)."""
 OTHER_COLOURS = ("#009E73", "#CC79A7", "#B8860B", "#56B4E9")
 NAMES = {"early": "early fusion", "late": "late fusion", "text": "text only (blind)"}
 POINTS = 300
+ISOFLOP_DRAWS = 400
 
 
 def colour_of(study: Study, group: str) -> str:
@@ -50,8 +57,14 @@ def all_charts(study: Study, comparison: Comparison | None) -> dict[str, Chart]:
     """Every chart for which the study has data, by name."""
     charts = [frontier(study), *frontiers_by_source(study)]
     if comparison is not None:
-        charts.append(lead(study, comparison))
-    charts += [*training(study), *validation(study), *image_use(study)]
+        charts.append(lead_chart("lead", comparison, (name_of(comparison.first), name_of(comparison.second))))
+    charts += [
+        *isoflop_profiles(study),
+        *fit_diagnostics(study),
+        *training(study),
+        *validation(study),
+        *image_use(study),
+    ]
     return {chart.name: chart for chart in charts}
 
 
@@ -137,47 +150,27 @@ def _frontier_panel(study: Study, column: str, title: str) -> Panel:
     return Panel(title=title, x=x, y=Axis(label="loss (nats per token)", range=(low, high)), series=series)
 
 
-def lead(study: Study, comparison: Comparison) -> Chart:
-    """How far apart the two architectures are."""
-    first, second = name_of(comparison.first), name_of(comparison.second)
-    x = Axis(label="training compute (FLOPs)", log=True, form=power)
-    gain = np.clip(np.stack([comparison.gain, *comparison.gain_interval]), 1e-2, 1e2)
-    panels = [
-        Panel(
-            title="Difference in loss (below 0 the first is ahead)",
-            x=x,
-            y=Axis(label="loss difference (nats)"),
-            baseline=0.0,
-            series=[
-                Series(
-                    name=f"{first} minus {second}, with the 95% band of the whole curve",
-                    x=comparison.flops,
-                    y=comparison.difference,
-                    colour="#3b4252",
-                    band=comparison.simultaneous,
-                )
-            ],
-        ),
-        Panel(
-            title="Compute for the same loss (above 1 the first is ahead)",
-            x=x,
-            y=Axis(label="ratio of FLOPs", log=True),
-            baseline=1.0,
-            series=[
-                Series(
-                    name=f"FLOPs of {second} over those of {first}, with 95% intervals",
-                    x=comparison.flops,
-                    y=gain[0],
-                    colour="#009E73",
-                    band=gain[1:],
-                )
-            ],
-        ),
-    ]
-    caption = (
-        "Where a band contains the horizontal line, the runs cannot tell which architecture is ahead at that budget."
-    )
-    return Chart(name="lead", caption=caption, panels=panels, columns=2)
+def isoflop_profiles(study: Study) -> list[Chart]:
+    """Loss over size at equal compute, for each group whose runs have budgets in common; most ladders have none."""
+    charts = []
+    for group in study.groups:
+        runs = runs_of(study.table, study.group_column, group)
+        try:
+            fit = fit_isoflops(runs, group=group, draws=ISOFLOP_DRAWS)
+        except InputError:
+            continue
+        charts.append(isoflop_chart(fit, f"isoflop_{len(charts)}", name_of(group)))
+    return charts
+
+
+def fit_diagnostics(study: Study) -> list[Chart]:
+    """Residuals, correlations and hold-out of the fits of the average loss."""
+    groups = []
+    entries = {fit["group"]: fit for fit in study.fits if fit.get("loss_column", "loss") == "loss"}
+    for name, law in study.laws.get("loss", {}).items():
+        runs = runs_of(study.table, study.group_column, name)
+        groups.append(group_of(law, runs, "loss", entries[name], name=name_of(name), colour=colour_of(study, name)))
+    return fit_charts(groups)[1:] if groups else []
 
 
 # ------------------------------------------------------------------------------------------------- training

@@ -8,7 +8,13 @@ import numpy as np
 from megamm.scaling.compare import Comparison, Crossover, Law, compare, verdict
 from megamm.scaling.report.figures import column_name, image_sources, longest, loss_after_image, name_of
 from megamm.scaling.report.study import BLIND, Study
-from megamm.scaling.report.units import digits, power, prettify
+from megamm.scaling.units import digits, power, prettify
+
+SUBJECTS = {
+    "decoder": "average, image encoder not counted",
+    "exact": "average, every matrix product counted",
+}
+"""What a finding of the average loss is called under another count of FLOPs."""
 
 
 @dataclass(kw_only=True)
@@ -17,6 +23,8 @@ class Finding:
 
     subject: str
     comparison: Comparison
+    counting: str = "counted"
+    """How FLOPs are counted, a key of accounting.ACCOUNTINGS."""
 
     @property
     def verdict(self) -> str:
@@ -42,7 +50,10 @@ class Finding:
     def crossover(self) -> tuple[str, str]:
         """Where the frontiers cross, and its interval."""
         crossing = self.comparison.crossover
-        return ("none in range", "") if crossing is None else (power(crossing.flops), _interval(crossing))
+        if crossing is None:
+            share = self.comparison.crossing_share
+            return "none in range", f"{share:.0%} of resamples" if share else ""
+        return power(crossing.flops), _interval(crossing)
 
 
 def signed(value: float) -> str:
@@ -67,15 +78,16 @@ def findings(study: Study) -> list[Finding]:
     for column in study.loss_columns:
         found += _finding(study, column_name(column), study.laws[column])
         if column == "loss":
-            found += _finding(study, "average, image encoder not counted", study.recounted("loss", "decoder"))
-            found += _finding(study, "average, every matrix product counted", study.recounted("loss", "exact"))
+            for counting in ("decoder", "exact"):
+                found += _finding(study, SUBJECTS[counting], study.recounted("loss", counting), counting)
     return found
 
 
-def _finding(study: Study, subject: str, laws: dict[str, Law]) -> list[Finding]:
+def _finding(study: Study, subject: str, laws: dict[str, Law], counting: str = "counted") -> list[Finding]:
     if not all(group in laws for group in study.pair):
         return []
-    return [Finding(subject=subject, comparison=compare(*(laws[group] for group in study.pair)))]
+    comparison = compare(*(laws[group] for group in study.pair))
+    return [Finding(subject=subject, comparison=comparison, counting=counting)]
 
 
 def headline(study: Study, found: list[Finding]) -> list[str]:
@@ -102,6 +114,14 @@ def headline(study: Study, found: list[Finding]) -> list[str]:
         )
     if comparison.crossover:
         sentences.append(f"The fitted frontiers cross at {' '.join(main.crossover)} FLOPs.")
+    uncounted = next((f for f in found if f.counting == "decoder"), None)
+    if uncounted is not None:
+        ratio, interval = uncounted.gain
+        sentences.append(
+            f"If the image encoder's FLOPs are not counted, {second} needs {ratio} times the compute of {first} for "
+            f"the same loss at {power(uncounted.comparison.flops[-1])} FLOPs {interval}; crossover: "
+            f"{' '.join(uncounted.crossover).strip()}."
+        )
     return sentences
 
 

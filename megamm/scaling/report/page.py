@@ -7,13 +7,13 @@ import plotly.io
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from megamm.scaling.report.charts import Chart, Panel, Series, legend, to_plotly
+from megamm.scaling.charts import Chart, Panel, Series, legend, to_plotly
 from megamm.scaling.report.findings import Finding
 from megamm.scaling.report.sample_rows import data_uri
 from megamm.scaling.report.study import Study
 from megamm.scaling.report.style import CSS, SORT
 from megamm.scaling.report.tables import comparison_table, fits_table, image_table, note, runs_table, versions_table
-from megamm.scaling.report.units import count, duration, power
+from megamm.scaling.units import count, duration, power
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """The browser enforces that the page loads nothing."""
@@ -35,10 +35,12 @@ def render_page(
         return _chart(charts[name], pngs[name]) if name in charts else ""
 
     images = image_table(study) + chart("image_use") if "image_use" in charts else ""
+    profiles = "".join(chart(name) for name in charts if name.startswith("isoflop_"))
+    diagnostics = "".join(chart(name) for name in ("residuals", "correlations", "holdout"))
     sections = [
-        ("frontiers", "Loss against compute", chart("frontier") + chart("frontier_by_source")),
+        ("frontiers", "Loss against compute", chart("frontier") + chart("frontier_by_source") + profiles),
         ("lead", "Who is ahead, and by how much", comparison_table(found) + chart("lead") if found else ""),
-        ("constants", "Fitted constants", fits_table(study)),
+        ("constants", "Fitted constants", fits_table(study) + diagnostics),
         ("training", "Training loss", chart("training")),
         ("validation", "Validation loss of each source", chart("validation")),
         ("images", "Do the models use their images?", images),

@@ -3,7 +3,8 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 
 from megamm.config import read_yaml
 from megamm.errors import InputError
-from megamm.scaling import laws
+from megamm.scaling.accounting import group_column, recount, runs_of
 from megamm.scaling.compare import Law, read_laws
+from megamm.scaling.conventions import FACTS, MissingFactError
 from megamm.scaling.runs import RunTable, read_runs
 
 BLIND = "text"
@@ -134,27 +136,18 @@ class Study:
     def recounted(self, column: str, counting: str) -> dict[str, Law]:
         """The laws of a loss column with FLOPs counted in another way; groups without the figures left out.
 
-        The fit is in parameters and tokens, so that only the FLOPs per 6ND and the range change. ``counting``:
-        ``decoder`` leaves the vision tower out, ``exact`` counts every matrix product.
+        ``counting`` is a key of accounting.ACCOUNTINGS. What the run table lacks is taken from the runs' results.
         """
         known = {run.result["name"]: run.result for run in self.cooled}
         changed = {}
         for group, law in self.laws.get(column, {}).items():
-            table = self.rows_of(group)
-            results = [known.get(name) for name in table.names]
-            if not results or None in results:
-                continue
-            flops = np.array([_count_flops(result, counting) for result in results])
-            kappa = laws.flops_factor(table.numbers("params"), table.numbers("tokens"), flops)
-            span = (float(flops.min()), float(flops.max()))
-            changed[group] = replace(law, kappa=kappa, flops_range=span)
+            table = runs_of(self.table, self.group_column, group, column)
+            for row, name in zip(table.rows, table.names):
+                result = known.get(name, {})
+                row |= {key: result.get(key) for key in FACTS if row.get(key) is None and result.get(key) is not None}
+            with suppress(MissingFactError):
+                changed[group] = recount(law, table, counting)[0]
         return changed
-
-
-def _count_flops(result: dict[str, Any], counting: str) -> float:
-    if counting == "exact":
-        return result["flops_exact"]
-    return 6.0 * (result["params"] - result["params_vision"]) * result["tokens"]
 
 
 def read_study(folder: Path | str) -> Study:
@@ -182,29 +175,19 @@ def read_study(folder: Path | str) -> Study:
         raise InputError(f"{fits_path}: no list of fits; run tools/fit_scaling_laws.py again")
     columns = dict.fromkeys(fit.get("loss_column", "loss") for fit in fits)
     study = _read_json(folder / "study.json") if (folder / "study.json").exists() else {}
-    return Study(
+    made = Study(
         folder=folder,
         name=str(study.get("name") or folder.resolve().name),
         runs=runs,
         table=table,
-        group_column=_group_column(table, {fit["group"] for fit in fits}),
+        group_column=group_column(table, {fit["group"] for fit in fits}),
         fits=fits,
         laws={column: read_laws(fits_path.parent, column) for column in columns},
         saving=study.get("saving") or {},
     )
-
-
-def _group_column(table: RunTable, groups: set[str]) -> str | None:
-    """The column that holds the fits' groups; baselines of few runs may have no fit."""
-    for column in dict.fromkeys(["architecture", *table.columns]):
-        if groups <= {str(row.get(column)) for row in table.rows}:
-            return column
-    if groups == {"all"}:
-        return None
-    raise InputError(
-        f"{table.path}: no column holds the groups of fits.json ({', '.join(sorted(groups))}); "
-        "run tools/fit_scaling_laws.py again"
-    )
+    # The cost of a model as the runs show it, not one factor for all sizes: as the recounted laws have it.
+    made.laws = {column: made.laws[column] | made.recounted(column, "counted") for column in columns}
+    return made
 
 
 def _read_runs(folder: Path) -> list[Run]:

@@ -8,7 +8,7 @@ from megamm.scaling import laws
 from megamm.scaling.report.figures import colour_of, column_name, name_of
 from megamm.scaling.report.findings import Finding, cautions, image_rows, signed
 from megamm.scaling.report.study import Study
-from megamm.scaling.report.units import count, digits, power, prettify
+from megamm.scaling.units import count, digits, power, prettify
 
 FIRST_WARNINGS = 8
 NONE = "–"

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from megamm.scaling.report.units import digits, log_ticks
+from megamm.scaling.units import digits, log_ticks
 
 GRID, AXIS, FONT = "#e4e7eb", "#5b6270", "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 DASHES = {"solid": "-", "dot": ":", "dash": "--"}
@@ -171,6 +173,15 @@ def _floats(values: Sequence[float]) -> list[float | None]:
 
 def to_png(chart: Chart) -> bytes:
     """The whole chart as a PNG file."""
+    return _file(chart, "png")
+
+
+def to_pdf(chart: Chart) -> bytes:
+    """The whole chart as a PDF file with embedded fonts; the same chart gives the same bytes."""
+    return _file(chart, "pdf")
+
+
+def _file(chart: Chart, form: str) -> bytes:
     columns = min(chart.columns, len(chart.panels))
     rows = -(-len(chart.panels) // columns)
     wide = 7.5 if columns == 1 else 4.2 * columns
@@ -187,7 +198,9 @@ def to_png(chart: Chart) -> bytes:
         across = min(4, len(handles))
         figure.legend(handles=handles, loc="outside upper center", ncols=across, fontsize=9, frameon=False)
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
+    dated = {"metadata": {"CreationDate": None}} if form == "pdf" else {}
+    with rc_context({"pdf.fonttype": 42}):
+        figure.savefig(out, format=form, dpi=130, **dated)
     return out.getvalue()
 
 
@@ -206,6 +219,8 @@ def _draw_panel(axes, panel: Panel) -> None:
             values, texts = log_ticks(low, high, axis.form)
             ruler.set_ticks(values, labels=texts)
             ruler.set_ticks([], minor=True)
+        else:
+            ruler.set_major_locator(MaxNLocator(6))
         getattr(axes, f"set_{name}lim")(low, high)
         getattr(axes, f"set_{name}label")(_plain(axis.label), fontsize=9, color=AXIS)
     axes.set_title(_plain(panel.title), fontsize=10, loc="left")

@@ -1,0 +1,126 @@
+"""The same fits under other counts of FLOPs: is the order of two groups the same where the front end is not counted?
+
+A fit is in parameters and tokens, so that a count only changes what a model of N parameters and D tokens costs,
+C = 6 kappa (N/N0)^growth N D. Both are read off the runs. An encoder that grows slower than its decoder, or attention
+and head that weigh less in wide models, make ``growth`` differ from zero; with one factor alone the frontier of a
+ladder whose factor goes from 1.25 to 1.05 would be off by that much at its ends.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megamm.errors import InputError
+from megamm.scaling import conventions
+from megamm.scaling.compare import Comparison, Law, compare
+from megamm.scaling.fit import distinct
+from megamm.scaling.runs import RunTable
+
+ACCOUNTINGS = {
+    "counted": "front end counted",
+    "decoder": "front end not counted",
+    "exact": "every matrix product counted",
+}
+"""The first takes the FLOPs of the table as they are; the others are names in conventions.CONVENTIONS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """C = 6 kappa (N/reference)^growth N D; ``misfit`` is the largest relative deviation of a run from it."""
+
+    kappa: float
+    growth: float
+    reference: float
+    misfit: float
+
+
+def cost_of(params: np.ndarray, tokens: np.ndarray, flops: np.ndarray) -> Cost:
+    """The cost of runs, by least squares of log(C/6ND) on log N; arrays (n,).
+
+    ``growth`` is zero where the runs have one size only.
+    """
+    params, tokens, flops = (np.asarray(x, float) for x in (params, tokens, flops))
+    ratio, log_n = np.log(flops / (6 * params * tokens)), np.log(params)
+    reference = log_n.mean()
+    x, growth = log_n - reference, 0.0
+    if distinct(params).max() > 0 and np.ptp(ratio) > 1e-9:
+        growth = float(x @ (ratio - ratio.mean()) / (x @ x))
+    misfit = float(np.abs(np.expm1(ratio - ratio.mean() - growth * x)).max())
+    return Cost(kappa=float(np.exp(ratio.mean())), growth=growth, reference=float(np.exp(reference)), misfit=misfit)
+
+
+def recount(law: Law, table: RunTable, counting: str) -> tuple[Law, Cost]:
+    """The law with its runs' FLOPs counted another way, and the cost that was read off them.
+
+    Args:
+        table: the runs that the law was fitted to.
+        counting: a key of ACCOUNTINGS.
+
+    Raises:
+        conventions.MissingFactError: a run lacks a column that the count needs.
+    """
+    if counting == "counted":
+        flops = table.numbers("flops")
+    else:
+        flops = np.array([conventions.convert(row, counting)["flops"] for row in table.rows])
+    cost = cost_of(table.numbers("params"), table.numbers("tokens"), flops)
+    span = (float(flops.min()), float(flops.max()))
+    new = replace(law, kappa=cost.kappa, growth=cost.growth, reference=cost.reference, flops_range=span)
+    return new, cost
+
+
+@dataclass(kw_only=True)
+class Accounted:
+    """Two groups compared under one count of FLOPs."""
+
+    counting: str
+    laws: tuple[Law, Law]
+    costs: tuple[Cost, Cost]
+    comparison: Comparison
+
+
+def compare_accountings(
+    first: Law, second: Law, tables: tuple[RunTable, RunTable], flops_range: tuple[float, float] | None = None
+) -> tuple[list[Accounted], list[str]]:
+    """Both laws compared under each count that the runs allow, and lines on the counts that they do not.
+
+    Args:
+        tables: the runs that each law was fitted to.
+        flops_range: as for compare.compare.
+    """
+    found, left_out = [], []
+    for counting, explained in ACCOUNTINGS.items():
+        try:
+            pairs = [recount(law, table, counting) for law, table in zip((first, second), tables)]
+        except conventions.MissingFactError as error:
+            left_out.append(f"{explained}: some runs have no {error}; collect them again")
+            continue
+        laws, costs = zip(*pairs)
+        comparison = compare(*laws, flops_range)
+        found.append(Accounted(counting=counting, laws=laws, costs=costs, comparison=comparison))
+    return found, left_out
+
+
+def group_column(table: RunTable, groups: set[str]) -> str | None:
+    """The column whose values are the groups of the fits; None where all runs are one group.
+
+    Raises:
+        InputError: there is no such column.
+    """
+    for column in dict.fromkeys(["architecture", *table.columns]):
+        if groups <= {str(row.get(column)) for row in table.rows}:
+            return column
+    if groups == {"all"}:
+        return None
+    raise InputError(
+        f"{table.path}: no column holds the groups of fits.json ({', '.join(sorted(groups))}); "
+        "run tools/fit_scaling_laws.py again"
+    )
+
+
+def runs_of(table: RunTable, column: str | None, group: str, loss_column: str = "loss") -> RunTable:
+    """The runs that a law of ``group`` was fitted to: those of the group that have the loss."""
+    measured = np.isfinite(table.numbers(loss_column))
+    return table.select(
+        bool(seen) and (column is None or str(row.get(column)) == group) for row, seen in zip(table.rows, measured)
+    )

@@ -1,0 +1,293 @@
+"""Collect runs from training logs of several kinds into the rows of one table.
+
+A path is a run directory, a folder that holds run directories, event files or text logs, a log file, or a table.
+Which reader takes a file is seen from its content. What the logs do not say (often the number of parameters) comes
+from ``facts``, by run name. To read another kind of log, add a function to :data:`READERS`.
+"""
+
+import csv
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megamm.errors import InputError
+from megamm.scaling import conventions
+from megamm.scaling.logs.curve import Curve, rows_of
+from megamm.scaling.logs.megatron import read_megatron
+from megamm.scaling.logs.run_dirs import intermediate_rows, row_of_result
+from megamm.scaling.logs.tensorboard_events import MARK, has_events, read_events
+from megamm.scaling.logs.torchtitan import read_torchtitan
+from megamm.scaling.logs.wandb_export import read_wandb
+from megamm.scaling.runs import is_number, parse_number, read_runs
+
+TEXT_LOGS = (".log", ".out", ".txt", ".jsonl", ".ndjson")
+"""Endings of the files that are tried as logs inside a folder."""
+READERS: list[Callable[[Path, dict[str, str]], list[Curve] | None]] = [
+    read_events,
+    read_wandb,
+    lambda path, mapping: read_megatron(path),
+    lambda path, mapping: read_torchtitan(path),
+]
+"""Tried in turn on each file; a reader returns None for a file that is not of its kind."""
+LOSSES = ("auto", "validation", "training")
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What to take from the logs.
+
+    Attributes:
+        loss: final loss to take from logs: one of LOSSES.
+        include_uncooled: take in runs that were not cooled down, trunks among them.
+        include_intermediate: take in checkpoints before the end of a run, also of unfinished ones.
+        convention: name in conventions.CONVENTIONS to count all rows by; None leaves each as its source counted it.
+        mapping: tag of a log -> our name, over the usual names.
+        facts: run name -> columns that hold for the run; those under ``*`` hold for all.
+    """
+
+    loss: str = "auto"
+    include_uncooled: bool = False
+    include_intermediate: bool = False
+    convention: str | None = None
+    mapping: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def facts_of(self, run: str) -> dict[str, Any]:
+        """Columns given by hand for a run."""
+        return {**self.facts.get("*", {}), **self.facts.get(run, {})}
+
+
+@dataclass(kw_only=True)
+class Collected:
+    """What one PATH held: rows, where each came from, and lines on what was left out."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any], origin: str) -> None:
+        self.rows.append(row)
+        self.origins.append(origin)
+
+
+def collect(
+    paths: Iterable[Path | str], options: Options | None = None, progress: Callable[[str], None] = lambda text: None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of all ``paths`` and lines on what was left out.
+
+    A run reached twice counts once. Trunks (constant learning rate, never cooled down) and intermediate checkpoints
+    are left out unless the options take them in: their loss is not that of a finished run.
+
+    Raises:
+        InputError: a path of no known kind, a bad value, one name for two runs, two conventions or two kinds of
+            loss, or nothing found.
+    """
+    options = options or Options()
+    if options.loss not in LOSSES:
+        raise InputError(f"--loss: {options.loss!r} is unknown; known: {', '.join(LOSSES)}")
+    paths, rows, places, left_out = list(paths), [], [], []
+    origins: set[str] = set()
+    named: dict[tuple, str] = {}
+    for path in map(Path, paths):
+        found = _read(path, options, progress)
+        left_out += found.left_out
+        for row, origin in zip(found.rows, found.origins):
+            if (key := f"{origin} {row['run']}") in origins:
+                continue
+            origins.add(key)
+            reason = _excluded(row, options)
+            if reason:
+                left_out.append(f"{origin}: {reason}")
+                continue
+            name = (row["run"], row.get("architecture"), row.get("mixture"))
+            if name in named:
+                raise InputError(f"{origin}: run {row['run']} is also in {named[name]}; rename or remove one")
+            named[name] = origin
+            rows.append(row)
+            places.append(f"{origin}: run {row['run']}")
+    if not rows:
+        first = f"; left out {len(left_out)}, the first: {left_out[0]}" if left_out else ""
+        raise InputError(f"no finished run in {', '.join(map(str, paths))}{first}")
+    _check_facts(options, rows)
+    rows = _count(rows, places, options)
+    _check_one_loss(rows, places)
+    return rows, list(dict.fromkeys(left_out))
+
+
+def _excluded(row: dict[str, Any], options: Options) -> str | None:
+    """Why a row is left out; None if it is not."""
+    if row.get("checkpoint") == "intermediate":
+        return None if options.include_intermediate else "intermediate checkpoint; --include-intermediate takes it in"
+    if row.get("cooled") is False and not options.include_uncooled:
+        return "not cooled down (a trunk, or a rate that never fell); --include-uncooled takes it in"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+def _read(path: Path, options: Options, progress: Callable[[str], None]) -> Collected:
+    if not path.exists():
+        raise InputError(f"{path}: does not exist; give run directories, logs or CSV files")
+    if path.is_dir():
+        return _read_folder(path, options, progress)
+    progress(f"reading {path}")
+    found = Collected()
+    curves = _curves(path, options)
+    if curves is None and path.suffix.lower() == ".csv":
+        return _read_table(path, options)
+    if curves is None:
+        raise InputError(
+            f"{path}: not a kind of log that is known; give run directories, TensorBoard event files, output of "
+            "Megatron-LM or torchtitan, exports of W&B or a runs.csv"
+        )
+    _add_curves(found, curves, options)
+    return found
+
+
+def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) -> Collected:
+    """Everything at or below a folder; inside one of our run directories nothing further is looked for."""
+    found = Collected()
+    events: dict[tuple[str, Path], Curve] = {}
+    for place, subfolders, files in os.walk(root):
+        subfolders.sort()
+        folder = Path(place)
+        progress(f"reading {folder}")
+        if "result.json" in files:
+            subfolders.clear()
+            _add_run_directory(found, folder, root, options)
+        elif "config.yaml" in files and not has_events(folder):
+            subfolders.clear()
+            found.left_out.append(f"{folder}: unfinished (config.yaml but no result.json)")
+        else:
+            if has_events(folder):  # every start of a run may have a folder of its own
+                for curve in _curves(folder, options) or []:
+                    first = events.setdefault((curve.name, folder.parent), curve)
+                    if first is not curve:
+                        first.merge(curve)
+            texts = [folder / f for f in sorted(files) if Path(f).suffix.lower() in TEXT_LOGS and MARK not in f]
+            for text in texts:
+                _add_curves(found, _curves(text, options) or [], options)
+    _add_curves(found, list(events.values()), options)
+    if not found.rows and not found.left_out:
+        raise InputError(f"{root}: no run at or below it: no folder with result.json, no event files, no log")
+    return found
+
+
+def _add_run_directory(found: Collected, folder: Path, root: Path, options: Options) -> None:
+    row = row_of_result(folder, root)
+    row |= options.facts_of(row["run"])
+    if options.include_intermediate:
+        for early in intermediate_rows(folder, row):
+            found.add(early, str(folder.resolve()))
+    found.add(row, str(folder.resolve()))
+
+
+def _curves(path: Path, options: Options) -> list[Curve] | None:
+    return next((c for c in (reader(path, options.mapping) for reader in READERS) if c is not None), None)
+
+
+def _add_curves(found: Collected, curves: list[Curve], options: Options) -> None:
+    for curve in curves:
+        curve.facts |= options.facts_of(curve.name)
+        rows, left_out = rows_of(curve, loss=options.loss, intermediate=options.include_intermediate)
+        found.left_out += left_out
+        for row in rows:
+            found.add(row, curve.origin)
+
+
+def _read_table(path: Path, options: Options) -> Collected:
+    """A file already in the form of `runs.csv`."""
+    table = read_runs(path, one_convention=False)  # the rows can still be converted
+    found = Collected()
+    for row, line in zip(table.rows, table.lines):
+        name = row.get("run") or f"{path.stem}-{line}"
+        kept = {k: None if v == "" else v for k, v in row.items()}
+        found.add({**kept, "run": name, **options.facts_of(name)}, f"{path.resolve()} line {line}")
+    return found
+
+
+# ------------------------------------------------------------------------------------- checks over all rows
+
+
+def _count(rows: list[dict[str, Any]], places: list[str], options: Options) -> list[dict[str, Any]]:
+    """The rows under one convention."""
+    if options.convention:
+        return conventions.convert_rows(rows, places, options.convention)
+    labelled = []
+    for row, place in zip(rows, places):
+        try:
+            labelled.append(conventions.label(row))
+        except conventions.MissingFactError as error:
+            raise InputError(f"{place}: column {error} is missing to count FLOPs; give it with --facts") from error
+    conventions.check_one_convention(labelled, places)
+    return labelled
+
+
+def _check_one_loss(rows: list[dict[str, Any]], places: list[str]) -> None:
+    """Validation and training losses do not belong into one table."""
+    first: tuple[str, str] | None = None
+    for row, place in zip(rows, places):
+        kind = row.get("measured_on")
+        if kind is None:
+            continue
+        first = first or (kind, place)
+        if kind != first[0]:
+            raise InputError(
+                f"{place}: column loss: from {kind}, but {first[1]} has it from {first[0]}; take one with --loss"
+            )
+
+
+def suspected_duplicates(rows: list[dict[str, Any]]) -> list[str]:
+    """A line per pair of rows of different names whose params, tokens and loss agree to the last digit."""
+    seen: dict[tuple, str] = {}
+    lines = []
+    for row in rows:
+        key = (row["params"], row["tokens"], row["loss"])
+        if key in seen:
+            lines.append(f"runs {seen[key]} and {row['run']} have the same params, tokens and loss: one run twice?")
+        seen.setdefault(key, row["run"])
+    return lines
+
+
+def _check_facts(options: Options, rows: list[dict[str, Any]]) -> None:
+    """Facts of which not one belongs to a run are of other runs, or misspelt."""
+    names = {str(row["run"]).partition("@")[0] for row in rows} | {str(row["run"]) for row in rows}
+    given = [name for name in options.facts if name != "*"]
+    if given and not names & set(given):
+        known = ", ".join(sorted(names)[:5])
+        raise InputError(f"--facts: column run: none of these runs was found: {', '.join(given[:5])}; found {known}")
+
+
+def read_facts(path: Path | str) -> dict[str, dict[str, Any]]:
+    """Columns by run from a CSV file with a column ``run``.
+
+    Raises:
+        InputError: unreadable, no column ``run``, a run twice or a bad number; names the line.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            if "run" not in (reader.fieldnames or []):
+                raise InputError(f"{path}: line 1: no column run; has {', '.join(reader.fieldnames or [])}")
+            found: dict[str, dict[str, Any]] = {}
+            for row in reader:
+                name = row.pop("run")
+                if name in found:
+                    raise InputError(f"{path}: line {reader.line_num}: run {name} twice")
+                found[name] = parse_facts(row, f"{path}: line {reader.line_num} (run {name})")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    return found
+
+
+def parse_facts(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values given by hand: numbers where the column holds numbers, text elsewhere; empty ones left out."""
+    return {
+        column: parse_number(where, column, value) if is_number(column) or column == "tokens_per_step" else value
+        for column, value in row.items()
+        if column and value not in (None, "")
+    }

@@ -1,0 +1,86 @@
+"""What the pictures show, gathered from a folder of fits and the table that was fitted."""
+
+from typing import Any
+
+import numpy as np
+
+from megamm.scaling import laws
+from megamm.scaling.charts import Chart
+from megamm.scaling.compare import Law
+from megamm.scaling.isoflop import IsoFlopFit
+from megamm.scaling.plots import PALETTE, Budget, Group, isoflops
+from megamm.scaling.runs import RunTable
+
+POINTS = 96
+
+
+def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *, name: str, colour: str) -> Group:
+    """The arrays of one fitted group.
+
+    Args:
+        runs: those that the law was fitted to.
+        fit: its entry of fits.json, for the hold-out.
+        name, colour: as drawn.
+    """
+    params, tokens = runs.numbers("params"), runs.numbers("tokens")
+    grid = np.geomspace(*law.flops_range, POINTS)
+    draws = dict(zip(laws.PARAMETERS, law.draws.T))
+    E, A, alpha, B, beta = (draws[key] for key in laws.PARAMETERS)
+    held = fit.get("holdout") or {}
+    held_out = exponents = None
+    if "relative_errors" in held:
+        by_name = dict(zip(runs.names, runs.numbers("flops")))
+        known = [(by_name[run], error) for run, error in zip(held["runs"], held["relative_errors"]) if run in by_name]
+        held_out = tuple(np.array(known).T) if known else None
+        exponents = held["a_with"], held["a_without"]
+    return Group(
+        name=name,
+        colour=colour,
+        names=runs.names,
+        params=params,
+        tokens=tokens,
+        flops=runs.numbers("flops"),
+        losses=runs.numbers(loss_column),
+        predicted=laws.predict(law.parameters, params, tokens),
+        grid=grid,
+        frontier=law.frontier(grid),
+        band=law.band(grid),
+        draws={
+            "E": E,
+            "alpha": alpha,
+            "beta": beta,
+            "log A": np.log(A) - alpha * np.log(params).mean(),
+            "log B": np.log(B) - beta * np.log(tokens).mean(),
+        },
+        held_out=held_out,
+        exponents=exponents,
+    )
+
+
+def isoflop_chart(fit: IsoFlopFit, name: str, title: str | None = None) -> Chart:
+    """The profiles of an isoFLOP fit and the line through their minima; ``title`` is the group as people call it."""
+    budgets = []
+    for profile in fit.profiles:
+        usable = profile.problem is None
+        ends = np.exp(np.nanpercentile(profile.draws[:, 0], [2.5, 97.5])) if usable else None
+        best = np.exp(profile.optimum) if usable else None
+        budgets.append(
+            Budget(
+                flops=profile.flops,
+                params=profile.params,
+                losses=profile.loss,
+                grid=profile.grid,
+                curve=profile.curve,
+                optimum=(float(best[0]), float(best[2])) if usable else None,
+                interval=(float(ends[0]), float(ends[1])) if usable else None,
+            )
+        )
+    chart = isoflops(name, budgets, fit.coefficients["params"], fit.exponents["a"])
+    for panel in chart.panels:
+        panel.title = f"{title or fit.group}: {panel.title[0].lower()}{panel.title[1:]}"
+    return chart
+
+
+def colours(names: list[str]) -> dict[str, str]:
+    """A colour for each group, in order."""
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}

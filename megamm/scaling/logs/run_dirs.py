@@ -1,0 +1,109 @@
+"""Our own run directories: result.json of finished runs, metrics.jsonl for intermediate checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megamm.errors import InputError
+from megamm.scaling.runs import COLUMNS, LOSS_COLUMNS, REQUIRED, is_number, parse_number
+
+COPIED = ("params_vision", "tokens_vision", "flops_exact")
+"""Columns of the table, beside those of `runs.csv`, that result.json holds."""
+
+
+def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
+    """The row of a finished run; ``trunk`` is given from the name of ``root`` on where it lies below.
+
+    Raises:
+        InputError: result.json is not valid or lacks a field.
+    """
+    path = run_dir / "result.json"
+    result = _read(path)
+    missing = [key for key in ("name", *REQUIRED) if result.get(key) is None]
+    if missing:
+        raise InputError(f"{path}: no field {', '.join(missing)}; run the training again or move the folder away")
+    row = {column: result.get(column) for column in (*COLUMNS, *COPIED) if column != "run"}
+    row |= {"run": str(result["name"]), **_source_losses(path, result.get("losses") or {})}
+    branch = result.get("branch_from")
+    cooled = bool(result.get("cooled", not result.get("trunk", False)))
+    trunk = Path(branch) if branch else None if cooled else run_dir
+    row |= {"trunk": _relative(trunk, root) if trunk else None, "cooled": cooled}
+    row |= {"checkpoint": "final", "measured_on": "validation", **_vocabulary(run_dir)}
+    for column in filter(is_number, list(row)):
+        row[column] = parse_number(str(path), column, row[column])
+    if row["flops"] is not None:  # ours are the paper's
+        row["flops_convention"] = "paper"
+    return row
+
+
+def intermediate_rows(run_dir: Path, final: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per validation before the last one, from metrics.jsonl; the rest is as in the ``final`` row.
+
+    A validation at a step stands after the training line of the same step, which holds the FLOPs.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows, flops = [], {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):  # cut short by a kill
+            continue
+        record = json.loads(line)
+        if "flops" in record:
+            flops = {key: record[key] for key in ("flops", "flops_exact") if key in record}
+        losses = {
+            f"loss_{key.split('/')[1]}": value
+            for key, value in record.items()
+            if key.startswith("val/") and key.endswith("/loss") and key.count("/") == 2
+        }
+        if losses and record["tokens"] < final["tokens"]:
+            losses["loss"] = sum(losses.values()) / len(losses)
+            name = f"{final['run']}@{record['step']}"
+            share = record["tokens"] / final["tokens"]
+            seen = {"tokens": record["tokens"], "tokens_vision": (final.get("tokens_vision") or 0) * share or None}
+            state = {"checkpoint": "intermediate", "cooled": False, "trunk": final["trunk"] or final["run"]}
+            rows.append({**final, "run": name, **seen, **flops, **losses, **state})
+    return rows
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a mapping of results")
+    return value
+
+
+def _vocabulary(run_dir: Path) -> dict[str, float]:
+    """Parameters of the two untied vocabulary tables, from config.yaml."""
+    path = run_dir / "config.yaml"
+    try:
+        model = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model") or {}
+        table = float(model["vocab_size"]) * float(model["width"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
+        return {}  # conventions without the tables then say that they are missing
+    return {"params_embedding": 2 * table, "params_head": table}
+
+
+def _source_losses(path: Path, losses: dict[str, Any]) -> dict[str, float]:
+    """``loss_<source>``, or ``loss_<kind>`` where the kind is a standard column and the name is not."""
+    by_column: dict[str, list[float]] = {}
+    for source, entry in losses.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("loss"), int | float):
+            raise InputError(f"{path}: losses.{source}: expected a mapping with a number 'loss'")
+        column = f"loss_{source}"
+        if column not in LOSS_COLUMNS and f"loss_{entry.get('kind')}" in LOSS_COLUMNS:
+            column = f"loss_{entry['kind']}"
+        by_column.setdefault(column, []).append(float(entry["loss"]))
+    return {column: sum(values) / len(values) for column, values in by_column.items()}
+
+
+def _relative(folder: Path, root: Path) -> str:
+    try:
+        return str(folder.resolve().relative_to(root.resolve().parent))
+    except ValueError:
+        return str(folder)

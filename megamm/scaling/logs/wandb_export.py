@@ -1,0 +1,176 @@
+"""Exports of Weights & Biases, told apart by their first line.
+
+* the runs table as CSV: a row per run with ``Name``, ``State`` and the chosen columns of config and summary;
+* a chart as CSV: ``Step`` and a column ``RUN - METRIC`` per run (its ``__MIN`` and ``__MAX`` are not read);
+* the history of one run (``run.history()`` or ``run.scan_history()``) as CSV or JSON lines with ``_step``;
+* runs as JSON lines with ``config`` and ``summary`` (``run.config``, ``run.summary`` of the public API).
+
+A summary holds the last value of each metric, so that a run whose state is not ``finished`` counts as unfinished.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megamm.errors import InputError
+from megamm.scaling.logs.curve import Curve, name_of
+from megamm.scaling.logs.names import flatten, key_of, number, whole
+
+TEXTS = ("run", "state", "architecture", "mixture")
+CURVES = ("train_loss", "tokens", "lr", "flops", "flops_exact")
+"""Keys whose values belong to a step; with every validation loss."""
+
+
+def read_wandb(path: Path, mapping: dict[str, str] | None = None) -> list[Curve] | None:
+    """The runs in an export; None if the file is none of them.
+
+    Raises:
+        InputError: a line that is damaged, or an export without a value that means anything here.
+    """
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        records = list(_json_lines(path))
+        if not records:
+            return None
+        if any("summary" in record or "summary_metrics" in record for _, record in records):
+            return _runs(path, [(line, _opened(r, f"{path}: line {line}")) for line, r in records], mapping)
+        if any("_step" in record or "step" in record for _, record in records):
+            return [_history(path, records, mapping)]
+        return None
+    if path.suffix.lower() != ".csv":
+        return None
+    with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
+        reader = csv.DictReader(file)
+        header = list(reader.fieldnames or [])
+        if "Name" in header and "State" in header:
+            return _runs(path, _csv_rows(path, reader), mapping)
+        if "_step" in header:
+            return [_history(path, _csv_rows(path, reader), mapping)]
+        if header and any(" - " in column for column in header[1:]):
+            return _chart(path, header, _csv_rows(path, reader), mapping)
+    return None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for i, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}: line {i}: not JSON ({error}); remove the damaged line") from error
+            if not isinstance(record, dict):
+                raise InputError(f"{path}: line {i}: expected a JSON object")
+            yield i, record
+
+
+def _csv_rows(path: Path, reader: csv.DictReader) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                given = sum(value is not None for value in row.values())
+                wanted = f"{len(reader.fieldnames)} cells as the header has"
+                found = "more" if None in row else str(given)
+                raise InputError(f"{path}: line {reader.line_num}: expected {wanted}, found {found}")
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: not valid CSV ({error})") from error
+    return rows
+
+
+def _opened(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """A run's record with config and summary as mappings: some exports store them as JSON text."""
+    opened = {}
+    for key, value in record.items():
+        key = {"summary_metrics": "summary"}.get(key, key)
+        if key in ("config", "summary") and isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise InputError(f"{where}: {key} is text that is not JSON ({error})") from error
+        opened[key] = value
+    return flatten(opened)
+
+
+def _runs(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[str, str] | None) -> list[Curve]:
+    """A run per record, with one point: its end."""
+    curves = []
+    for line, record in records:
+        facts: dict[str, Any] = {}
+        point: dict[str, float] = {}
+        for tag, value in record.items():
+            key = key_of(tag, mapping)
+            if key is None or value in (None, ""):
+                continue
+            if key in TEXTS:
+                facts.setdefault(key, str(value))
+            elif (parsed := number(value)) is None:
+                raise InputError(f"{path}: line {line}: column {tag}: {value!r} is not a number")
+            elif key.startswith("loss") or key in CURVES or key == "step":
+                point.setdefault(key, parsed)
+            else:
+                facts.setdefault(key, parsed)
+        name, state = facts.pop("run", f"{path.stem}-{line}"), facts.pop("state", "finished")
+        total = whole(facts.pop("total_steps", None)) or None
+        step = whole(point.pop("step", None)) or total or 1
+        curve = Curve(name=name, origin=f"{path} line {line}", facts=facts, total_steps=total)
+        curve.finished = str(state).lower() == "finished" and (not total or step >= total)
+        curve.add(step, point)
+        curves.append(curve)
+    return curves
+
+
+def _history(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[str, str] | None) -> Curve:
+    """One run; a metric that was not logged at a step is empty there."""
+    curve = Curve(name=name_of(path), origin=str(path))
+    for line, record in records:
+        values: dict[str, float] = {}
+        step = None
+        for tag, value in flatten(record).items():
+            key = key_of(tag, mapping)
+            if key is None or key in TEXTS or value in (None, ""):
+                continue
+            if (parsed := number(value)) is None:
+                raise InputError(f"{path}: line {line}: column {tag}: {value!r} is not a number")
+            # A history in CSV holds nan where a metric was not logged.
+            if key == "step":
+                step = whole(parsed) if step is None or tag == "_step" else step
+            elif parsed == parsed or path.suffix.lower() != ".csv":
+                values[key] = parsed
+        if step is None:
+            raise InputError(f"{path}: line {line}: no _step")
+        facts = {k: v for k, v in values.items() if not (k.startswith("loss") or k in CURVES)}
+        curve.facts |= facts
+        curve.add(step, {k: v for k, v in values.items() if k not in facts})
+    if not any(curve.points.values()):
+        raise InputError(f"{path}: no column of a usual name; name them with --map loss=COLUMN, tokens=COLUMN")
+    curve.total_steps = whole(curve.facts.pop("total_steps", None)) or None
+    return curve
+
+
+def _chart(
+    path: Path, header: list[str], records: list[tuple[int, dict[str, Any]]], mapping: dict[str, str] | None
+) -> list[Curve]:
+    """A run per column; the first column holds steps, or whatever the axis showed."""
+    curves: dict[str, Curve] = {}
+    axis = "tokens" if key_of(header[0], mapping) == "tokens" else "step"
+    for column in header[1:]:
+        name, _, metric = column.rpartition(" - ")
+        key = key_of(metric, mapping)
+        if key is None or not name or metric.endswith(("__MIN", "__MAX")):
+            continue
+        curve = curves.setdefault(name, Curve(name=name, origin=f"{path} column {column}"))
+        for line, record in records:
+            if record[column] in (None, ""):
+                continue
+            at, value = whole(number(record[header[0]])), number(record[column])
+            for name, parsed in ((header[0], at), (column, value)):
+                if parsed is None:
+                    raise InputError(f"{path}: line {line}: column {name}: {record[name]!r} is not a number")
+            curve.add(at, {key: value} | ({"tokens": float(at)} if axis == "tokens" else {}))
+    if not curves:
+        raise InputError(f"{path}: no column RUN - METRIC of a usual metric; name it with --map loss=METRIC")
+    return list(curves.values())

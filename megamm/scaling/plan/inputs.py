@@ -1,0 +1,189 @@
+"""What a plan is made from: the request, the fitted laws, and numbers with their intervals."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megamm.config import ModelConfig
+from megamm.errors import InputError
+from megamm.scaling import laws
+from megamm.scaling.compare import Law, key_of
+from megamm.scaling.plan.hardware import Efficiency, Gpu
+from megamm.scaling.plan.tradeoffs import repeated_loss
+from megamm.scaling.runs import RunTable
+
+HUBER_DELTA = 1e-3
+POSITIVE = (
+    "flops",
+    "gpu_hours",
+    "money",
+    "served_tokens",
+    "unique_tokens",
+    "prep_rate",
+    "cpu_price",
+    "llm_tokens",
+    "pue",
+)
+
+
+@dataclass(kw_only=True)
+class Request:
+    """What is asked for; exactly one of ``flops``, ``gpu_hours`` and ``money``."""
+
+    flops: float | None = None
+    """Training FLOPs as the fit counted them (6ND forms)."""
+    gpu_hours: float | None = None
+    money: float | None = None
+    gpus: list[Gpu] = field(default_factory=list)
+    """The first one is bought from the budget; the others are compared."""
+    prices: list[float] = field(default_factory=list)
+    """Money per GPU-hour, one per GPU, or none."""
+    efficiency: Efficiency | None = None
+    num_gpus: int = 64
+    pue: float = 1.2
+    """Power usage effectiveness of the data centre."""
+    group: str | None = None
+    """By default the group of lowest predicted loss."""
+    loss_column: str = "loss"
+    model: ModelConfig | None = None
+    """Shape to be scaled in width; by default the paper's (depth 24, vocabulary 50432, patch 14 of 224)."""
+    tensor_parallel: int = 1
+    served_tokens: float | None = None
+    unique_tokens: float | None = None
+    prep_rate: float | None = None
+    """Tokens that one CPU-hour prepares."""
+    cpu_price: float | None = None
+    """Money per CPU-hour."""
+    runs: RunTable | None = None
+    init_column: str = "init"
+    llm_tokens: float | None = None
+    pilot_share: float = 0.03
+    """FLOPs of the pilot ladder over those of the full run."""
+
+    def check(self) -> None:
+        """Raises InputError where the request contradicts itself."""
+        given = [name for name in ("flops", "gpu_hours", "money") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InputError("give exactly one budget: --flops, --gpu-hours or --money")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not (np.isfinite(value) and value > 0):
+                raise InputError(f"--{name.replace('_', '-')}: {value:g} is not a finite number above zero")
+        if given[0] != "flops" and not (self.gpus and self.efficiency):
+            raise InputError(f"--{given[0].replace('_', '-')}: needs --gpu, and --mfu or --run-logs")
+        if given[0] == "money" and not self.prices:
+            raise InputError("--money: needs --price, the money per GPU-hour")
+        if self.prices and len(self.prices) != len(self.gpus):
+            raise InputError(f"--price: {len(self.prices)} prices for {len(self.gpus)} GPUs; give one for each")
+        if any(not (np.isfinite(price) and price > 0) for price in self.prices):
+            raise InputError("--price: a price is not a finite number above zero")
+        if self.gpus and not self.efficiency:
+            raise InputError("--gpu: needs --mfu or --run-logs for the time")
+        if self.tensor_parallel < 1 or self.num_gpus < 1 or self.num_gpus % self.tensor_parallel:
+            raise InputError(
+                f"--num-gpus: {self.num_gpus} is not a multiple of --tensor-parallel {self.tensor_parallel}"
+            )
+        if not 0 <= self.pilot_share <= 1:
+            raise InputError(f"--pilot-share: {self.pilot_share:g} is not between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class Fitted:
+    """A law from fits.json with what a plan needs beside it."""
+
+    law: Law
+    entry: dict[str, Any]
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of log loss between runs, from the objective.
+
+        Beyond delta the Huber loss is delta (|r| - delta/2), so the objective gives the mean |r|; of a normal that is
+        0.798 standard deviations. With n - 5 degrees of freedom.
+        """
+        n = self.entry["n_runs"]
+        mean = self.entry["objective"] / (n * HUBER_DELTA) + HUBER_DELTA / 2
+        return float(mean / 0.798 * np.sqrt(n / max(n - 5, 1)))
+
+
+def read_fits(path: Path | str, loss_column: str = "loss") -> tuple[list[Fitted], list[str]]:
+    """The laws of one loss column in fits.json with their draws in bootstrap.npz beside it, and what was left out.
+
+    A fit of another form is taken by the plain law that it comes down to, where it states one.
+
+    Raises:
+        InputError: a file is missing or unlike what fit_scaling_laws.py writes, or no fit can be planned with.
+    """
+    path = Path(path)
+    path = path / "fits.json" if path.is_dir() else path
+    found, left_out = [], []
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["fits"]
+        with np.load(path.parent / "bootstrap.npz", allow_pickle=False) as draws:
+            for entry in entries:
+                if entry.get("loss_column", "loss") != loss_column:
+                    continue
+                key = key_of(entry["group"], loss_column)
+                plain = "law" in entry
+                parameters = entry["law"]["parameters"] if plain else entry["parameters"]
+                if tuple(parameters) != laws.PARAMETERS or entry["objective_name"] != "huber_log":
+                    left_out.append(
+                        f"group {entry['group']}: form {entry['form']} comes down to no law in N and D alone"
+                    )
+                    continue
+                found.append(_fitted(path, entry, parameters, draws[f"{key}@{entry['form']}/law" if plain else key]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: no readable fits ({error}); run tools/fit_scaling_laws.py again") from error
+    if not found:
+        columns = sorted({entry.get("loss_column", "loss") for entry in entries})
+        reason = "; ".join(left_out) or f"it has {', '.join(columns) or 'no fits'}"
+        raise InputError(f"{path}: no usable fit of column {loss_column!r}: {reason}")
+    return found, left_out
+
+
+def _fitted(path: Path, entry: dict[str, Any], parameters: dict[str, float], draws: np.ndarray) -> Fitted:
+    law = Law(
+        name=entry["group"],
+        parameters=np.array(list(parameters.values()), float),
+        draws=np.asarray(draws, float),
+        kappa=float(entry["kappa"]),
+        flops_range=tuple(entry["ranges"]["flops"]),
+    )
+    if not (np.isfinite(law.parameters).all() and (law.parameters[1:] > 0).all()):
+        raise InputError(f"{path}: group {law.name}: a parameter is not a finite number above zero")
+    if law.draws.ndim != 2 or law.draws.shape[1] != len(laws.PARAMETERS):
+        raise InputError(f"{path.parent / 'bootstrap.npz'}: group {law.name}: expected draws of shape (R, 5)")
+    return Fitted(law=law, entry=entry)
+
+
+def measured(value: float, draws: np.ndarray) -> dict[str, Any]:
+    """A number with its 95% percentile interval over draws; an infinite end is None."""
+    low, high = np.percentile(draws, [2.5, 97.5], method="linear" if np.isfinite(draws).all() else "nearest")
+    return {"value": _finite(value), "interval": [_finite(low), _finite(high)]}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def default_model(group: str) -> ModelConfig:
+    """The paper's shape, in the architecture that the group is named after, else early fusion."""
+    architecture = group if group in ("early", "late", "text") else "early"
+    return ModelConfig(architecture=architecture, depth=24, vocab_size=50432, image_size=224, patch_size=14)
+
+
+def losses_at(fitted: Fitted, params: float, tokens: float, unique: float | None = None) -> dict[str, Any]:
+    """Loss of the law and of one run at (N, D), with intervals; tokens beyond ``unique`` are repeated ones."""
+    law = fitted.law
+
+    def predict(parameters: np.ndarray) -> np.ndarray:
+        if unique is not None and tokens > unique:
+            return repeated_loss(parameters, params, tokens, unique)
+        return laws.predict(parameters, np.array([params]), np.array([tokens]))[..., 0]
+
+    value, draws = float(predict(law.parameters)), predict(law.draws)
+    noise = fitted.noise * np.random.default_rng(0).standard_normal(len(draws))
+    return {"loss": measured(value, draws), "loss_of_one_run": measured(value, draws * np.exp(noise))}

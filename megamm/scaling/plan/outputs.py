@@ -1,0 +1,230 @@
+"""Write a plan: plan.json for programs, plan.md for decision makers, train.yaml for megamm.train."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megamm.config import Config, ParallelConfig, build, merge
+from megamm.errors import InputError
+from megamm.files import write_json, write_text
+from megamm.scaling.plan.inputs import Request
+from megamm.scaling.plan.sizes import Buildable, peak_lr
+
+BATCH_ROWS = 2048
+FEWEST_STEPS = 2000
+WARMUP_STEPS = 1000
+
+
+def write_plan(folder: Path | str, plan: dict[str, Any], request: Request, base: dict[str, Any]) -> list[Path]:
+    """Write the three files into ``folder``, each whole or not at all; ``base`` is the base config's mapping.
+
+    Raises:
+        InputError: ``folder`` is a file, or the config that results is not valid.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; --out names a folder")
+    plan = dict(plan)
+    model = plan.pop("build")
+    values = train_values(plan, model, request, base)
+    build(Config, values, where="train.yaml")
+    header = (
+        f"# {plan['model']['params']:,} parameters, {plan['model']['tokens']:.4g} tokens; written by plan_training.py\n"
+    )
+    page = to_markdown(plan)
+    write_text(folder / "train.yaml", header + yaml.safe_dump(values, sort_keys=False))
+    write_text(folder / "plan.md", page)
+    write_json(folder / "plan.json", plan)  # last: whoever finds it finds the rest
+    return [folder / name for name in ("plan.json", "plan.md", "train.yaml")]
+
+
+def train_values(plan: dict[str, Any], model: Buildable, request: Request, base: dict[str, Any]) -> dict[str, Any]:
+    """The training config: ``base`` with the planned model, length, learning rate and layout.
+
+    The batch is that of ``base``, or 2048 rows, halved until the run has 2000 steps.
+    """
+    config, tokens = model.config, plan["model"]["tokens"]
+    names = ("architecture", "width", "depth", "head_dim", "hidden_multiple", "vocab_size", "image_size", "patch_size")
+    shape: dict[str, Any] = {name: getattr(config, name) for name in names}
+    if config.architecture == "late":
+        shape["vision"] = dataclasses.asdict(config.vision)
+    train = {"run_dir": "runs/full", "tokens": float(f"{tokens:.6g}"), "dtype": "bfloat16", "compile": True}
+    row_length = (base.get("data") or {}).get("row_length", 1024)
+    rows = (base.get("train") or {}).get("batch_rows", BATCH_ROWS)
+    if "batch_rows" not in (base.get("train") or {}):
+        while rows > 8 and tokens / (rows * row_length) < FEWEST_STEPS:
+            rows //= 2
+    train["batch_rows"] = rows
+    steps = max(1, int(tokens / (rows * row_length)))
+    if request.gpus:
+        train["peak_flops"] = request.gpus[0].peak_flops
+    values = {
+        "model": shape,
+        "data": {"row_length": row_length},
+        "optimizer": {"lr": peak_lr(config.width)},
+        "schedule": {"warmup_steps": min(WARMUP_STEPS, max(1, steps // 20))},
+        "train": train,
+    }
+    known = {f.name for f in dataclasses.fields(ParallelConfig)}
+    if request.tensor_parallel > 1 and "tensor" in known:
+        values["parallel"] = {"tensor": request.tensor_parallel}
+    result = copy.deepcopy(base)
+    (result.get("train") or {}).pop("steps", None)
+    return merge(result, values)
+
+
+# -------------------------------------------------------------------------------------------------- plan.md
+
+
+def to_markdown(plan: dict[str, Any]) -> str:
+    """The plan on one page."""
+    budget, best, model = plan["budget"], plan["optimum"], plan["model"]
+    units = {"flops": "FLOPs", "gpu_hours": "GPU-hours", "money": "money"}
+    lines = [
+        f"# Training plan: {budget['amount']:.4g} {units[budget['given']]}",
+        "",
+        f"Group **{plan['group']}**, {plan['loss_column']} in nats per token; 95% intervals in brackets.",
+        "",
+        "| | compute-optimal | buildable model |",
+        "| --- | --- | --- |",
+        f"| training FLOPs | {best['flops']:.3g}{_ends(budget['flops']['interval'])} | {best['flops']:.3g} |",
+        f"| parameters | {_big(best['params'])} | {model['params']:.4g} (exact count) |",
+        f"| tokens | {_big(best['tokens'])} | {model['tokens']:.4g} |",
+        f"| loss, by the law | {_loss(best['loss'])} | {_loss(model['loss'])} |",
+        f"| loss of one run | | {_loss(model['loss_of_one_run'])} |",
+        "",
+        f"Model: {model['architecture']}, width {model['width']}, depth {model['depth']}, {model['heads']} heads of "
+        f"{model['head_dim']}"
+        + (f", vision width {model['vision_width']}" if model["vision_width"] else "")
+        + f"; layout: tensor {model['layout']['tensor']} x data {model['layout']['data']}.",
+        "",
+    ]
+    lines += _choices(plan) + _hardware(plan) + _tradeoffs(plan) + _stages(plan["stages"])
+    lines += ["## Assumptions", "", *(f"- {_escape(text)}" for text in plan["assumptions"]), ""]
+    if plan["warnings"]:
+        lines += ["## Warnings", "", *(f"- {_escape(text)}" for text in plan["warnings"]), ""]
+    return "\n".join(lines)
+
+
+def _choices(plan: dict[str, Any]) -> list[str]:
+    if len(plan["choices"]) < 2:
+        return []
+    lines = ["## Between the groups, at the same budget", "", "| group | N* | loss |", "| --- | --- | --- |"]
+    lines += [f"| {_escape(c['group'])} | {_big(c['params'])} | {_loss(c['loss'])} |" for c in plan["choices"]]
+    return [*lines, "", *(f"- {_escape(c['verdict'])}" for c in plan["choices"] if "verdict" in c), ""]
+
+
+def _hardware(plan: dict[str, Any]) -> list[str]:
+    if not plan["hardware"]:
+        return []
+    efficiency = plan["efficiency"]
+    source = f"at an MFU of {efficiency['mfu']:.1%}{_ends(efficiency['interval'])}, {_escape(efficiency['source'])}"
+    lines = [f"## Time, money, energy of the training run, {source}", ""]
+    lines += [
+        "| GPU | GPU-hours | days | money | MWh | least GPUs for the state |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for b in plan["hardware"]:
+        money = "no price given" if b["money"] is None else f"{_amount(b['money'])}{_ends(b['money_interval'])}"
+        lines.append(
+            f"| {b['gpu']} | {_amount(b['gpu_hours'])}{_ends(b['gpu_hours_interval'])} "
+            f"| {_amount(b['days'])} on {b['num_gpus']} | {money} | {_amount(b['megawatt_hours'])} "
+            f"| {b['least_gpus']} |"
+        )
+    return [*lines, ""]
+
+
+def _tradeoffs(plan: dict[str, Any]) -> list[str]:
+    lines = ["## Trade-offs", ""]
+    if serving := plan["serving"]:
+        best = serving["optimum"]
+        lines += [
+            f"- **Serving {serving['served_tokens']:.3g} tokens**: cheapest for the same loss is N "
+            f"{_big(best['params'])} on {_big(best['tokens'])} tokens; it saves {_percent(best['saved'])} of training "
+            "plus serving. Total FLOPs by size: "
+            + "; ".join(f"{row['share_of_optimum']:.0%} of N*: {_big(row['total'])}" for row in serving["table"])
+            + ".",
+        ]
+    if repeated := plan["repeated_data"]:
+        if repeated["short"]:
+            split = repeated["best_split"]
+            lines.append(
+                f"- **{repeated['unique_tokens']:.3g} unique tokens are short**: best is N {_big(split['params'])}, "
+                f"{_number(split['epochs'])} epochs, loss {_loss(split['loss'])}; repetition costs "
+                f"{_loss(repeated['loss_to_repetition'])} nats."
+            )
+        else:
+            lines.append(f"- {repeated['unique_tokens']:.3g} unique tokens suffice ({repeated['epochs']:.2f} epochs).")
+    data = plan["data_preparation"]
+    if data["cpu_hours"] is None:
+        lines.append(f"- **Data preparation**: {data['unique_tokens']:.3g} tokens; not costed (give --prep-rate).")
+    else:
+        money = "" if data["money"] is None else f", {_amount(data['money'])} money"
+        lines.append(
+            f"- **Data preparation**: {data['unique_tokens']:.3g} tokens, {_amount(data['cpu_hours'])} CPU-hours{money}"
+            " (at the stated rate)."
+        )
+    return [*lines, f"- **Native against LLM-initialised**: {_transfer(plan['transfer'])}", ""]
+
+
+def _transfer(entry: dict[str, Any]) -> str:
+    if "break_even_tokens" not in entry:
+        return f"{entry['status']}."
+    found = [f"{entry['status']}."]
+    labels = {
+        "llm_for_nothing": f"the LLM for nothing, gain below {entry['negligible_gain']:.2%} of the loss",
+        "pretraining_counted": "the LLM's pretraining counted",
+    }
+    for key, value in entry["break_even_tokens"].items():
+        low, high = (("out of range" if end is None else f"{end:.3g}") for end in value["interval"])
+        middle = "out of range" if value["tokens"] is None else f"{value['tokens']:.3g}"
+        certain = "" if value["draws_agree"] >= 0.975 else f"; the side in only {value['draws_agree']:.0%} of draws"
+        found.append(
+            f"Native is no worse {value['native_ahead']} {middle} tokens [{low}, {high}] ({labels[key]}{certain})."
+        )
+    return " ".join(found)
+
+
+def _stages(stages: list[dict[str, Any]]) -> list[str]:
+    total = sum(stage["flops"] for stage in stages)
+    lines = [f"## Stages ({total:.3g} FLOPs in all)", ""]
+    for i, stage in enumerate(stages, 1):
+        runs = ", ".join(f"{run['params']:.3g} on {run['tokens']:.3g}" for run in stage["runs"])
+        cost = "" if stage["gpu_hours"] is None else f", {_amount(stage['gpu_hours'])} GPU-hours"
+        cost += "" if stage["money"] is None else f", {_amount(stage['money'])} money"
+        lines += [
+            f"{i}. **{stage['stage'].capitalize()}** ({stage['flops']:.3g} FLOPs{cost}): {runs} tokens.",
+            f"   Prediction: {stage['prediction']}. Decides: {stage['decides']}. Stop rule: {stage['stop_rule']}.",
+        ]
+    return [*lines, ""]
+
+
+def _ends(interval: list[float] | tuple[float, float] | None, form: str = ".3g") -> str:
+    return "" if interval is None else " [" + ", ".join("inf" if x is None else f"{x:{form}}" for x in interval) + "]"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _number(entry: dict[str, Any], form: str = ".3g") -> str:
+    return ("inf" if entry["value"] is None else f"{entry['value']:{form}}") + _ends(entry["interval"], form)
+
+
+def _big(entry: dict[str, Any]) -> str:
+    return _number(entry, ".3g")
+
+
+def _loss(entry: dict[str, Any]) -> str:
+    return _number(entry, ".4f")
+
+
+def _percent(entry: dict[str, Any]) -> str:
+    return _number(entry, ".1%")
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,261 @@
+"""From fitted laws and a budget to a plan: model, tokens, losses, time, money, stages - each with its interval.
+
+Intervals are 95% percentiles over the bootstrap draws of the fit. Losses come in two kinds: that of the law, and that
+of one run, which adds the noise between runs. Intervals of hours and money are those of the MFU, where it was measured.
+"""
+
+from typing import Any
+
+import numpy as np
+from scipy.optimize import brentq
+
+from megamm.errors import InputError
+from megamm.scaling import laws
+from megamm.scaling.compare import Law, compare, verdict
+from megamm.scaling.plan.hardware import bill
+from megamm.scaling.plan.inputs import Fitted, Request, default_model, losses_at, measured
+from megamm.scaling.plan.sizes import Buildable, nearest_model
+from megamm.scaling.plan.stages import propose_stages
+from megamm.scaling.plan.tradeoffs import repeated_optimum, serving_optimum, serving_table
+from megamm.scaling.plan.transfer import (
+    FORM,
+    NOT_FITTED,
+    Transfer,
+    break_even,
+    fit_transfer,
+    initialised_rows,
+)
+
+FAR = 10.0
+"""Extrapolation in compute that is warned of."""
+SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)
+"""Sizes of the over-training table, as shares of N*."""
+
+
+def make_plan(request: Request, fits: list[Fitted]) -> dict[str, Any]:
+    """The plan as it stands in plan.json, and under ``build`` (removed before writing) the Buildable model.
+
+    Raises:
+        InputError: the request contradicts itself or the fits.
+    """
+    request.check()
+    chosen, flops, choices = _choose(request, fits)
+    law, noise = chosen.law, chosen.noise
+    at = np.array([flops])
+    best, best_draws = laws.optimum(law.parameters, at, law.kappa), laws.optimum(law.draws, at, law.kappa)
+    repeated = _repeated(law, flops, float(best[1][0]), request.unique_tokens)
+    # Where unique tokens are short, somewhat fewer parameters and more epochs are better than N*.
+    wanted = repeated["best_split"]["params"]["value"] if repeated and repeated["short"] else float(best[0][0])
+    model = nearest_model(wanted, request.model or default_model(law.name), request.tensor_parallel)
+    tokens = flops / (6 * law.kappa * model.params)
+    plan = {
+        "budget": _budget(request, flops),
+        "group": law.name,
+        "loss_column": request.loss_column,
+        "optimum": {
+            "flops": flops,
+            "params": measured(best[0][0], best_draws[0][:, 0]),
+            "tokens": measured(best[1][0], best_draws[1][:, 0]),
+            "loss": measured(law.frontier(at)[0], laws.frontier_loss(law.draws, at, law.kappa)[:, 0]),
+        },
+        "model": _model_entry(model, request)
+        | {"tokens": tokens}
+        | losses_at(chosen, model.params, tokens, request.unique_tokens),
+        "choices": choices,
+        "serving": _serving(law, flops, request.served_tokens),
+        "repeated_data": repeated,
+        "data_preparation": _preparation(request, tokens),
+        "hardware": _hardware(request, flops, model.params),
+        "efficiency": vars(request.efficiency).copy() if request.efficiency else None,
+        "transfer": _transfer(request, law, model.params, noise),
+        "noise_between_runs": noise,
+        "stages": propose_stages(request, chosen, flops, model, tokens),
+    }
+    plan["warnings"] = _warnings(chosen, plan, request)
+    plan["assumptions"] = _assumptions(chosen, request)
+    plan["build"] = model
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------- the budget
+
+
+def _choose(request: Request, fits: list[Fitted]) -> tuple[Fitted, float, list[dict[str, Any]]]:
+    """The group to plan with, its FLOPs, and the losses of all groups at these."""
+    named = {fitted.law.name: fitted for fitted in fits}
+    if request.group is not None and request.group not in named:
+        raise InputError(f"--group: {request.group!r} has no fit; known: {', '.join(named)}")
+    budgets = {name: budget_flops(request, fitted.law) for name, fitted in named.items()}
+    losses = {name: float(fitted.law.frontier(np.array([budgets[name]]))[0]) for name, fitted in named.items()}
+    name = request.group or min(losses, key=losses.get)
+    chosen, flops = named[name], budgets[name]
+    choices = []
+    for other, fitted in named.items():
+        at = np.array([budgets[other]])
+        best = laws.optimum(fitted.law.parameters, at, fitted.law.kappa)[0][0]
+        draws = laws.optimum(fitted.law.draws, at, fitted.law.kappa)[0][:, 0]
+        entry = {
+            "group": other,
+            "params": measured(best, draws),
+            "loss": measured(losses[other], laws.frontier_loss(fitted.law.draws, at, fitted.law.kappa)[:, 0]),
+        }
+        if other != name:
+            entry["verdict"] = verdict(compare(chosen.law, fitted.law, (flops / 3, flops * 3)))
+        choices.append(entry)
+    return chosen, flops, choices
+
+
+def budget_flops(request: Request, law: Law) -> float:
+    """Training FLOPs that the budget buys; money pays for the preparation of the tokens first, where it is priced."""
+    if request.flops is not None:
+        return request.flops
+    rate = request.gpus[0].peak_flops * request.efficiency.mfu * 3600
+    if request.gpu_hours is not None:
+        return request.gpu_hours * rate
+    price = request.prices[0]
+    if not (request.prep_rate and request.cpu_price):
+        return request.money / price * rate
+
+    def left(log_flops: float) -> float:
+        flops = np.exp(log_flops)
+        tokens = float(laws.optimum(law.parameters, np.array([flops]), law.kappa)[1][0])
+        unique = min(tokens, request.unique_tokens or np.inf)
+        return np.log(flops / rate * price + unique / request.prep_rate * request.cpu_price) - np.log(request.money)
+
+    top = np.log(request.money / price * rate)
+    return float(np.exp(brentq(left, top - 60, top)))
+
+
+def _budget(request: Request, flops: float) -> dict[str, Any]:
+    given = next(name for name in ("flops", "gpu_hours", "money") if getattr(request, name) is not None)
+    entry = {"given": given, "amount": getattr(request, given), "flops": {"value": flops, "interval": None}}
+    if given != "flops" and request.efficiency.interval:
+        entry["flops"]["interval"] = [flops * end / request.efficiency.mfu for end in request.efficiency.interval]
+    return entry
+
+
+def _model_entry(model: Buildable, request: Request) -> dict[str, Any]:
+    config = model.config
+    return {
+        "architecture": config.architecture,
+        "params": model.params,
+        "width": config.width,
+        "depth": config.depth,
+        "head_dim": config.head_dim,
+        "heads": config.width // config.head_dim,
+        "vision_width": config.vision.width if config.architecture == "late" else None,
+        "layout": {"tensor": request.tensor_parallel, "data": request.num_gpus // request.tensor_parallel},
+    }
+
+
+# ----------------------------------------------------------------------------------------------- the sections
+
+
+def _serving(law: Law, flops: float, served: float | None) -> dict[str, Any] | None:
+    if served is None:
+        return None
+    value, draws = (serving_optimum(p, flops, served, law.kappa) for p in (law.parameters, law.draws))
+    names = ("params", "tokens", "training", "total")
+    tables = [serving_table(p, flops, served, law.kappa, SHARES) for p in (law.parameters, law.draws)]
+    return {
+        "served_tokens": served,
+        "optimum": {key: measured(float(value[key]), draws[key]) for key in (*names, "saved")},
+        "table": [
+            {"share_of_optimum": float(v["share"])}
+            | {key: measured(float(v[key]), d[key]) for key in (*names, "serving")}
+            for v, d in zip(*tables)
+        ],
+    }
+
+
+def _repeated(law: Law, flops: float, tokens: float, unique: float | None) -> dict[str, Any] | None:
+    """What repeating ``unique`` tokens costs where the optimum wants ``tokens``."""
+    if unique is None:
+        return None
+    entry: dict[str, Any] = {"unique_tokens": unique, "short": bool(tokens > unique), "epochs": tokens / unique}
+    if tokens > unique:
+        value, draws = (repeated_optimum(p, flops, unique, law.kappa) for p in (law.parameters, law.draws))
+        entry["epochs"] = float(value["epochs"])
+        entry["best_split"] = {key: measured(float(value[key]), draws[key]) for key in value}
+        fresh = [law.frontier(np.array([flops]))[0], laws.frontier_loss(law.draws, np.array([flops]), law.kappa)[:, 0]]
+        entry["loss_to_repetition"] = measured(float(value["loss"] - fresh[0]), draws["loss"] - fresh[1])
+    return entry
+
+
+def _preparation(request: Request, tokens: float) -> dict[str, Any]:
+    unique = min(tokens, request.unique_tokens or np.inf)
+    entry = {"unique_tokens": unique, "cpu_hours": None, "money": None}
+    if request.prep_rate:
+        entry["cpu_hours"] = unique / request.prep_rate
+        if request.cpu_price:
+            entry["money"] = entry["cpu_hours"] * request.cpu_price
+    return entry
+
+
+def _hardware(request: Request, flops: float, params: float) -> list[dict[str, Any]]:
+    prices = request.prices or [None] * len(request.gpus)
+    return [
+        vars(
+            bill(gpu, request.efficiency, flops, params, num_gpus=request.num_gpus, price=price, pue=request.pue)
+        ).copy()
+        | {"source": gpu.source}
+        for gpu, price in zip(request.gpus, prices)
+    ]
+
+
+def _transfer(request: Request, law: Law, params: float, noise: float) -> dict[str, Any]:
+    table = request.runs
+    picked = np.zeros(0, bool)
+    if table is not None and request.init_column in table.columns:
+        picked = initialised_rows(table, request.init_column)
+    if not picked.any():
+        return {"status": NOT_FITTED, "form": FORM}
+    fitted: Transfer = fit_transfer(table.select(picked), law)
+    return {
+        "status": f"fitted to {fitted.n_runs} LLM-initialised runs",
+        "form": FORM,
+        "exponents": {name: measured(fitted.parameters[i], fitted.draws[:, i]) for i, name in ((1, "a"), (2, "b"))},
+        "break_even_tokens": break_even(fitted, law, params, llm_tokens=request.llm_tokens, negligible=noise),
+        "negligible_gain": noise,
+        "warnings": fitted.warnings,
+    }
+
+
+def _warnings(chosen: Fitted, plan: dict[str, Any], request: Request) -> list[str]:
+    top, flops = chosen.law.flops_range[1], plan["optimum"]["flops"]
+    found = []
+    if flops > FAR * top:
+        found.append(f"extrapolation: {flops / top:.0f} times the largest compute measured ({top:.2g} FLOPs)")
+    best, built = plan["optimum"]["params"]["value"], plan["model"]["params"]
+    repeated = plan["repeated_data"]
+    if repeated and repeated["short"]:
+        best = repeated["best_split"]["params"]["value"]
+    if not 0.9 < built / best < 1.1:
+        found.append(f"the nearest buildable model has {built / best:.2f} times the optimal parameters")
+    for entry in plan["hardware"]:
+        if entry["least_gpus"] > request.num_gpus:
+            found.append(f"{request.num_gpus} {entry['gpu']} cannot hold the training state; {entry['least_gpus']} can")
+    if repeated and repeated["epochs"] > 4:
+        found.append(f"{repeated['epochs']:.1f} epochs: beyond about 4 repeated tokens lose worth (arXiv 2305.16264)")
+    return found + [f"from the fit: {text}" for text in chosen.entry.get("warnings", [])]
+
+
+def _assumptions(chosen: Fitted, request: Request) -> list[str]:
+    entry = chosen.entry
+    at = ", ".join(f"{name} {value}" for name, value in entry.get("law", {}).get("at", {}).items())
+    found = [
+        f"law {entry['form']}{f' at {at}' if at else ''} of group {chosen.law.name}, {entry['n_runs']} runs up to "
+        f"{chosen.law.flops_range[1]:.2g} FLOPs; it holds at the budget",
+        f"FLOPs as in the runs ({chosen.law.kappa:.3g} x 6ND); the same data mixture, tokenizer and schedule",
+        "intervals: 95% bootstrap percentiles of the law; they do not hold the error of the form itself",
+        f"noise between runs {chosen.noise:.2%} of the loss, from the fit's residuals",
+    ]
+    if request.efficiency:
+        found.append(f"MFU {request.efficiency.mfu:.1%} ({request.efficiency.source}), the same on every GPU")
+    if request.gpus:
+        found.append(f"energy: board power at all hours times a PUE of {request.pue:g}")
+    if request.served_tokens:
+        found.append("serving costs 2N FLOPs a token and as much per FLOP as training")
+    if request.unique_tokens:
+        found.append("worth of repeated tokens: constants of arXiv 2305.16264, measured on text")
+    return found

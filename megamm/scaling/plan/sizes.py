@@ -1,0 +1,72 @@
+"""The model nearest to a wanted number of parameters that can be built and spread."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megamm.config import ModelConfig
+from megamm.errors import InputError
+from megamm.model.sizes import resolve_model
+from megamm.scaling.flops import ParameterCounts, count_parameters
+
+PEAK_LR = {800: 1.5e-3, 1088: 1.5e-3, 1632: 5e-4, 2208: 4.2e-4, 2624: 4e-4, 3232: 3.5e-4, 5120: 2.4e-4}
+"""Peak learning rate by width at depth 24 (arXiv 2504.07951, table of early-fusion models)."""
+MAX_WIDTH = 65536
+
+
+@dataclass(kw_only=True)
+class Buildable:
+    """A resolved model config and its parameter counts."""
+
+    config: ModelConfig
+    counts: ParameterCounts
+
+    @property
+    def params(self) -> int:
+        return self.counts.total
+
+
+def nearest_model(params: float, template: ModelConfig, tensor_parallel: int = 1) -> Buildable:
+    """The width whose model is nearest to ``params`` in the logarithm; all else as in ``template``.
+
+    Widths are multiples of head_dim (64 where the template leaves it open) times the tensor-parallel size, so that
+    every rank holds whole heads; a vision tower keeps its share of the width (half by default) under the same rule.
+
+    Raises:
+        InputError: the sizes of the template do not go with the tensor-parallel size.
+    """
+    template = copy.deepcopy(template)
+    template.head_dim = template.head_dim or 64
+    step = template.head_dim * tensor_parallel
+    if template.hidden_multiple % tensor_parallel:
+        raise InputError(
+            f"--tensor-parallel: {tensor_parallel} does not divide model.hidden_multiple {template.hidden_multiple}"
+        )
+    if template.vocab_size is None or template.patch_size is None or template.image_size is None:
+        raise InputError("model: set vocab_size, image_size and patch_size in the base config")
+    share = template.vision.width / template.width if template.vision.width else 0.5
+    low, high = 1, MAX_WIDTH // step
+    while low < high:  # the first multiple with at least ``params``
+        middle = (low + high) // 2
+        low, high = (
+            (middle + 1, high) if _build(template, middle * step, step, share).params < params else (low, middle)
+        )
+    found = [_build(template, k * step, step, share) for k in {max(low - 1, 1), low}]
+    return min(found, key=lambda model: abs(math.log(model.params / params)))
+
+
+def _build(template: ModelConfig, width: int, step: int, share: float) -> Buildable:
+    config = copy.deepcopy(template)
+    config.width = width
+    config.vision.width = step * max(1, round(width * share / step))
+    config.vision.head_dim = config.vision.head_dim or config.head_dim
+    resolve_model(config)
+    return Buildable(config=config, counts=count_parameters(config))
+
+
+def peak_lr(width: int) -> float:
+    """Peak learning rate by width: the paper's table, interpolated in logarithms, flat beyond its ends."""
+    widths = np.log(list(PEAK_LR))
+    return float(f"{np.exp(np.interp(np.log(width), widths, np.log(list(PEAK_LR.values())))):.3g}")

@@ -1,0 +1,275 @@
+"""The pictures of a scaling study, from plain arrays: charts that plotly draws for a page and matplotlib for a paper.
+
+Frontiers with bands, residuals against N, D and C, correlations of the fitted constants, hold-out, and isoFLOP
+profiles. Colours are those of Okabe and Ito, told apart by colour-blind readers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megamm.errors import InputError
+from megamm.files import atomic_path
+from megamm.scaling.charts import Axis, Chart, Panel, Series, to_pdf, to_png
+from megamm.scaling.units import count, power
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7a8089")
+DRAWS_SHOWN = 300
+FLOPS = Axis(label="training compute (FLOPs)", log=True, form=power)
+PARAMS = Axis(label="parameters", log=True, form=count)
+TOKENS = Axis(label="training tokens", log=True, form=count)
+
+
+@dataclass(kw_only=True)
+class Group:
+    """One fitted group; n runs, m points of the frontier, R bootstrap draws.
+
+    Attributes:
+        names: of the runs, for hovering.
+        params, tokens, flops, losses: (n,) of the runs; ``losses`` in nats.
+        predicted: (n,) by the fit.
+        grid, frontier: (m,) FLOPs and nats.
+        band: (2, m), 95%.
+        draws: constant -> (R,), amplitudes as logarithms at the mean size; empty to leave correlations out.
+        held_out: FLOPs and relative errors (predicted/measured - 1) of the runs kept back, (k,) each.
+        exponents: a with and without the runs kept back.
+    """
+
+    name: str
+    colour: str
+    names: Sequence[str]
+    params: np.ndarray
+    tokens: np.ndarray
+    flops: np.ndarray
+    losses: np.ndarray
+    predicted: np.ndarray
+    grid: np.ndarray
+    frontier: np.ndarray
+    band: np.ndarray
+    draws: dict[str, np.ndarray] = field(default_factory=dict)
+    held_out: tuple[np.ndarray, np.ndarray] | None = None
+    exponents: tuple[float, float] | None = None
+
+    def hover(self) -> list[str]:
+        """A text per run."""
+        return [
+            f"{name}\n{count(n)} parameters, {count(d)} tokens\n{power(c)} FLOPs, loss {loss:.3f}"
+            for name, n, d, c, loss in zip(self.names, self.params, self.tokens, self.flops, self.losses)
+        ]
+
+
+def fit_charts(groups: Sequence[Group], loss_name: str = "loss") -> list[Chart]:
+    """Every chart that the groups have data for."""
+    charts = [frontiers(groups, loss_name), residuals(groups)]
+    if any(group.draws for group in groups):
+        charts.append(correlations(groups))
+    if any(group.held_out is not None for group in groups):
+        charts.append(hold_out(groups))
+    return charts
+
+
+def frontiers(groups: Sequence[Group], loss_name: str = "loss") -> Chart:
+    """Runs, fitted frontiers and their 95% bands over compute."""
+    series = []
+    for group in groups:
+        series.append(
+            Series(
+                name=f"{group.name}, {len(group.flops)} runs",
+                x=group.flops,
+                y=group.losses,
+                colour=group.colour,
+                line=None,
+                marker="dot",
+                opacity=0.6,
+                hover=group.hover(),
+            )
+        )
+    for group in groups:
+        series.append(
+            Series(
+                name=f"{group.name}, frontier",
+                x=group.grid,
+                y=group.frontier,
+                colour=group.colour,
+                width=3,
+                band=group.band,
+            )
+        )
+    panel = Panel(title="", x=FLOPS, y=Axis(label=f"{loss_name} (nats per token)"), series=series)
+    caption = "Points are finished runs; lines the lowest loss that a budget can buy by the fit, with its 95% band."
+    return Chart(name="frontiers", caption=caption, panels=[panel], columns=1, height=430)
+
+
+def residuals(groups: Sequence[Group]) -> Chart:
+    """Measured loss above the fit against N, D and C."""
+    panels = []
+    for axis, values in ((PARAMS, "params"), (TOKENS, "tokens"), (FLOPS, "flops")):
+        series = [
+            Series(
+                name=group.name,
+                x=getattr(group, values),
+                y=100 * (group.losses / group.predicted - 1),
+                colour=group.colour,
+                line=None,
+                marker="dot",
+                opacity=0.7,
+                hover=group.hover(),
+            )
+            for group in groups
+        ]
+        y = Axis(label="measured loss above the fit (%)")
+        panels.append(Panel(title=f"against {axis.label}", x=axis, y=y, baseline=0.0, series=series))
+    caption = "A trend or a fan in one of these says that the form of the law does not hold over the whole range."
+    return Chart(name="residuals", caption=caption, panels=panels)
+
+
+def correlations(groups: Sequence[Group]) -> Chart:
+    """Bootstrap draws of pairs of constants: a thin line of points is a direction that the runs leave open."""
+    panels = []
+    for group in groups:
+        if not group.draws:
+            continue
+        for x, y in (("alpha", "beta"), ("alpha", "log A"), ("beta", "log B")):
+            first, second = group.draws[x], group.draws[y]
+            spread = min(np.ptp(first), np.ptp(second)) > 0
+            r = f", r = {np.corrcoef(first, second)[0, 1]:.3f}" if spread else ""
+            points = Series(
+                name=group.name,
+                x=first[:DRAWS_SHOWN],
+                y=second[:DRAWS_SHOWN],
+                colour=group.colour,
+                line=None,
+                marker="dot",
+                opacity=0.35,
+            )
+            panels.append(
+                Panel(title=f"{group.name}: {y} over {x}{r}", x=Axis(label=x), y=Axis(label=y), series=[points])
+            )
+    caption = (
+        "Each point is the optimum of one bootstrap resample. A and B are taken at the mean size of the runs, which "
+        "takes out the correlation of nearly 1 that they have with their exponents at N = 1."
+    )
+    return Chart(name="correlations", caption=caption, panels=panels)
+
+
+def hold_out(groups: Sequence[Group]) -> Chart:
+    """Error of the largest runs as predicted from the rest, with the drift of the allocation exponent."""
+    series = []
+    for group in groups:
+        if group.held_out is None:
+            continue
+        flops, errors = group.held_out
+        drift = ""
+        if group.exponents is not None:
+            with_them, without = group.exponents
+            drift = f", a {without:.3f} without them, {with_them:.3f} with"
+        series.append(
+            Series(
+                name=f"{group.name}: {len(flops)} runs{drift}",
+                x=flops,
+                y=100 * np.asarray(errors),
+                colour=group.colour,
+                line=None,
+                marker="ring",
+            )
+        )
+    y = Axis(label="predicted loss above the measured (%)")
+    panel = Panel(title="", x=FLOPS, y=y, baseline=0.0, series=series)
+    caption = (
+        "Runs of largest compute, predicted by a fit to the others. A small error of the loss does not mean that the "
+        "compute-optimal size is known: N* ~ C^a, see how a moves."
+    )
+    return Chart(name="holdout", caption=caption, panels=[panel], columns=1, height=360)
+
+
+# -------------------------------------------------------------------------------------------------- isoFLOP
+
+
+@dataclass(kw_only=True)
+class Budget:
+    """Runs of one compute budget: n runs, the curve through them (m points) and its minimum."""
+
+    flops: float
+    params: np.ndarray
+    losses: np.ndarray
+    grid: np.ndarray
+    curve: np.ndarray
+    optimum: tuple[float, float] | None
+    """Params and loss at the minimum; None where it is not inside the runs."""
+    interval: tuple[float, float] | None = None
+    """95% of the params there."""
+
+
+def isoflops(name: str, budgets: Sequence[Budget], coefficient: float, exponent: float) -> Chart:
+    """Profiles of loss over N, one per budget, and N* over C with the line coefficient*C^exponent."""
+    profiles: list[Series] = []
+    for i, budget in enumerate(budgets):
+        shade = _shade(i / max(1, len(budgets) - 1))
+        label = f"{power(budget.flops)} FLOPs"
+        profiles.append(Series(name=label, x=budget.grid, y=budget.curve, colour=shade, legend=False))
+        hover = [f"{label}\n{count(n)} parameters, loss {loss:.3f}" for n, loss in zip(budget.params, budget.losses)]
+        profiles.append(
+            Series(name=label, x=budget.params, y=budget.losses, colour=shade, line=None, marker="dot", hover=hover)
+        )
+        if budget.optimum is not None:
+            n, loss = budget.optimum
+            profiles.append(
+                Series(name="minimum", x=[n], y=[loss], colour="#1f2430", line=None, marker="ring", legend=i == 0)
+            )
+    found = [b for b in budgets if b.optimum is not None]
+    flops = np.array([b.flops for b in found])
+    grid = np.geomspace(flops.min(), flops.max(), 64) if len(found) else np.array([])
+    bars = [
+        Series(name="95%", x=[b.flops, b.flops], y=list(b.interval), colour=PALETTE[0], legend=False)
+        for b in found
+        if b.interval is not None
+    ]
+    optima = [
+        *bars,
+        Series(
+            name="minimum, with 95%",
+            x=flops,
+            y=[b.optimum[0] for b in found],
+            colour=PALETTE[0],
+            line=None,
+            marker="dot",
+        ),
+        Series(name=f"N* ~ C^{exponent:.4f}", x=grid, y=coefficient * grid**exponent, colour=PALETTE[1]),
+    ]
+    panels = [
+        Panel(
+            title="Loss over size at equal compute", x=PARAMS, y=Axis(label="loss (nats per token)"), series=profiles
+        ),
+        Panel(title="Compute-optimal size", x=FLOPS, y=PARAMS, series=optima),
+    ]
+    caption = "Each curve joins runs of one compute budget; its minimum is the size to train with it."
+    return Chart(name=name, caption=caption, panels=panels, columns=2, legend_per_panel=True, height=380)
+
+
+def _shade(share: float) -> str:
+    """From dark blue (0) to light orange (1)."""
+    ends = ((0x0B, 0x3C, 0x6E), (0xF0, 0x9A, 0x4A))
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(*ends))
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def write_charts(folder: Path | str, charts: Sequence[Chart]) -> list[Path]:
+    """A PNG and a PDF of each chart, all drawn before the first is written; returns the paths.
+
+    Raises:
+        InputError: ``folder`` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; --out names a folder")
+    files = {}
+    for chart in charts:
+        files |= {f"{chart.name}.png": to_png(chart), f"{chart.name}.pdf": to_pdf(chart)}
+    for name, content in files.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_bytes(content)
+    return [folder / name for name in files]

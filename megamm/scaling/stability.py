@@ -1,0 +1,117 @@
+"""How far a fit moves when runs are taken away: the drop-k table.
+
+Runs of highest loss are often undertrained, and the largest ones alone say where the law goes; Besiroglu et al.
+2024 (arXiv 2404.10102) show that five runs decide the exponents of the Chinchilla data. So both kinds are dropped,
+k at a time, and the exponents are printed for every k, whether they move or not.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from megamm.scaling import laws, minimise
+from megamm.scaling.fit import MIN_RUNS_HOLDOUT, Fit, distinct, fit_problem
+from megamm.scaling.runs import RunTable
+
+STEPS = (1, 2, 3, 5, 10, 20)
+DROP_SHARE = 0.1
+"""No more runs than this share (but 2) are dropped: the interval of the whole table is no measure of much less."""
+STARTS_PER_AXIS = 3
+WATCHED = ("alpha", "beta", "a")
+SHOWN = ("E", *WATCHED)
+
+
+def drop_table(fit: Fit) -> list[dict[str, Any]]:
+    """A row for k = 0 and for each k runs of highest loss, and of largest FLOPs, taken away; see drop_rows.
+
+    All refits are one batch: a dropped run has weight zero.
+    """
+    plan = drop_plan(fit.table, fit.loss_column, MIN_RUNS_HOLDOUT)
+    best, objective = _refit(fit, np.stack([weights for *_, weights in plan]))
+    values = dict(zip(laws.PARAMETERS, best.T)) | laws.exponents(best, fit.flops_range, fit.kappa)
+    return drop_rows(plan, fit.table, {name: values[name] for name in SHOWN}, objective, fit.intervals)
+
+
+def drop_plan(table: RunTable, loss_column: str, least: int) -> list[tuple[str, int, np.ndarray]]:
+    """What is dropped (`nothing`, `highest loss` or `largest FLOPs`), k, and weights (n,) with zero for those runs.
+
+    At least ``least`` runs are left, of 3 distinct sizes and lengths.
+    """
+    n = len(table)
+    plan = [("nothing", 0, np.ones(n))]
+    for column, dropped in ((loss_column, "highest loss"), ("flops", "largest FLOPs")):
+        order = np.argsort(-table.numbers(column), kind="stable")
+        for k in STEPS:
+            weights = np.ones(n)
+            weights[order[:k]] = 0.0
+            if k > max(2, DROP_SHARE * n) or n - k < least or not _spans(table, weights > 0):
+                break
+            plan.append((dropped, k, weights))
+    return plan
+
+
+def drop_rows(
+    plan: list[tuple[str, int, np.ndarray]],
+    table: RunTable,
+    values: dict[str, np.ndarray],
+    objective: np.ndarray,
+    intervals: dict[str, list[float]],
+) -> list[dict[str, Any]]:
+    """The rows of the table: ``dropped``, ``k``, ``runs`` (names), ``n_runs``, ``values`` (one per row of ``plan``),
+    ``objective`` and ``outside``, the names in :data:`WATCHED` that left their interval.
+    """
+    rows = []
+    for i, (dropped, k, weights) in enumerate(plan):
+        here = {name: float(column[i]) for name, column in values.items()}
+        outside = [x for x in WATCHED if x in here and not intervals[x][0] <= here[x] <= intervals[x][1]]
+        rows.append(
+            {
+                "dropped": dropped,
+                "k": k,
+                "runs": [name for name, weight in zip(table.names, weights) if weight == 0],
+                "n_runs": len(table) - k,
+                **here,
+                "objective": float(objective[i]),
+                "outside": outside if k else [],
+            }
+        )
+    return rows
+
+
+def drop_warnings(rows: list[dict[str, Any]], intervals: dict[str, list[float]]) -> list[str]:
+    """One line per kind and exponent that leaves its interval, at the smallest k that does it."""
+    found, said = [], set()
+    for row in rows:
+        for name in row["outside"]:
+            if (row["dropped"], name) in said:
+                continue
+            said.add((row["dropped"], name))
+            low, high = intervals[name]
+            runs = "run" if row["k"] == 1 else f"{row['k']} runs"
+            found.append(
+                f"unstable: without the {runs} of {row['dropped']}, {name} moves from {rows[0][name]:.4f} to "
+                f"{row[name]:.4f}, out of its interval {low:.4f} to {high:.4f}"
+            )
+    return found
+
+
+def _spans(table: RunTable, keep: np.ndarray) -> bool:
+    """Whether the runs kept have 3 distinct sizes and lengths, without which nothing is determined."""
+    return all(distinct(table.numbers(c)[keep]).max() >= 2 for c in ("params", "tokens"))
+
+
+def _refit(fit: Fit, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Optimum for each row of ``weights`` (m, n): parameters (m, 5) and objective (m,)."""
+    problem = fit_problem(fit.table, fit.loss_column)
+    starts = np.concatenate([problem.to_theta(fit.parameters)[None], minimise.starts(problem, STARTS_PER_AXIS)])
+    theta, objective = refit(problem, np.clip(starts, *problem.bounds), weights)
+    return problem.to_parameters(theta), objective
+
+
+def refit(problem: Any, starts: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best of all ``starts`` (s, P) for each row of ``weights`` (m, n): theta (m, P) and objective (m,)."""
+    m, s = len(weights), len(starts)
+    theta, objective = minimise.minimise(problem, np.tile(starts, (m, 1)), np.repeat(weights, s, axis=0))
+    objective = objective.reshape(m, s)
+    best = objective.argmin(axis=1)
+    return theta.reshape(m, s, -1)[np.arange(m), best], objective[np.arange(m), best]

@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Plan a training run from fitted scaling laws and a budget: plan.json, plan.md and train.yaml."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from megamm.config import ModelConfig, build, read_yaml
+from megamm.data.shards import read_dataset_info
+from megamm.errors import InputError, exit_on_error
+from megamm.scaling.plan.hardware import GPUS, find_gpu, read_mfu, stated_mfu
+from megamm.scaling.plan.inputs import Request, default_model, read_fits
+from megamm.scaling.plan.outputs import write_plan
+from megamm.scaling.plan.proposal import make_plan
+from megamm.scaling.runs import read_runs
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("fits", metavar="fits.json", help="written by fit_scaling_laws.py, with bootstrap.npz beside it")
+    add("--out", metavar="DIR", default="plan", help="folder for the results (default: %(default)s)")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--flops", type=float, metavar="C", help="training FLOPs, counted as the runs' were")
+    budget.add_argument("--gpu-hours", type=float, metavar="H")
+    budget.add_argument("--money", type=float, metavar="M", help="in the currency of --price")
+    add(
+        "--gpu",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"the first is budgeted, the rest compared: {', '.join(GPUS)}",
+    )
+    add("--price", nargs="+", type=float, default=[], metavar="P", help="money per GPU-hour, one per --gpu")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--mfu", type=float, help="model FLOPs utilisation by 6ND, between 0 and 1")
+    speed.add_argument("--run-logs", metavar="RUN", help="run directory or metrics.jsonl to read the MFU from")
+    add("--num-gpus", type=int, default=64, help="GPUs trained on, for days and memory (default: %(default)s)")
+    add("--pue", type=float, default=1.2, help="power usage effectiveness (default: %(default)s)")
+    add("--group", help="group to plan with (default: the one of lowest predicted loss)")
+    add("--loss-column", default="loss", metavar="COLUMN", help="loss to plan for (default: %(default)s)")
+    add("--base-config", metavar="YAML", help="training config with the data and model shape; its width is replaced")
+    add("--tensor-parallel", type=int, default=1, metavar="T", help="ranks that share a layer (default: %(default)s)")
+    add("--inference-tokens", type=float, metavar="T", help="tokens to be served over the model's life")
+    add("--unique-tokens", type=float, metavar="U", help="training tokens at hand; more are repeated ones")
+    add("--prep-rate", type=float, metavar="R", help="tokens that one CPU-hour prepares")
+    add("--cpu-price", type=float, metavar="P", help="money per CPU-hour")
+    add("--runs", metavar="runs.csv", help="runs of the fit, and LLM-initialised ones for the transfer law")
+    add("--init-column", default="init", metavar="COLUMN", help="llm or native in --runs (default: %(default)s)")
+    add("--llm-tokens", type=float, metavar="T", help="tokens that the LLM was pretrained on, to be counted")
+    add("--pilot-share", type=float, default=0.03, help="pilot FLOPs over those of the full run (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    with Console(stderr=True).status("reading fits"):
+        fits, left_out = read_fits(arguments.fits, arguments.loss_column)
+        base = read_yaml(arguments.base_config) if arguments.base_config else {}
+        efficiency = None
+        if arguments.run_logs:
+            efficiency = read_mfu(arguments.run_logs)
+        elif arguments.mfu is not None:
+            efficiency = stated_mfu(arguments.mfu)
+        same = ("flops", "gpu_hours", "money", "num_gpus", "pue", "group", "loss_column", "tensor_parallel")
+        same += ("unique_tokens", "prep_rate", "cpu_price", "init_column", "llm_tokens", "pilot_share")
+        request = Request(
+            **{name: getattr(arguments, name) for name in same},
+            gpus=[find_gpu(name) for name in arguments.gpu],
+            prices=arguments.price,
+            efficiency=efficiency,
+            served_tokens=arguments.inference_tokens,
+            model=_template(base, arguments.group or fits[0].law.name, arguments.base_config),
+            runs=read_runs(arguments.runs) if arguments.runs else None,
+        )
+    with Console(stderr=True).status("planning"):
+        plan = make_plan(request, fits)
+        written = write_plan(arguments.out, plan, request, base)
+    for text in left_out:
+        print(f"left out: {text}", file=sys.stderr)
+    print(Path(written[1]).read_text(encoding="utf-8"))
+    print(f"-> {', '.join(str(path) for path in written)}")
+
+
+def _template(base: dict, group: str, where: str | None) -> ModelConfig | None:
+    """The base config's model over the defaults of the group; None without one, so that each group has its own."""
+    if not base:
+        return None
+    section = base.get("model") or {}
+    if not isinstance(section, dict):
+        raise InputError(f"{where}: model: expected a mapping")
+    defaults = dataclasses.asdict(default_model(group))
+    sources = (base.get("data") or {}).get("sources") or {}
+    for source in list(sources.values())[:1]:  # the data decides vocabulary and image size, where it is at hand
+        if isinstance(source, dict) and (Path(str(source.get("path"))) / "dataset.json").is_file():
+            info = read_dataset_info(source["path"])
+            defaults |= {name: info[name] for name in ("vocab_size", "image_size", "patch_size") if name in info}
+    return build(ModelConfig, {**defaults, **section}, where=str(where))
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

@@ -1,0 +1,43 @@
+#!/usr/bin/env python
+"""Draw fits for a paper: frontiers with bands, residuals against N, D and C, correlations, hold-out (PNG and PDF)."""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from megamm.errors import InputError, exit_on_error
+from megamm.scaling.accounting import group_column, recount, runs_of
+from megamm.scaling.compare import read_laws
+from megamm.scaling.fit_plots import colours, group_of
+from megamm.scaling.plots import fit_charts, write_charts
+from megamm.scaling.runs import read_runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("fits", metavar="FITS_DIR", type=Path, help="folder written by fit_scaling_laws.py")
+    parser.add_argument("--runs", required=True, metavar="runs.csv", help="the table that was fitted")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--loss", "--loss-column", default="loss", metavar="COLUMN", help="default: %(default)s")
+    arguments = parser.parse_args()
+    with Console(stderr=True).status("drawing"):
+        table, laws = read_runs(arguments.runs), read_laws(arguments.fits, arguments.loss)
+        if not laws:
+            raise InputError(f"{arguments.fits}: no fit of {arguments.loss} whose frontier can be drawn")
+        entries = json.loads((arguments.fits / "fits.json").read_text(encoding="utf-8"))["fits"]
+        by_group = {e["group"]: e for e in entries if e.get("loss_column", "loss") == arguments.loss}
+        column, palette, groups = group_column(table, set(laws)), colours(list(laws)), []
+        for name, law in laws.items():
+            runs = runs_of(table, column, name, arguments.loss)
+            if not len(runs):
+                raise InputError(f"{arguments.runs}: column {arguments.loss}: no run of {name}; give the fitted table")
+            law, _ = recount(law, runs, "counted")
+            groups.append(group_of(law, runs, arguments.loss, by_group[name], name=name, colour=palette[name]))
+        written = write_charts(arguments.out, fit_charts(groups, arguments.loss))
+    print(f"-> {', '.join(str(path) for path in written)}")
+
+
+if __name__ == "__main__":
+    exit_on_error(main)
