@@ -18,6 +18,7 @@ from megamm.scaling.runs import RunTable
 OBJECTIVE = "huber_log"
 MIN_RUNS = 5
 MIN_RUNS_HOLDOUT = 8
+MIN_CLUSTERS = 4
 HOLDOUT_SHARE = 0.2
 LEVEL = 0.95
 AGREE_RELATIVE = 1e-6
@@ -200,9 +201,15 @@ def huber_log(parameters: np.ndarray, table: RunTable, loss_column: str = "loss"
 
 
 def cluster_labels(table: RunTable) -> np.ndarray:
-    """Which independent unit each run belongs to, (n,) int: its trunk, or itself where it has none."""
+    """Which independent unit each run belongs to, (n,) int: its trunk, or itself where it has none.
+
+    Of fewer than 4 units hardly a resample but the table itself determines the law, so that intervals would have
+    no width: each run is then a unit of its own, and ``diagnostics`` says that the intervals are too narrow.
+    """
     keys = [row.get("trunk") or i for i, row in enumerate(table.rows)]
     numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    if len(numbers) < MIN_CLUSTERS:
+        return np.arange(len(keys))
     return np.array([numbers[key] for key in keys])
 
 

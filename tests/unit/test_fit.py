@@ -200,6 +200,14 @@ def test_runs_of_one_trunk_are_resampled_together():
     assert ((weights.reshape(500, 6, 6)[:, :, 0] > 0).sum(axis=1) >= 3).all()
 
 
+def test_too_few_trunks_never_give_intervals_without_width():
+    """Of three trunks every resample with three sizes is the table itself."""
+    table = planted(noise=0.01, trunk=[f"trunk{i // 12}" for i in range(36)])
+    fit = fitting.fit_group(table, resamples=100)
+    assert fit.clusters == 36 and (fit.draws.std(axis=0) > 0).all()
+    assert any("only 3 trunks" in text for text in warnings_of(fit))
+
+
 def test_shared_trunk_noise_widens_the_intervals():
     """Noise common to a trunk counts as one draw of it, not as many."""
     rng = np.random.default_rng(0)
