@@ -171,8 +171,8 @@ def _bootstrap(fit: Fit) -> list[str]:
     trunks = [row["trunk"] for row in fit.table.rows if row.get("trunk")]
     if len(trunks) > len(set(trunks)) and fit.clusters == len(fit.table):
         found.append(
-            f"only {len(set(trunks))} trunks: runs were resampled as if independent, so that intervals are too narrow and "
-            "a verdict at 95% claims too much; add sizes"
+            f"only {len(set(trunks))} trunks: runs were resampled as if independent, so that intervals are too narrow "
+            "and a verdict at 95% claims too much; add sizes"
         )
     if fit.clusters < FEW_CLUSTERS and fit.clusters < len(fit.table):
         found.append(f"the bootstrap resamples only {fit.clusters} trunks: intervals are rough")
