@@ -23,7 +23,9 @@ from megamm.scaling.runs import RunTable
 NOISE = 0.002
 """Standard deviation of a loss between seeds, nats: the value of Porian et al. for losses below e^3."""
 SAME_BUDGET = 0.05
-"""Runs whose FLOPs differ by less are on one profile."""
+"""Runs with at most this share more FLOPs than the smallest of a profile are on it."""
+EVEN_BUDGET = 0.02
+"""Difference in FLOPs within a profile above which it is warned of: more compute lowers a loss whatever the size."""
 GRID_PER_RUN = 25
 FLOOR = 0.33
 """Least spread of log N*, as a share of the mean distance of the runs in log N."""
@@ -39,6 +41,8 @@ class Profile:
     """One budget: its runs by size, the curve through them, and its lowest point under noise."""
 
     flops: float
+    flops_range: tuple[float, float]
+    """Of its runs."""
     params: np.ndarray
     """(n,), ascending."""
     tokens: np.ndarray
@@ -99,6 +103,7 @@ class IsoFlopFit:
         for profile in self.profiles:
             entry: dict[str, Any] = {
                 "flops": profile.flops,
+                "flops_range": list(profile.flops_range),
                 "n_runs": len(profile.params),
                 "params_range": [float(profile.params[0]), float(profile.params[-1])],
             }
@@ -199,12 +204,17 @@ def _profiles(
 
 
 def budgets(table: RunTable) -> list[RunTable]:
-    """The runs of each budget, ascending; a gap of more than 5% in FLOPs begins another budget."""
-    log_c = np.log(table.numbers("flops"))
-    order = np.argsort(log_c, kind="stable")
-    labels = np.empty(len(log_c), int)
-    labels[order] = np.concatenate([[0], np.cumsum(np.diff(log_c[order]) > SAME_BUDGET)])
-    return [table.select(labels == i) for i in range(labels.max() + 1)]
+    """The runs of each budget, ascending; a run of over 5% more FLOPs than a budget's first begins another.
+
+    Not by the gap to the run before: a chain of small gaps would join budgets of quite different FLOPs.
+    """
+    flops = table.numbers("flops")
+    labels, label, first = np.empty(len(flops), int), -1, 0.0
+    for i in np.argsort(flops, kind="stable"):
+        if flops[i] > first * (1 + SAME_BUDGET):
+            label, first = label + 1, flops[i]
+        labels[i] = label
+    return [table.select(labels == i) for i in range(label + 1)]
 
 
 def profile_of(table: RunTable, column: str, noise: float, draws: int, rng: np.random.Generator) -> Profile:
@@ -222,8 +232,10 @@ def profile_of(table: RunTable, column: str, noise: float, draws: int, rng: np.r
     inside = (lowest > 0) & (lowest < len(grid) - 1)
     found = np.stack([np.log(grid)[lowest], log_tokens[lowest], curves[lowest, np.arange(draws)]], axis=1)
     found[~inside] = np.nan
+    flops = table.numbers("flops")
     profile = Profile(
-        flops=float(np.median(table.numbers("flops"))),
+        flops=float(np.median(flops)),
+        flops_range=(float(flops.min()), float(flops.max())),
         params=params,
         tokens=tokens,
         loss=loss,
@@ -277,7 +289,7 @@ def _best_of_each_size(table: RunTable, column: str) -> tuple[RunTable, list[str
     best = {n: min(np.flatnonzero(params == n), key=lambda i: loss[i]) for n in np.unique(params)}
     keep = np.isin(np.arange(len(table)), list(best.values()))
     lines = [
-        f"{place} was left out: another run of the same size and FLOPs has a lower {column}"
+        f"{place} was left out: another run of the same size and budget has a lower {column}"
         for place in table.select(~keep).places
     ]
     return table.select(keep), lines
@@ -320,6 +332,11 @@ def _warnings(fit: IsoFlopFit) -> list[str]:
         if profile.problem:
             found.append(f"{name}: {profile.problem}; not used")
             continue
+        span = profile.flops_range[1] / profile.flops_range[0] - 1
+        if span > EVEN_BUDGET:
+            found.append(
+                f"{name}: its runs differ by {span:.1%} in FLOPs, which shifts the minimum; train at equal FLOPs"
+            )
         if not np.isfinite(profile.parabola):
             found.append(f"{name}: the profile is not convex around its minimum")
         rise = np.diff(profile.loss)

@@ -78,6 +78,22 @@ def test_budgets_are_told_apart():
     assert [len(part) for part in budgets(table)] == [6, 3, 3]
 
 
+def test_a_chain_of_small_gaps_is_not_one_budget():
+    """Each run has 4% more FLOPs than the one before, 32% in all: joined, they would shift N* unseen."""
+    table = made(1e19 * 1.04 ** np.arange(8), [1.0])
+    assert [len(part) for part in budgets(table)] == [2, 2, 2, 2]
+
+
+def test_uneven_flops_within_a_budget_are_told():
+    table = made([1e18, 1e19, 1e20, 1e21], np.geomspace(0.2, 5, 7))
+    assert fit_isoflops(table, draws=20).warnings == []
+    for row, more in zip(table.rows, np.linspace(1, 1.04, 7)):
+        row["flops"] *= more
+    fit = fit_isoflops(table, draws=20)
+    assert [text.split(",")[0] for text in fit.warnings] == ["1.02e+18 FLOPs: its runs differ by 4.0% in FLOPs"]
+    assert fit.to_json()["budgets"][0]["flops_range"] == pytest.approx([1e18, 1.04e18])
+
+
 def test_minimum_at_the_edge_is_not_used_and_told():
     rows = made([1e18, 1e19, 1e20], np.geomspace(0.2, 5, 7)).rows
     rows += made([1e21], [1.5, 2, 3, 4]).rows + made([1e22], [0.1, 0.2, 0.3, 0.4]).rows
