@@ -341,6 +341,26 @@ def test_wandb_runs_as_json_lines(tmp_path):
     assert row["flops"] == 6 * (4e6 * 1e8 + 1e6 * 2e7)
 
 
+@pytest.mark.parametrize(
+    ("config", "summary", "cooled"),
+    [
+        ({"learning_rate": 1e-3}, {"train/lr": 1e-5}, True),
+        ({"learning_rate": 1e-3}, {"train/lr": 9e-4}, False),
+        ({"learning_rate": 1e-3}, {}, None),
+        ({}, {"lr": 1e-5}, None),
+    ],
+)
+def test_wandb_runs_are_cooled_if_the_last_rate_is_far_below_that_of_the_config(tmp_path, config, summary, cooled):
+    counts, losses = {"params": 1e6, "tokens": 3e7}, {"tokens": 2e7, "val/loss": 3.1}
+    run = {"name": "a", "state": "finished", "config": counts | config, "summary": losses | summary}
+    (tmp_path / "a.jsonl").write_text(json.dumps(run) + "\n")
+    tags = counts | losses | config | summary
+    (tmp_path / "b.csv").write_text(f"Name,State,{','.join(tags)}\nb,finished,{','.join(map(str, tags.values()))}\n")
+    for file in ("a.jsonl", "b.csv"):
+        rows, _ = collect([tmp_path / file], Options(include_uncooled=True))
+        assert [(r["run"], r["tokens"], r["loss"], r["cooled"]) for r in rows] == [(file[0], 2e7, 3.1, cooled)]
+
+
 # -------------------------------------------------------------------------------------------------- general
 
 

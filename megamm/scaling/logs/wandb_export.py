@@ -6,6 +6,7 @@
 * runs as JSON lines with ``config`` and ``summary`` (``run.config``, ``run.summary`` of the public API).
 
 A summary holds the last value of each metric, so that a run whose state is not ``finished`` counts as unfinished.
+Whether a run was cooled down shows only where both its planned learning rate and its last one were exported.
 """
 
 import csv
@@ -101,7 +102,8 @@ def _runs(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[s
     for line, record in records:
         facts: dict[str, Any] = {}
         point: dict[str, float] = {}
-        for tag, value in record.items():
+        planned: dict[str, float] = {}  # by the config
+        for tag, value in sorted(record.items(), key=lambda item: _of_config(item[0])):  # what happened comes first
             key = key_of(tag, mapping)
             if key is None or value in (None, ""):
                 continue
@@ -110,7 +112,8 @@ def _runs(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[s
             elif (parsed := number(value)) is None:
                 raise InputError(f"{path}: line {line}: column {tag}: {value!r} is not a number")
             elif key.startswith("loss") or key in CURVES or key == "step":
-                point.setdefault(key, parsed)
+                # The rate of the config is the peak, not that of the last step.
+                (planned if key == "lr" and _is_planned(tag) else point).setdefault(key, parsed)
             else:
                 facts.setdefault(key, parsed)
         name, state = facts.pop("run", f"{path.stem}-{line}"), facts.pop("state", "finished")
@@ -118,9 +121,22 @@ def _runs(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[s
         step = whole(point.pop("step", None)) or total or 1
         curve = Curve(name=name, origin=f"{path} line {line}", facts=facts, total_steps=total)
         curve.finished = str(state).lower() == "finished" and (not total or step >= total)
+        if planned and "lr" in point:
+            curve.add(0, planned)
+        else:
+            point.pop("lr", None)  # one rate alone says nothing of a fall
         curve.add(step, point)
         curves.append(curve)
     return curves
+
+
+def _of_config(tag: str) -> bool:
+    return tag.lower().startswith("config/")
+
+
+def _is_planned(tag: str) -> bool:
+    """Whether a learning rate is a setting: in a runs table, logged metrics have a section and settings none."""
+    return _of_config(tag) or "/" not in tag
 
 
 def _history(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[str, str] | None) -> Curve:
