@@ -287,6 +287,40 @@ def test_the_config_trains(fits, tmp_path, group):
         assert (heading in page) == (heading != "## Warnings" or bool(plan["warnings"]))
 
 
+def test_no_config_for_a_model_that_is_not_the_plan(table, tmp_path):
+    """Runs of experts count a fifth of their parameters as active: a dense model would cost five times the budget."""
+    rows = [{**r, "architecture": "moe", "flops": r["flops"] / 5} for r in table.rows if r["architecture"] == "early"]
+    runs = RunTable(path="made.csv", rows=rows, lines=list(range(2, len(rows) + 2)))
+    write_fits(tmp_path, fit_table(runs, resamples=20))
+    fits, out = read_fits(tmp_path)[0], tmp_path / "plan"
+    out.mkdir()
+    (out / "train.yaml").write_text("of an earlier plan")
+    for model, expected in ((None, ["none of the architectures", "5 times the budget"]), (SHAPE, ["5 times the"])):
+        request = Request(flops=1e21, model=model)
+        plan = make_plan(request, fits)
+        assert [path.name for path in write_plan(out, plan, request, {})] == ["plan.json", "plan.md"]
+        assert not (out / "train.yaml").exists()
+        told = [text for text in plan["warnings"] if text.startswith("no train.yaml: ")]
+        assert len(told) == len(expected) and all(part in text for part, text in zip(expected, told))
+        assert expected[-1] in (out / "plan.md").read_text()
+
+
+def test_a_group_that_is_no_architecture_needs_a_shape(table, tmp_path):
+    rows = [{k: v for k, v in r.items() if k != "architecture"} for r in table.rows if r["architecture"] == "early"]
+    write_fits(tmp_path, fit_table(RunTable(path="made.csv", rows=rows, lines=table.lines[:25]), resamples=20))
+    fits = read_fits(tmp_path)[0]
+    assert len(make_plan(Request(flops=1e21), fits)["no_train_config"]) == 1
+    assert make_plan(Request(flops=1e21, model=SHAPE), fits)["no_train_config"] == []
+
+
+def test_late_fusion_counted_with_its_encoder_is_built(table, tmp_path):
+    """Patches are fewer than tokens, so that a tower's FLOPs are below 6 N_v D."""
+    rows = [{**r, "flops": r["flops"] * 0.9} for r in table.rows if r["architecture"] == "late"]
+    write_fits(tmp_path, fit_table(RunTable(path="made.csv", rows=rows, lines=table.lines[:25]), resamples=20))
+    plan = make_plan(Request(flops=1e22), read_fits(tmp_path)[0])
+    assert plan["model"]["architecture"] == "late" and plan["no_train_config"] == []
+
+
 def test_small_budgets_get_small_batches(fits):
     request = Request(flops=1e19)
     plan = make_plan(request, fits)

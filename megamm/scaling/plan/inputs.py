@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -135,7 +136,7 @@ def read_fits(path: Path | str, loss_column: str = "loss") -> tuple[list[Fitted]
                     )
                     continue
                 found.append(_fitted(path, entry, parameters, draws[f"{key}@{entry['form']}/law" if plain else key]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise InputError(f"{path}: no readable fits ({error}); run tools/fit_scaling_laws.py again") from error
     if not found:
         columns = sorted({entry.get("loss_column", "loss") for entry in entries})
@@ -169,9 +170,13 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+BUILT = ("early", "late", "text")
+"""Architectures of megamm.config.ModelConfig; a group of another name has no model of its own."""
+
+
 def default_model(group: str) -> ModelConfig:
     """The paper's shape, in the architecture that the group is named after, else early fusion."""
-    architecture = group if group in ("early", "late", "text") else "early"
+    architecture = group if group in BUILT else "early"
     return ModelConfig(architecture=architecture, depth=24, vocab_size=50432, image_size=224, patch_size=14)
 
 

@@ -1,4 +1,4 @@
-"""Write a plan: plan.json for programs, plan.md for decision makers, train.yaml for megamm.train."""
+"""Write a plan: plan.json for programs, plan.md for decision makers, train.yaml for megamm.train where it can."""
 
 import copy
 import dataclasses
@@ -19,7 +19,10 @@ WARMUP_STEPS = 1000
 
 
 def write_plan(folder: Path | str, plan: dict[str, Any], request: Request, base: dict[str, Any]) -> list[Path]:
-    """Write the three files into ``folder``, each whole or not at all; ``base`` is the base config's mapping.
+    """Write the files into ``folder``, each whole or not at all; ``base`` is the base config's mapping.
+
+    Where the plan says that its model cannot be trained by megamm there is no train.yaml, and one of an earlier plan
+    is removed, as it would be taken for this one's.
 
     Raises:
         InputError: ``folder`` is a file, or the config that results is not valid.
@@ -29,16 +32,19 @@ def write_plan(folder: Path | str, plan: dict[str, Any], request: Request, base:
         raise InputError(f"{folder}: is a file; --out names a folder")
     plan = dict(plan)
     model = plan.pop("build")
-    values = train_values(plan, model, request, base)
-    build(Config, values, where="train.yaml")
-    header = (
-        f"# {plan['model']['params']:,} parameters, {plan['model']['tokens']:.4g} tokens; written by plan_training.py\n"
-    )
-    page = to_markdown(plan)
-    write_text(folder / "train.yaml", header + yaml.safe_dump(values, sort_keys=False))
+    page, config = to_markdown(plan), folder / "train.yaml"
+    if plan["no_train_config"]:
+        config.unlink(missing_ok=True)
+    else:
+        values = train_values(plan, model, request, base)
+        build(Config, values, where="train.yaml")
+        size = f"{plan['model']['params']:,} parameters, {plan['model']['tokens']:.4g} tokens"
+        header = f"# {size}; written by plan_training.py\n"
+        write_text(config, header + yaml.safe_dump(values, sort_keys=False))
     write_text(folder / "plan.md", page)
     write_json(folder / "plan.json", plan)  # last: whoever finds it finds the rest
-    return [folder / name for name in ("plan.json", "plan.md", "train.yaml")]
+    written = [folder / "plan.json", folder / "plan.md"]
+    return written if plan["no_train_config"] else [*written, config]
 
 
 def train_values(plan: dict[str, Any], model: Buildable, request: Request, base: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +105,8 @@ def to_markdown(plan: dict[str, Any]) -> str:
         f"Model: {model['architecture']}, width {model['width']}, depth {model['depth']}, {model['heads']} heads of "
         f"{model['head_dim']}"
         + (f", vision width {model['vision_width']}" if model["vision_width"] else "")
-        + f"; layout: tensor {model['layout']['tensor']} x data {model['layout']['data']}.",
+        + f"; layout: tensor {model['layout']['tensor']} x data {model['layout']['data']}."
+        + (" Not to be trained as it is: see the warnings." if plan["no_train_config"] else ""),
         "",
     ]
     lines += _choices(plan) + _hardware(plan) + _tradeoffs(plan) + _stages(plan["stages"])

@@ -13,7 +13,7 @@ from megamm.errors import InputError
 from megamm.scaling import laws
 from megamm.scaling.compare import Law, compare, verdict
 from megamm.scaling.plan.hardware import bill
-from megamm.scaling.plan.inputs import Fitted, Request, default_model, losses_at, measured
+from megamm.scaling.plan.inputs import BUILT, Fitted, Request, default_model, losses_at, measured
 from megamm.scaling.plan.sizes import Buildable, nearest_model
 from megamm.scaling.plan.stages import propose_stages
 from megamm.scaling.plan.tradeoffs import repeated_optimum, serving_optimum, serving_table
@@ -28,6 +28,8 @@ from megamm.scaling.plan.transfer import (
 
 FAR = 10.0
 """Extrapolation in compute that is warned of."""
+OFF_BUDGET = 0.1
+"""Relative difference between the model's own FLOPs and the budget above which no training config is written."""
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)
 """Sizes of the over-training table, as shares of N*."""
 
@@ -70,6 +72,7 @@ def make_plan(request: Request, fits: list[Fitted]) -> dict[str, Any]:
         "transfer": _transfer(request, law, model.params, noise),
         "noise_between_runs": noise,
         "stages": propose_stages(request, chosen, flops, model, tokens),
+        "no_train_config": _not_buildable(request, law, model, flops, tokens),
     }
     plan["warnings"] = _warnings(chosen, plan, request)
     plan["assumptions"] = _assumptions(chosen, request)
@@ -148,6 +151,27 @@ def _model_entry(model: Buildable, request: Request) -> dict[str, Any]:
     }
 
 
+def _not_buildable(request: Request, law: Law, model: Buildable, flops: float, tokens: float) -> list[str]:
+    """Why training ``model`` would not be the plan; empty where it would.
+
+    Its own count is that of dense 6ND; an encoder's share of it hangs on the patches in the data, which are not known
+    here, so that any between none and all is accepted.
+    """
+    found = []
+    if request.model is None and law.name not in BUILT:
+        found.append(
+            f"group {law.name} is none of the architectures that are built here ({', '.join(BUILT)}), the model shown "
+            "is an early-fusion stand-in; give its shape by --base-config"
+        )
+    least, most = 6 * model.counts.decoder * tokens, 6 * model.params * tokens
+    if flops < (1 - OFF_BUDGET) * least or flops > (1 + OFF_BUDGET) * most:
+        found.append(
+            f"the model on these tokens costs {most / flops:.3g} times the budget by its own count (dense 6ND, "
+            f"{most:.3g} FLOPs): the runs were counted as {law.kappa:.3g} x 6ND, by active parameters or otherwise"
+        )
+    return found
+
+
 # ----------------------------------------------------------------------------------------------- the sections
 
 
@@ -223,7 +247,7 @@ def _transfer(request: Request, law: Law, params: float, noise: float) -> dict[s
 
 def _warnings(chosen: Fitted, plan: dict[str, Any], request: Request) -> list[str]:
     top, flops = chosen.law.flops_range[1], plan["optimum"]["flops"]
-    found = []
+    found = [f"no train.yaml: {text}" for text in plan["no_train_config"]]
     if flops > FAR * top:
         found.append(f"extrapolation: {flops / top:.0f} times the largest compute measured ({top:.2g} FLOPs)")
     best, built = plan["optimum"]["params"]["value"], plan["model"]["params"]
