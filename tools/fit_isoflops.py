@@ -6,6 +6,7 @@ import sys
 
 from rich.console import Console
 
+from megamm.arguments import not_negative
 from megamm.errors import exit_on_error
 from megamm.scaling.isoflop import NOISE, fit_isoflop_table
 from megamm.scaling.isoflop_outputs import write_isoflops
@@ -24,7 +25,7 @@ def main() -> None:
         "--noise", type=float, default=NOISE, help="spread of a loss between seeds, nats (default: %(default)s)"
     )
     parser.add_argument("--draws", type=int, default=1000, help="noise draws for the intervals (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="seed of the draws (default: %(default)s)")
     arguments = parser.parse_args()
     with Console(stderr=True).status("reading runs") as status:
         fits = fit_isoflop_table(

@@ -6,6 +6,7 @@ import sys
 
 from rich.console import Console
 
+from megamm.arguments import not_negative
 from megamm.errors import exit_on_error
 from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.forms import FORMS
@@ -38,7 +39,7 @@ def main() -> None:
         metavar="R",
         help="resamples for the intervals (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="seed of the bootstrap (default: %(default)s)")
     arguments = parser.parse_args()
     with Console(stderr=True).status("reading runs") as status:
         fits = fit_table(

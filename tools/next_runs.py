@@ -5,6 +5,7 @@ import argparse
 
 from rich.console import Console
 
+from megamm.arguments import not_negative
 from megamm.errors import exit_on_error
 from megamm.scaling.next_runs import DECISIONS, Request, plan_runs, to_markdown, write_next_runs
 from megamm.scaling.runs import read_runs
@@ -27,7 +28,7 @@ def main() -> None:
     add("--ratios", nargs=2, type=float, metavar="R", help="range of tokens per parameter (default: as so far)")
     add("--max-runs", type=int, default=20, metavar="K", help="default: %(default)s")
     add("--bootstrap", dest="resamples", type=int, default=1000, metavar="R", help="default: %(default)s")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--seed", type=not_negative, default=0, help="default: %(default)s")
     add("--out", default="next", metavar="DIR", help="folder for the results (default: %(default)s)")
     arguments = vars(parser.parse_args())
     runs, out = arguments.pop("runs"), arguments.pop("out")

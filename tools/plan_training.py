@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parse()
     with Console(stderr=True).status("reading fits"):
         fits, left_out = read_fits(arguments.fits, arguments.loss_column)
-        base = read_yaml(arguments.base_config) if arguments.base_config else {}
+        base = _read_base(arguments.base_config) if arguments.base_config else {}
         efficiency = None
         if arguments.run_logs:
             efficiency = read_mfu(arguments.run_logs)
@@ -85,13 +85,27 @@ def main() -> None:
     print(f"-> {', '.join(str(path) for path in written)}")
 
 
+def _read_base(path: str) -> dict:
+    """A training config, of which may be missing what the plan fills in; what the plan reads of it is checked."""
+    base = read_yaml(path)
+    sections = {name: base.get(name) for name in ("model", "data", "optimizer", "schedule", "train", "parallel")}
+    if isinstance(base.get("data"), dict):
+        sections["data.sources"] = base["data"].get("sources")
+    for name, section in sections.items():
+        if not isinstance(section, dict | None):
+            raise InputError(f"{path}: {name}: expected a mapping")
+    for section, name in (("data", "row_length"), ("train", "batch_rows")):
+        value = (base.get(section) or {}).get(name, 1)
+        if not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            raise InputError(f"{path}: {section}.{name}: {value!r} is not a whole number above zero")
+    return base
+
+
 def _template(base: dict, group: str, where: str | None) -> ModelConfig | None:
     """The base config's model over the defaults of the group; None without one, so that each group has its own."""
     if not base:
         return None
     section = base.get("model") or {}
-    if not isinstance(section, dict):
-        raise InputError(f"{where}: model: expected a mapping")
     defaults = dataclasses.asdict(default_model(group))
     sources = (base.get("data") or {}).get("sources") or {}
     for source in list(sources.values())[:1]:  # the data decides vocabulary and image size, where it is at hand

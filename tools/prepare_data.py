@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megamm.arguments import not_negative
 from megamm.data.prepare import PrepareSettings, prepare
 from megamm.data.readers import KINDS
 from megamm.errors import exit_on_error
@@ -57,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-pixels", type=int, default=50_000_000, help="refuse larger images, before decoding (50 million)")
     add("--limit", type=int, help="stop after this many documents")
     add("--num-documents", type=int, default=10_000, help="documents of a scenes: input (10000)")
-    add("--seed", type=int, default=0, help="seed of scenes: inputs (0)")
+    add("--seed", type=not_negative, default=0, help="seed of scenes: inputs (0)")
     add("--workers", type=int, default=os.cpu_count(), help="processes; the output does not depend on it")
     return parser
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import Progress
 
+from megamm.arguments import not_negative
 from megamm.data.documents import Document, Text
 from megamm.data.readers import KINDS, open_inputs
 from megamm.data.tokenizer import train_tokenizer
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="tokenizer.json", help="file to write")
     parser.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="which files of a folder to read")
     parser.add_argument("--num-documents", type=int, default=10_000, help="documents of a scenes: input")
-    parser.add_argument("--seed", type=int, default=0, help="seed of scenes: inputs")
+    parser.add_argument("--seed", type=not_negative, default=0, help="seed of scenes: inputs")
     arguments = parser.parse_args()
 
     # Small pictures: only the text is used.

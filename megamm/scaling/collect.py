@@ -281,6 +281,10 @@ def read_facts(path: Path | str) -> dict[str, dict[str, Any]]:
                 found[name] = parse_facts(row, f"{path}: line {reader.line_num} (run {name})")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text; give a CSV file with a column run") from error
+    except csv.Error as error:
+        raise InputError(f"{path}: not valid CSV ({error})") from error
     return found
 
 

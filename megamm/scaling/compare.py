@@ -9,6 +9,7 @@ groups were resampled independently.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -166,7 +167,7 @@ def read_laws(folder: Path | str, loss_column: str = "loss") -> dict[str, Law]:
                     kappa=fit["kappa"],
                     flops_range=tuple(fit["ranges"]["flops"]),
                 )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise InputError(f"{folder}: no readable fits ({error}); run tools/fit_scaling_laws.py again") from error
     return found
 

@@ -186,7 +186,7 @@ def parse_number(where: str, column: str, value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{where}: column {column}: {value!r} is not a number") from error
     may_be_zero = column in NOT_NEGATIVE
     if not (math.isfinite(number) and (number > 0 or (may_be_zero and number == 0))):

@@ -282,6 +282,26 @@ def test_intermediate_checkpoints_of_our_runs(tmp_path):
     assert len(collect([tmp_path])[0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"step": 50, "tok', "line 1: not JSON"),
+        ("[1]", "line 1: expected a JSON object"),
+        ('{"step": 50, "val/text/loss": 4.2}', "line 1: no field tokens"),
+        ('{"tokens": 204800, "val/text/loss": 4.2}', "line 1: no field step"),
+        ('{"step": 50, "tokens": 204800, "val/text/loss": NaN}', "line 1: column loss_text: nan is not a finite"),
+        ('{"step": 50, "tokens": "many", "val/text/loss": 4.2}', "line 1: column tokens: 'many' is not a number"),
+        ('{"step": 50, "tokens": 204800, "val/text/loss": [4]}', r"line 1: column loss_text: \[4\] is not a number"),
+    ],
+)
+def test_damaged_metrics_name_the_line(tmp_path, line, expected):
+    folder = run_dir(tmp_path / "a", "a")
+    (folder / "metrics.jsonl").write_text(line + '\n{"step": 100, "tokens": 409600, "val/text/loss": 4.0}\n')
+    with pytest.raises(InputError, match=rf"metrics\.jsonl: {expected}"):
+        collect([tmp_path], Options(include_intermediate=True))
+    assert len(collect([tmp_path])[0]) == 1
+
+
 def test_a_run_under_two_names_is_noticed(tmp_path):
     path = table(tmp_path, "run,params,tokens,loss\na,1e6,1e7,3.25\nb,1e6,1e7,3.25\nc,1e6,1e7,3.2501\n")
     assert suspected_duplicates(collect([path])[0]) == [
@@ -303,6 +323,12 @@ def test_facts_file(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_facts(path)
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(InputError, match=r"facts\.csv: not UTF-8 text"):
+        read_facts(path)
+    path.write_text("run,params\na," + "1" * 200_000 + "\n")
+    with pytest.raises(InputError, match=r"facts\.csv: not valid CSV"):
+        read_facts(path)
 
 
 def test_tool_converts_and_shows_it(tmp_path):

@@ -1,6 +1,7 @@
 """Our own run directories: result.json of finished runs, metrics.jsonl for intermediate checkpoints."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,30 +43,53 @@ def intermediate_rows(run_dir: Path, final: dict[str, Any]) -> list[dict[str, An
     """A row per validation before the last one, from metrics.jsonl; the rest is as in the ``final`` row.
 
     A validation at a step stands after the training line of the same step, which holds the FLOPs.
+
+    Raises:
+        InputError: a line that is damaged, lacks its step or tokens, or holds a bad number.
     """
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
     rows, flops = [], {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):  # cut short by a kill
-            continue
-        record = json.loads(line)
+    for where, record in _metrics(run_dir / "metrics.jsonl"):
         if "flops" in record:
             flops = {key: record[key] for key in ("flops", "flops_exact") if key in record}
         losses = {
             f"loss_{key.split('/')[1]}": value
             for key, value in record.items()
-            if key.startswith("val/") and key.endswith("/loss") and key.count("/") == 2
+            if key.startswith("val/") and key.endswith("/loss") and key.count("/") == 2 and value is not None
         }
-        if losses and record["tokens"] < final["tokens"]:
-            losses["loss"] = sum(losses.values()) / len(losses)
-            name = f"{final['run']}@{record['step']}"
-            share = record["tokens"] / final["tokens"]
-            seen = {"tokens": record["tokens"], "tokens_vision": (final.get("tokens_vision") or 0) * share or None}
+        if not losses or record.get("tokens") == 0:  # before training there is nothing to fit
+            continue
+        missing = [key for key in ("step", "tokens") if record.get(key) is None]
+        if missing:
+            raise InputError(f"{where}: no field {', '.join(missing)}; remove the damaged line")
+        seen = {"tokens": record["tokens"], **flops, **losses}
+        seen = {column: parse_number(where, column, value) for column, value in seen.items()}
+        if seen["tokens"] < final["tokens"]:
+            losses = {column: seen[column] for column in losses}
+            seen["loss"] = sum(losses.values()) / len(losses)
+            share = seen["tokens"] / final["tokens"]
+            seen["tokens_vision"] = (final.get("tokens_vision") or 0) * share or None
             state = {"checkpoint": "intermediate", "cooled": False, "trunk": final["trunk"] or final["run"]}
-            rows.append({**final, "run": name, **seen, **flops, **losses, **state})
+            rows.append({**final, "run": f"{final['run']}@{record['step']}", **seen, **state})
     return rows
+
+
+def _metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of a metrics.jsonl, with the place of it; none where there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):  # cut short by a kill
+            continue
+        where = f"{path}: line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON ({error}); remove the damaged line") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: expected a JSON object; remove the damaged line")
+        yield where, record
 
 
 def _read(path: Path) -> dict[str, Any]:
