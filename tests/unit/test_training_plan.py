@@ -254,6 +254,35 @@ def test_without_llm_runs_nothing_is_fitted(fits, table):
         make_plan(Request(flops=1e22, runs=both), fits)
 
 
+def test_the_transfer_law_is_of_the_planned_loss_and_group(table, tmp_path):
+    """Another loss column and another group hold runs of another law: neither may enter."""
+    rows = [{**row, "loss_text": row["loss"], "loss": 2 * row["loss"], "init": "native"} for row in table.rows]
+    llm = [{**row, "architecture": "early"} for row in transfer_runs(0.3, 0.4, 6e10).rows]
+    rows += [{**row, "loss_text": row["loss"], "loss": 2 * row["loss"]} for row in llm]
+    rows += [{**row, "architecture": "late", "loss_text": 3.0, "run": f"late-{row['run']}"} for row in llm]
+    rows.append({**llm[0], "run": "unmeasured", "loss_text": None})
+    runs = RunTable(path="both.csv", rows=rows, lines=list(range(2, len(rows) + 2)))
+    native = RunTable(path="made.csv", rows=rows[: len(table)], lines=table.lines)
+    write_fits(tmp_path, fit_table(native, losses="loss_text", resamples=20))
+    fits = read_fits(tmp_path, "loss_text")[0]
+    plan = make_plan(Request(flops=1e22, group="early", loss_column="loss_text", runs=runs), fits)
+    found = plan["transfer"]
+    assert found["status"].startswith("fitted to 18")
+    early = next(fit.law for fit in fits if fit.law.name == "early")
+    expected = fit_transfer(transfer_runs(0.3, 0.4, 6e10), early).parameters
+    assert [found["exponents"][name]["value"] for name in "ab"] == pytest.approx(expected[1:], abs=1e-6)
+    told = "\n".join(text for text in plan["warnings"] if text.startswith("transfer law: "))
+    assert "18 LLM-initialised runs of another architecture than early" in told
+    assert "without loss_text were left out: " in told and "(run unmeasured)" in told
+
+
+def test_llm_runs_of_another_group_alone_fit_nothing(fits, table):
+    rows = [{**row, "architecture": "late"} for row in transfer_runs(0.3, 0.4, 6e10).rows]
+    runs = RunTable(path="llm.csv", rows=rows, lines=list(range(2, len(rows) + 2)))
+    found = make_plan(Request(flops=1e22, group="early", runs=runs), fits)["transfer"]
+    assert found["status"].startswith("not fitted: 0 LLM-initialised runs of group early with loss")
+
+
 # -------------------------------------------------------------------------------------------- stages and files
 
 

@@ -19,11 +19,13 @@ from megamm.scaling.plan.stages import propose_stages
 from megamm.scaling.plan.tradeoffs import repeated_optimum, serving_optimum, serving_table
 from megamm.scaling.plan.transfer import (
     FORM,
+    MIN_RUNS,
     NOT_FITTED,
     Transfer,
     break_even,
     fit_transfer,
     initialised_rows,
+    runs_of_group,
 )
 
 FAR = 10.0
@@ -234,14 +236,18 @@ def _transfer(request: Request, law: Law, params: float, noise: float) -> dict[s
         picked = initialised_rows(table, request.init_column)
     if not picked.any():
         return {"status": NOT_FITTED, "form": FORM}
-    fitted: Transfer = fit_transfer(table.select(picked), law)
+    runs, warnings = runs_of_group(table.select(picked), law.name, request.loss_column)
+    if len(runs) < min(MIN_RUNS, picked.sum()):  # too few in the table at all is the user's mistake, and an error
+        status = f"not fitted: {len(runs)} LLM-initialised runs of group {law.name} with {request.loss_column}"
+        return {"status": f"{status}, at least {MIN_RUNS} are needed", "form": FORM, "warnings": warnings}
+    fitted: Transfer = fit_transfer(runs, law, loss_column=request.loss_column)
     return {
         "status": f"fitted to {fitted.n_runs} LLM-initialised runs",
         "form": FORM,
         "exponents": {name: measured(fitted.parameters[i], fitted.draws[:, i]) for i, name in ((1, "a"), (2, "b"))},
         "break_even_tokens": break_even(fitted, law, params, llm_tokens=request.llm_tokens, negligible=noise),
         "negligible_gain": noise,
-        "warnings": fitted.warnings,
+        "warnings": warnings + fitted.warnings,
     }
 
 
@@ -261,6 +267,7 @@ def _warnings(chosen: Fitted, plan: dict[str, Any], request: Request) -> list[st
             found.append(f"{request.num_gpus} {entry['gpu']} cannot hold the training state; {entry['least_gpus']} can")
     if repeated and repeated["epochs"] > 4:
         found.append(f"{repeated['epochs']:.1f} epochs: beyond about 4 repeated tokens lose worth (arXiv 2305.16264)")
+    found += [f"transfer law: {text}" for text in plan["transfer"].get("warnings", [])]
     return found + [f"from the fit: {text}" for text in chosen.entry.get("warnings", [])]
 
 

@@ -16,6 +16,7 @@ from scipy.optimize import least_squares
 
 from megamm.errors import InputError
 from megamm.scaling.compare import Law
+from megamm.scaling.plan.inputs import BUILT
 from megamm.scaling.runs import RunTable
 
 NOT_FITTED = "not fitted: no LLM-initialised runs"
@@ -61,8 +62,30 @@ def initialised_rows(table: RunTable, column: str) -> np.ndarray:
     return np.array(found, bool)
 
 
-def fit_transfer(table: RunTable, native: Law, *, resamples: int = 200, seed: int = 0) -> Transfer:
-    """Fit the transfer law to LLM-initialised runs on top of the law of native ones.
+def runs_of_group(table: RunTable, group: str, loss_column: str) -> tuple[RunTable, list[str]]:
+    """The LLM-initialised runs of ``table`` that the native law of ``group`` can be held against, and what is left out.
+
+    A run that names no group is taken for one of it; a group named after an architecture is known to be in that column.
+    """
+    warnings = []
+    for column in ("architecture", "mixture"):
+        values = [str(row.get(column) or "") for row in table.rows]
+        if group in values or (column == "architecture" and group in BUILT):
+            others = sum(value not in ("", group) for value in values)
+            if others:
+                warnings.append(f"{others} LLM-initialised runs of another {column} than {group} were left out")
+            table = table.select(value in ("", group) for value in values)
+    measured = ~np.isnan(table.numbers(loss_column))
+    if not measured.all():
+        places = ", ".join(table.select(~measured).places)
+        warnings.append(f"LLM-initialised runs without {loss_column} were left out: {places}")
+    return table.select(measured), warnings
+
+
+def fit_transfer(
+    table: RunTable, native: Law, *, loss_column: str = "loss", resamples: int = 200, seed: int = 0
+) -> Transfer:
+    """Fit the transfer law to LLM-initialised runs, all with a loss, on top of the law of native ones.
 
     Least squares of log loss with a soft-L1 loss; each bootstrap draw takes one draw of the native law and a resample
     of the runs. With one size of model b cannot be told and is held at zero.
@@ -72,7 +95,7 @@ def fit_transfer(table: RunTable, native: Law, *, resamples: int = 200, seed: in
     """
     if len(table) < MIN_RUNS:
         raise InputError(f"{table.path}: {len(table)} LLM-initialised runs; the transfer law needs at least {MIN_RUNS}")
-    n, d, y = (table.numbers(column) for column in ("params", "tokens", "loss"))
+    n, d, y = (table.numbers(column) for column in ("params", "tokens", loss_column))
     log_n, log_d = np.log(n), np.log(d)
     result = Transfer(
         parameters=np.zeros(3),
