@@ -1,11 +1,14 @@
 """What to distrust in a fit, one sentence each, with the figures that say so."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from megamm.scaling import laws
 from megamm.scaling.approaches import disagreement, side_by_side
 from megamm.scaling.fit import Fit, distinct
 from megamm.scaling.minimise import EXPONENT_BOUNDS
+from megamm.scaling.runs import RunTable
 from megamm.scaling.stability import drop_table, drop_warnings
 from megamm.scaling.uncertainty import joint_intervals, optimum_intervals, profile_intervals
 
@@ -42,20 +45,25 @@ def extrapolation(flops: float, flops_range: tuple[float, float]) -> str | None:
     return f"extrapolation: {flops:.3g} FLOPs are {ratio:.0f} times the largest run, {flops_range[1]:.3g}"
 
 
-def warnings_of(fit: Fit) -> list[str]:
-    """All warnings about ``fit``, the gravest kinds first."""
+def warnings_of(fit: Fit, partners: Sequence[RunTable] = ()) -> list[str]:
+    """All warnings about ``fit``, the gravest kinds first.
+
+    Args:
+        partners: runs of the other groups whose exponents are those of ``fit`` too (forms.shared).
+    """
     return [
-        *_identification(fit),
-        *_bounds(fit),
-        *_starts(fit),
+        *identification(fit, partners),
+        *bounds(fit),
+        *_starts(fit, shared=bool(partners)),
         *_stability(fit),
         *_design(fit),
-        *_bootstrap(fit),
+        *bootstrap(fit),
         *outliers(fit),
     ]
 
 
-def _identification(fit: Fit) -> list[str]:
+def identification(fit: Fit, partners: Sequence[RunTable] = ()) -> list[str]:
+    """Whether the runs determine the law at all; ``partners`` as for warnings_of."""
     found = []
     low, high = fit.intervals["a"]
     if high - low > WIDE_INTERVAL:
@@ -66,18 +74,27 @@ def _identification(fit: Fit) -> list[str]:
     n = len(fit.table)
     if n < FEW_RUNS:
         found.append(f"{n} runs for {len(laws.PARAMETERS)} parameters; intervals are too narrow below {FEW_RUNS} runs")
-    for column in ("params", "tokens"):
-        number = int(distinct(fit.table.numbers(column)).max()) + 1
-        if number < 3:
-            term = "A, alpha" if column == "params" else "B, beta"
+    for column, (constant, exponent) in {"params": ("A", "alpha"), "tokens": ("B", "beta")}.items():
+        number, *others = (_levels(table.numbers(column)) for table in (fit.table, *partners))
+        # An exponent that another group determines leaves two unknowns of this term, for which two sizes do.
+        given = max(others, default=0) >= 3
+        if number < (2 if given else 3):
+            what = "constants" if given else "exponents"
+            term = constant if given else f"{constant}, {exponent}"
             found.append(
-                f"exponents are not identified: with {number} distinct {column}, {term} and E cannot be told "
-                "apart; at least 3 are needed"
+                f"{what} are not identified: with {number} distinct {column}, {term} and E cannot be told "
+                f"apart; at least {2 if given else 3} are needed"
             )
     return found
 
 
-def _bounds(fit: Fit) -> list[str]:
+def _levels(values: np.ndarray) -> int:
+    """How many distinct ones there are."""
+    return int(distinct(values).max()) + 1
+
+
+def bounds(fit: Fit) -> list[str]:
+    """Parameters at the end of what is searched, and terms that do not matter."""
     E, A, alpha, B, beta = fit.parameters
     lowest = float(fit.table.numbers(fit.loss_column).min())
     found = []
@@ -96,11 +113,12 @@ def _bounds(fit: Fit) -> list[str]:
     return found
 
 
-def _starts(fit: Fit) -> list[str]:
+def _starts(fit: Fit, shared: bool) -> list[str]:
     share = fit.starts_at_optimum / fit.starts_total
     if share >= 0.5:
         return []
-    found = [f"only {fit.starts_at_optimum} of {fit.starts_total} starts ended at the optimum"]
+    what = " of all groups together" if shared else ""
+    found = [f"only {fit.starts_at_optimum} of {fit.starts_total} starts ended at the optimum{what}"]
     values = fit.draws.copy()
     # log A at the mean size, not at N = 1, or every fit would show a correlation of 1 with alpha.
     for term, exponent, column in ((1, 2, "params"), (3, 4, "tokens")):
@@ -136,15 +154,8 @@ def _stability(fit: Fit) -> list[str]:
 
 
 def _design(fit: Fit) -> list[str]:
-    found = []
-    params, tokens, flops = (fit.table.numbers(c) for c in ("params", "tokens", "flops"))
-    if np.ptp(np.log(params)) > 0 and np.ptp(np.log(tokens)) > 0:
-        correlation = np.corrcoef(np.log(params), np.log(tokens))[0, 1]
-        if abs(correlation) > 0.98:
-            found.append(f"params and tokens vary together (correlation {correlation:.3f}): vary them apart")
-    ratios = int(distinct(tokens / params).max()) + 1
-    if ratios < FEW_RATIOS:
-        found.append(f"only {ratios} distinct tokens per parameter: the optimal ratio rests on the form of the law")
+    found = coverage(fit)
+    params, tokens = fit.table.numbers("params"), fit.table.numbers("tokens")
     best = laws.optimum(fit.parameters, np.array(fit.flops_range), fit.kappa)
     for name, values, optimal in (("params", params, best[0]), ("tokens", tokens, best[1])):
         if optimal.min() < values.min() / SLACK or optimal.max() > values.max() * SLACK:
@@ -152,21 +163,36 @@ def _design(fit: Fit) -> list[str]:
                 f"extrapolation: the optimal {name} over the runs' compute, {optimal.min():.3g} to "
                 f"{optimal.max():.3g}, leave the measured {values.min():.3g} to {values.max():.3g}"
             )
+    mixtures = sorted({str(row.get("mixture")) for row in fit.table.rows if row.get("mixture")})
+    if len(mixtures) > 1:
+        found.append(f"mixtures {', '.join(mixtures)} are fitted together; --group-by mixture keeps them apart")
+    return found
+
+
+def coverage(fit: Fit) -> list[str]:
+    """What the runs lack under any law, a forms.fitting.FormFit included."""
+    found = []
+    params, tokens, flops = (fit.table.numbers(c) for c in ("params", "tokens", "flops"))
+    if np.ptp(np.log(params)) > 0 and np.ptp(np.log(tokens)) > 0:
+        correlation = np.corrcoef(np.log(params), np.log(tokens))[0, 1]
+        if abs(correlation) > 0.98:
+            found.append(f"params and tokens vary together (correlation {correlation:.3f}): vary them apart")
+    ratios = _levels(tokens / params)
+    if ratios < FEW_RATIOS:
+        found.append(f"only {ratios} distinct tokens per parameter: the optimal ratio rests on the form of the law")
     ratio = flops / (6 * params * tokens)
     if ratio.max() > 1.2 * ratio.min():
         found.append(
             f"flops/(6*params*tokens) varies from {ratio.min():.3g} to {ratio.max():.3g}; "
             f"frontiers use its median, {fit.kappa:.3g}"
         )
-    mixtures = sorted({str(row.get("mixture")) for row in fit.table.rows if row.get("mixture")})
-    if len(mixtures) > 1:
-        found.append(f"mixtures {', '.join(mixtures)} are fitted together; --group-by mixture keeps them apart")
     if any(row.get("cooled") is False for row in fit.table.rows):
         found.append("some runs were not cooled down: their losses are not those of finished runs")
     return found
 
 
-def _bootstrap(fit: Fit) -> list[str]:
+def bootstrap(fit: Fit) -> list[str]:
+    """Resamples that make intervals rough or too narrow; a forms.fitting.FormFit does too."""
     found = []
     trunks = [row["trunk"] for row in fit.table.rows if row.get("trunk")]
     if len(trunks) > len(set(trunks)) and fit.clusters == len(fit.table):

@@ -24,7 +24,7 @@ from megamm.scaling.fits_page import to_markdown
 from megamm.scaling.forms import FORMS
 from megamm.scaling.forms.fitting import FormFit, fit_form
 from megamm.scaling.forms.shared import NAME as SHARED
-from megamm.scaling.forms.shared import fit_shared
+from megamm.scaling.forms.shared import examine_shared, fit_shared
 from megamm.scaling.forms.simplex import mixture_entry
 from megamm.scaling.forms.warnings import form_warnings
 from megamm.scaling.runs import RunTable
@@ -72,7 +72,9 @@ def fit_table(
         fits = []
         for column in enough:
             progress(f"fitting {', '.join(groups)}, {column}")
-            fits += fit_shared(groups, loss_column=column, **options)
+            together = fit_shared(groups, loss_column=column, **options)
+            examine_shared(together)
+            fits += together
         return fits
     fits = []
     for group, runs in groups.items():

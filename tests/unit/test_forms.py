@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from megamm.scaling.forms.base import Form, FormProblem, amplitude, exponent
 from megamm.scaling.forms.fitting import descend_all, fit_form
 from megamm.scaling.forms.optimum import compute_optimum
 from megamm.scaling.forms.shared import fit_shared
+from megamm.scaling.forms.warnings import form_warnings
 from megamm.scaling.runs import write_runs
 
 ROOT = Path(__file__).parents[2]
@@ -288,3 +290,14 @@ def test_tool_fits_a_form(tmp_path):
     with np.load(tmp_path / "out" / "bootstrap.npz", allow_pickle=False) as draws:
         assert draws["all@mixture-exponential"].shape == (20, 8)
         assert draws["all@mixture-exponential/law"].shape == (20, 5)
+
+
+def test_forms_tell_of_trunks_and_runs_not_cooled():
+    table = planted("repeated", noise=0.003)
+    for i, row in enumerate(table.rows):
+        row |= {"trunk": f"t{i % 3}", "cooled": i > 0}
+    fit = fit_form(table, "repeated", resamples=10)
+    found = "\n".join(form_warnings(fit))
+    assert "only 3 trunks" in found and "not cooled down" in found
+    found = "\n".join(form_warnings(replace(fit, clusters=5, redrawn=2)))
+    assert "resamples only 5 trunks" in found and "20% of the resamples" in found

@@ -1,14 +1,18 @@
 """Exponents shared by several groups, and the test of whether the runs allow it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from form_factory import table_of, two_groups
 
 from megamm.scaling import minimise
+from megamm.scaling.fit import Fit
 from megamm.scaling.fit_outputs import fit_table
 from megamm.scaling.forms.base import FormProblem
 from megamm.scaling.forms.fitting import descend_all
-from megamm.scaling.forms.shared import SharedExponents, fit_shared
+from megamm.scaling.forms.shared import SharedExponents, examine_shared, fit_shared
+from megamm.scaling.runs import RunTable
 
 
 def test_shared_exponents():
@@ -47,3 +51,41 @@ def test_shared_problem_of_one_group_is_the_plain_fit():
     plain = minimise.Problem.of(*(table.numbers(c) for c in ("params", "tokens", "loss")))
     expected = minimise.minimise(plain, minimise.starts(plain), np.ones((1, len(table))))[1].min()
     assert best == pytest.approx(expected, rel=1e-6)
+
+
+def examined(groups: dict[str, RunTable], resamples: int = 20) -> list[Fit]:
+    """As the tool gives them."""
+    rows = [row | {"side": name} for name, table in groups.items() for row in table.rows]
+    return fit_table(table_of(rows), form="shared", group_by="side", resamples=resamples)
+
+
+def test_shared_fit_tells_what_the_plain_one_tells():
+    """Runs of both groups share three trunks, leave the kappa apart, and one run is far off."""
+    groups = two_groups(0.33)
+    for table in groups.values():
+        for i, row in enumerate(table.rows):
+            row |= {"trunk": f"t{i % 3}", "cooled": i > 0, "flops": row["flops"] * (1 + i % 2)}
+        table.rows[7]["loss"] *= 1.1
+    for fit in examined(groups, resamples=50):
+        found = "\n".join(fit.warnings)
+        for text in ("only 3 trunks", "not cooled down", "flops/(6*params*tokens) varies", "outlier: "):
+            assert found.count(text) == 1, text
+
+
+def test_shared_exponent_that_one_group_determines():
+    """Two sizes do where another group has five, one does not; alone, three are needed."""
+    groups = two_groups(0.33)
+    sizes = groups["late"].numbers("params")
+    for n, expected in ((2, []), (1, ["constants are not identified: with 1 distinct params, A and E"])):
+        part = {"early": groups["early"], "late": groups["late"].select(sizes < np.unique(sizes)[n])}
+        found = [text for text in examined(part)[1].warnings if "not identified: with" in text]
+        assert len(found) == len(expected) and all(map(str.startswith, found, expected))
+    few = {name: table.select(table.numbers("params") < np.unique(sizes)[2]) for name, table in groups.items()}
+    assert "with 2 distinct params, A, alpha and E" in "\n".join(examined(few)[0].warnings)
+
+
+def test_shared_starts_are_those_of_the_whole():
+    fits = [replace(fit, starts_at_optimum=1) for fit in fit_shared(two_groups(0.33), resamples=20)]
+    examine_shared(fits)
+    line = f"only 1 of {fits[0].starts_total} starts ended at the optimum of all groups together"
+    assert all(line in fit.warnings for fit in fits)

@@ -13,6 +13,7 @@ from scipy.special import fdtrc
 
 from megamm.errors import InputError
 from megamm.scaling import laws, minimise
+from megamm.scaling.diagnostics import warnings_of
 from megamm.scaling.fit import (
     AGREE_ABSOLUTE,
     AGREE_RELATIVE,
@@ -29,7 +30,7 @@ from megamm.scaling.fit import (
 )
 from megamm.scaling.forms.base import Data, Form, FormProblem, Parameter, Point, Term, amplitude, exponent
 from megamm.scaling.runs import RunTable
-from megamm.scaling.stability import drop_plan, drop_rows, drop_warnings, refit
+from megamm.scaling.stability import drop_plan, drop_rows, refit
 from megamm.scaling.uncertainty import deviance_scale, joint_intervals, optimum_intervals
 
 NAME = "shared"
@@ -68,7 +69,7 @@ def fit_shared(
     """Fit all groups with common exponents; a Fit per group, whose draws belong together row by row.
 
     Objective, starts, gradient norm and condition number are those of the whole; ``checks["sharing"]`` tests the
-    shared exponents against separate ones.
+    shared exponents against separate ones. Other warnings than that are added by examine_shared.
 
     Raises:
         InputError: one group only, or one with fewer than 5 runs.
@@ -113,7 +114,6 @@ def fit_shared(
         fit.holdout = _group_hold_out(fit, held_out, g)
         fit.checks = {"joint": joint_intervals(fit), "optimum": optimum_intervals(fit)}
         fit.checks |= {"drop_k": dropping.rows(fit, g), "sharing": {"groups": list(groups), **sharing}}
-        fit.warnings += drop_warnings(fit.checks["drop_k"], fit.intervals)
         fit.warnings += dropped[name]
         if sharing["p_value"] < 0.05:
             fit.warnings.append(
@@ -121,6 +121,12 @@ def fit_shared(
             )
         fits.append(fit)
     return fits
+
+
+def examine_shared(fits: list[Fit]) -> None:
+    """Add to the ``fits`` of all groups, as fit_shared gives them, the warnings that a plain fit has."""
+    for fit in fits:
+        fit.warnings += warnings_of(fit, [other.table for other in fits if other is not fit])
 
 
 def _columns(g: int) -> list[int]:

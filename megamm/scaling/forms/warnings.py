@@ -1,6 +1,6 @@
 """What to distrust in the fit of a declared form."""
 
-from megamm.scaling.diagnostics import outliers
+from megamm.scaling.diagnostics import bootstrap, coverage, outliers
 from megamm.scaling.forms.fitting import FormFit
 from megamm.scaling.forms.mixtures import domains
 from megamm.scaling.stability import drop_warnings
@@ -13,7 +13,8 @@ OUTSIDE = 0.02
 def form_warnings(fit: FormFit) -> list[str]:
     """All warnings about ``fit``, the gravest kinds first."""
     unstable = drop_warnings(fit.extras["drop_k"], fit.intervals)
-    return [*_identification(fit), *unstable, *_mixture(fit), *_holdout(fit), *outliers(fit)]
+    measured = [*coverage(fit), *bootstrap(fit)]
+    return [*_identification(fit), *unstable, *_mixture(fit), *_holdout(fit), *measured, *outliers(fit)]
 
 
 def _identification(fit: FormFit) -> list[str]:
