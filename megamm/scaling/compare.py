@@ -3,7 +3,7 @@
 Each group's frontier is L*(C) = min of L(N, D) over all N, D with C = 6 kappa (N/N0)^growth N D. C counts what the
 runs' ``flops`` counted (for late fusion its encoder too), through the group's kappa and growth; see
 ``accounting.recount`` for other counts. Bands come from the bootstrap draws of both fits, paired at random since the
-groups were resampled independently.
+groups were resampled independently; those of fits with shared exponents belong together row by row.
 """
 
 import json
@@ -18,6 +18,7 @@ from megamm.scaling import laws
 from megamm.scaling.fit import LEVEL, Fit
 
 POINTS = 256
+CHINCHILLA, SHARED = "chinchilla", "shared"
 NOT_SEPARABLE = "not separable at 95%"
 
 
@@ -32,6 +33,7 @@ class Law:
         flops_range: compute of the runs.
         growth: power of N with which FLOPs per 6ND change, 0 where they do not.
         reference: N0, parameters.
+        form: as in fits.json; draws of two `shared` laws of one fit belong together row by row.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Law:
     flops_range: tuple[float, float]
     growth: float = 0.0
     reference: float = 1.0
+    form: str = CHINCHILLA
 
     @classmethod
     def of_fit(cls, fit: Fit) -> "Law":
@@ -50,6 +53,7 @@ class Law:
             draws=fit.draws,
             kappa=fit.kappa,
             flops_range=fit.flops_range,
+            form=fit.form,
         )
 
     def frontier(self, flops: np.ndarray, parameters: np.ndarray | None = None) -> np.ndarray:
@@ -166,6 +170,7 @@ def read_laws(folder: Path | str, loss_column: str = "loss") -> dict[str, Law]:
                     draws=draws[key_of(fit["group"], loss_column)],
                     kappa=fit["kappa"],
                     flops_range=tuple(fit["ranges"]["flops"]),
+                    form=fit.get("form", CHINCHILLA),
                 )
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise InputError(f"{folder}: no readable fits ({error}); run tools/fit_scaling_laws.py again") from error
@@ -277,8 +282,10 @@ def _simultaneous(center: np.ndarray, draws: np.ndarray, pointwise: np.ndarray) 
 
 
 def _pairs(first: Law, second: Law) -> tuple[np.ndarray, np.ndarray]:
-    """Draws of both laws, (R, 5) each, paired at random."""
+    """Draws of both laws, (R, 5) each, paired at random, or row by row where one refit gave both."""
     pairs = min(len(first.draws), len(second.draws))
+    if first.form == second.form == SHARED:
+        return first.draws[:pairs], second.draws[:pairs]
     shuffled = np.random.default_rng(0).permutation(len(second.draws))[:pairs]
     return first.draws[:pairs], second.draws[shuffled]
 

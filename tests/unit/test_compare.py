@@ -18,7 +18,7 @@ from megamm.scaling.accounting import cost_of
 from megamm.scaling.compare import Law, compare, crossover_sentence, gain_at, read_laws, verdict
 from megamm.scaling.compare_outputs import compare_fits
 from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.runs import read_runs, write_runs
+from megamm.scaling.runs import RunTable, check_rows, read_runs, write_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,6 +113,24 @@ def test_ranges():
     assert apart.flops[[0, -1]] == pytest.approx([1e18, 1e22]) and apart.extrapolated
     with pytest.raises(InputError, match="empty"):
         compare(left, right, (1e20, 1e19))
+
+
+def test_draws_of_shared_fits_stay_together():
+    """Where both move alike from resample to resample, their difference does not."""
+    first, second = law("early", spread=0.01), law("late", BASE * [1.02, 1, 1, 1, 1], spread=0.01)
+    apart = compare(first, second)
+    together = compare(replace(first, form="shared"), replace(second, form="shared"))
+    assert np.ptp(together.pointwise, axis=0).max() < 0.1 * np.ptp(apart.pointwise, axis=0).min()
+    one_of_them = compare(replace(first, form="shared"), second)
+    np.testing.assert_array_equal(one_of_them.pointwise, apart.pointwise)
+
+
+def test_shared_form_is_read_back(tmp_path):
+    table = check_rows(RunTable(path="made.csv", rows=ladder("early", BASE) + ladder("late", BASE), lines=range(2, 72)))
+    fits = fit_table(table, form="shared", resamples=10)
+    write_fits(tmp_path, fits)
+    assert [one.form for one in read_laws(tmp_path).values()] == ["shared", "shared"]
+    assert Law.of_fit(fits[0]).form == "shared"
 
 
 def test_read_laws_names_the_folder(tmp_path):

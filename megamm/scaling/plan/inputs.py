@@ -152,6 +152,7 @@ def _fitted(path: Path, entry: dict[str, Any], parameters: dict[str, float], dra
         draws=np.asarray(draws, float),
         kappa=float(entry["kappa"]),
         flops_range=tuple(entry["ranges"]["flops"]),
+        form=str(entry.get("form", "")),
     )
     if not (np.isfinite(law.parameters).all() and (law.parameters[1:] > 0).all()):
         raise InputError(f"{path}: group {law.name}: a parameter is not a finite number above zero")
