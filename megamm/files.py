@@ -8,6 +8,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megamm.errors import InputError
+
+
+def check_out(path: Path | str, *, folder: bool, option: str = "--out") -> None:
+    """Check that a folder or a file can be written at ``path``, without making anything: call it before long work.
+
+    Raises:
+        InputError: something of another kind is in the way, or the folder it goes to is not writable.
+    """
+    path = Path(path)
+    if not folder and path.is_dir():
+        raise InputError(f"{option}: {path} is a folder; give the path of a file")
+    if not folder and path.exists() and not path.is_file():  # a device would be replaced, not written to
+        raise InputError(f"{option}: {path} is no ordinary file; give another path")
+    places = [path, *path.parents] if folder else path.parents
+    nearest = next(place for place in places if os.path.lexists(place))  # "." or "/" at last
+    if not nearest.is_dir():
+        raise InputError(f"{option}: {nearest} is a file, not a folder; give another path")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{option}: folder {nearest} is not writable; give another path")
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from rich.console import Console
 
 from megamm.errors import InputError, exit_on_error
+from megamm.files import check_out
 from megamm.scaling.collect import LOSSES, Options, collect, parse_facts, read_facts, suspected_duplicates
 from megamm.scaling.conventions import COLUMN, CONVENTIONS, conversion_lines
 from megamm.scaling.runs import write_runs
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
+    check_out(arguments.out, folder=False)
     facts = read_facts(arguments.facts) if arguments.facts else {}
     facts["*"] = parse_facts(dict(_pairs("--set", arguments.set)), "--set")
     options = Options(

@@ -12,6 +12,7 @@ import sys
 from rich.console import Console
 
 from megamm.errors import InputError, exit_on_error
+from megamm.files import check_out
 from megamm.scaling.accounting import ACCOUNTINGS
 from megamm.scaling.compare import crossover_sentence, verdict
 from megamm.scaling.compare_outputs import compare_fits, write_comparison
@@ -35,6 +36,7 @@ def main() -> None:
         "--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="FLOPs (default: where both groups have runs)"
     )
     arguments = parser.parse_args()
+    check_out(arguments.out, folder=True)
     with Console(stderr=True).status("comparing"):
         report = compare_fits(
             arguments.fits,

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from megamm.arguments import not_negative
 from megamm.errors import exit_on_error
+from megamm.files import check_out
 from megamm.scaling.isoflop import NOISE, fit_isoflop_table
 from megamm.scaling.isoflop_outputs import write_isoflops
 from megamm.scaling.runs import read_runs
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000, help="noise draws for the intervals (default: %(default)s)")
     parser.add_argument("--seed", type=not_negative, default=0, help="seed of the draws (default: %(default)s)")
     arguments = parser.parse_args()
+    check_out(arguments.out, folder=True)
     with Console(stderr=True).status("reading runs") as status:
         fits = fit_isoflop_table(
             read_runs(arguments.runs),

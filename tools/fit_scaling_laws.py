@@ -8,6 +8,7 @@ from rich.console import Console
 
 from megamm.arguments import not_negative
 from megamm.errors import exit_on_error
+from megamm.files import check_out
 from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.forms import FORMS
 from megamm.scaling.laws import FORMS as PLAIN_FORMS
@@ -41,6 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=not_negative, default=0, help="seed of the bootstrap (default: %(default)s)")
     arguments = parser.parse_args()
+    check_out(arguments.out, folder=True)
     with Console(stderr=True).status("reading runs") as status:
         fits = fit_table(
             read_runs(arguments.runs),

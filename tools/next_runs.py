@@ -7,6 +7,7 @@ from rich.console import Console
 
 from megamm.arguments import not_negative
 from megamm.errors import exit_on_error
+from megamm.files import check_out
 from megamm.scaling.next_runs import DECISIONS, Request, plan_runs, to_markdown, write_next_runs
 from megamm.scaling.runs import read_runs
 
@@ -32,6 +33,7 @@ def main() -> None:
     add("--out", default="next", metavar="DIR", help="folder for the results (default: %(default)s)")
     arguments = vars(parser.parse_args())
     runs, out = arguments.pop("runs"), arguments.pop("out")
+    check_out(out, folder=True)
     with Console(stderr=True).status("reading runs") as status:
         plan = plan_runs(read_runs(runs), Request(**arguments), progress=status.update)
         written = write_next_runs(out, plan)

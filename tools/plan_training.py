@@ -11,6 +11,7 @@ from rich.console import Console
 from megamm.config import ModelConfig, build, read_yaml
 from megamm.data.shards import read_dataset_info
 from megamm.errors import InputError, exit_on_error
+from megamm.files import check_out
 from megamm.scaling.plan.hardware import GPUS, find_gpu, read_mfu, stated_mfu
 from megamm.scaling.plan.inputs import Request, default_model, read_fits
 from megamm.scaling.plan.outputs import write_plan
@@ -57,6 +58,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    check_out(arguments.out, folder=True)
     with Console(stderr=True).status("reading fits"):
         fits, left_out = read_fits(arguments.fits, arguments.loss_column)
         base = _read_base(arguments.base_config) if arguments.base_config else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megamm.errors import InputError, exit_on_error
+from megamm.files import check_out
 from megamm.scaling.accounting import group_column, recount, runs_of
 from megamm.scaling.compare import read_laws
 from megamm.scaling.fit_plots import colours, group_of
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--loss", "--loss-column", default="loss", metavar="COLUMN", help="default: %(default)s")
     arguments = parser.parse_args()
+    check_out(arguments.out, folder=True)
     with Console(stderr=True).status("drawing"):
         table, laws = read_runs(arguments.runs), read_laws(arguments.fits, arguments.loss)
         if not laws:

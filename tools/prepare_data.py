@@ -18,11 +18,13 @@ from megamm.arguments import not_negative
 from megamm.data.prepare import PrepareSettings, prepare
 from megamm.data.readers import KINDS
 from megamm.errors import exit_on_error
+from megamm.files import check_out
 
 
 def main() -> None:
     arguments = vars(make_parser().parse_args())
     out, workers = arguments.pop("out"), arguments.pop("workers")
+    check_out(out, folder=True)
     settings = PrepareSettings(**arguments | {"inputs": tuple(arguments["inputs"])})
     columns = (
         TextColumn("{task.description}"),

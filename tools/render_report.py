@@ -2,10 +2,12 @@
 """Render a study as one HTML page that needs no network, with PNG plots beside it."""
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 
 from megamm.errors import exit_on_error
+from megamm.files import check_out
 
 
 def main() -> None:
@@ -13,6 +15,8 @@ def main() -> None:
     parser.add_argument("study", metavar="STUDY_DIR", help="folder of tools/run_study.py with runs.csv and fits/ in it")
     parser.add_argument("--out", metavar="DIR", help="folder for index.html and plots (default: STUDY_DIR/report)")
     arguments = parser.parse_args()
+    if arguments.out or Path(arguments.study).is_dir():
+        check_out(arguments.out or Path(arguments.study) / "report", folder=True)
     with Console(stderr=True).status("drawing"):
         from megamm.scaling.report import render_report  # torch and plotly are slow to import
 

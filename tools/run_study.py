@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from megamm.errors import InputError, RunError, exit_on_error
+from megamm.files import check_out
 from megamm.study.ladders import read_study
 from megamm.study.launchers import LocalLauncher, SlurmLauncher
 from megamm.study.runner import StudyRunner, resolve_study
@@ -39,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if not arguments.dry_run:
+        check_out(arguments.out, folder=True)
     # Branches record where their trunk is, and another spelling of --out must not make them other runs.
     out, here = Path(arguments.out).resolve(), Path.cwd()
     out = out.relative_to(here) if out.is_relative_to(here) else out

@@ -14,6 +14,7 @@ from megamm.data.documents import Document, Text
 from megamm.data.readers import KINDS, open_inputs
 from megamm.data.tokenizer import train_tokenizer
 from megamm.errors import exit_on_error
+from megamm.files import check_out
 
 
 def main() -> None:
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--num-documents", type=int, default=10_000, help="documents of a scenes: input")
     parser.add_argument("--seed", type=not_negative, default=0, help="seed of scenes: inputs")
     arguments = parser.parse_args()
+    check_out(arguments.out, folder=False)
 
     # Small pictures: only the text is used.
     inputs = open_inputs(

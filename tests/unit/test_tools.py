@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megamm.errors import InputError
+from megamm.files import check_out
 from megamm.scaling.compare import read_laws
 from megamm.scaling.plan.inputs import read_fits
 
@@ -67,3 +68,55 @@ def test_a_base_config_of_another_shape(tmp_path, text, expected):
     done = tool("plan_training", FITS, "--flops", "1e21", "--base-config", path, "--out", tmp_path / "plan")
     refused(done, f"{path}: {expected}")
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("fit_scaling_laws", ("missing.csv",)),
+        ("fit_isoflops", ("missing.csv",)),
+        ("next_runs", ("missing.csv", "--budget", "1e20")),
+        ("compare_groups", ("missing", "--runs", "missing.csv")),
+        ("plan_training", ("missing", "--flops", "1e21")),
+        ("plot_fits", ("missing", "--runs", "missing.csv")),
+        ("render_report", ("missing",)),
+        ("run_study", ("missing.yaml",)),
+        ("prepare_data", ("missing", "--tokenizer", "missing.json")),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_said_before_the_work(tmp_path, name, arguments):
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file", tmp_path / "file" / "x"):
+        done = tool(name, *arguments, "--out", out)
+        refused(done, f"error: --out: {tmp_path / 'file'} is a file, not a folder; give another path")
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("collect_runs", ("missing",)), ("train_tokenizer", ("missing", "--vocab-size", "300"))]
+)
+def test_a_file_that_cannot_be_made_is_said_before_the_work(tmp_path, name, arguments):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    done = tool(name, *arguments, "--out", tmp_path / "folder")
+    refused(done, f"error: --out: {tmp_path / 'folder'} is a folder; give the path of a file")
+    done = tool(name, *arguments, "--out", tmp_path / "file" / "x")
+    refused(done, f"error: --out: {tmp_path / 'file'} is a file, not a folder; give another path")
+
+
+def test_outputs_are_checked_without_making_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.csv").touch()
+    (tmp_path / "old").mkdir()
+    for path in ("new.csv", "old.csv", "a/b/new.csv"):
+        check_out(path, folder=False)
+    for path in ("new", "old", "a/b", tmp_path / "a"):
+        check_out(path, folder=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "old.csv"]
+    with pytest.raises(InputError, match=r"--out: /dev/null is no ordinary file"):
+        check_out("/dev/null", folder=False)  # would be replaced
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for path, folder in (("old", True), ("old/x.csv", False), ("old/a/b", True)):
+        with pytest.raises(InputError, match=r"--out: folder old is not writable"):
+            check_out(path, folder=folder)
