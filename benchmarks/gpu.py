@@ -26,7 +26,7 @@ TRAIN_STEP = {
     "dtype": "bfloat16", "width": "1632", "depth": "8", "head-dim": "96", "vocab-size": "50432",
     "row-length": "4096", "rows": "4",
 }  # fmt: skip
-WEIGHTS = {"tests": 4, "interval_attention": 3, "linear_cross_entropy": 2, "train_step": 3}
+WEIGHTS = {"tests": 7, "interval_attention": 3, "linear_cross_entropy": 2, "train_step": 3}
 """Shares of the time; 1 for all others."""
 
 

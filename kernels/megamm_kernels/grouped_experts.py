@@ -278,7 +278,10 @@ def _weight_gradient(grad, x, offsets):
     if x.shape[0] == 0:
         return x.new_zeros(offsets.shape[0], grad.shape[1], x.shape[1])
     if _torch_is_fast(x, grad.shape[1], x.shape[1]):
-        return F.grouped_mm(grad.T, x, offs=offsets)
+        out = F.grouped_mm(grad.T, x, offs=offsets)
+        # On sm_100 torch may leave an empty expert's part unwritten (pytorch issue 172439).
+        empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+        return out.masked_fill(empty[:, None, None], 0)
     if dispatch.use_triton(x) and _triton_takes(x):
         return gpu.weight_gradient(grad, x, offsets)
     out = x.new_empty(offsets.shape[0], grad.shape[1], x.shape[1])

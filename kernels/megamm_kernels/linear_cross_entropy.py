@@ -288,7 +288,7 @@ def _add_product(total, a, b, beta):
     """total = beta * total + a @ b; beta 0: whatever total held."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.is_cuda:
+    elif a.is_cuda and a.dtype.itemsize == 2:  # torch widens only 16-bit products
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
     elif beta:
         total += a @ b

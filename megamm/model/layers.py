@@ -52,17 +52,11 @@ class Attention(nn.Module):
         self.out = Linear(width, width, std / math.sqrt(2 * depth))
         self.qk_norm = nn.Parameter(torch.ones(2, head_dim))
 
-    def forward(self, x_blw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan | None):
-        """``plan`` None lets every position of a row see all of the row (vision tower)."""
+    def forward(self, x_blw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan):
         qkv = self.qkv(x_blw).unflatten(-1, (3, self.num_heads, self.head_dim))
         qk, v = qkv.split((2, 1), dim=2)
         q_blhd, k_blhd = qk_norm_rope(qk, self.qk_norm, cos, sin, self.eps)
-        v_blhd = v.squeeze(2)
-        if plan is None:
-            q, k, v = (t.transpose(1, 2) for t in (q_blhd, k_blhd, v_blhd))
-            a_blhd = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        else:
-            a_blhd = interval_attention(q_blhd, k_blhd, v_blhd, plan)
+        a_blhd = interval_attention(q_blhd, k_blhd, v.squeeze(2), plan)
         return self.out(a_blhd.flatten(2))
 
 
@@ -88,7 +82,7 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(width, eps)
         self.feed_forward = FeedForward(width, hidden, depth)
 
-    def forward(self, x_blw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan | None):
+    def forward(self, x_blw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan):
         a_blw = self.attention(self.attention_norm(x_blw), cos, sin, plan)
         normed_blw, x_blw = self.feed_forward_norm(a_blw, residual=x_blw)
         return x_blw + self.feed_forward(normed_blw)

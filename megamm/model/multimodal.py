@@ -67,7 +67,7 @@ class MultimodalModel(nn.Module):
         """Final normalised states [B, S, W] of every position, in ``dtype``."""
         x_bsw = self.embed(batch, dtype)
         cos, sin = rope_table(batch.positions, self.config.head_dim, self.config.rope_theta)
-        plan = self.plan_attention(batch, dtype)
+        plan = self.plan_attention(batch.lo, batch.hi, dtype)
         for block in self.blocks:
             x_bsw = block(x_bsw, cos, sin, plan)
         return self.norm(x_bsw)
@@ -81,15 +81,15 @@ class MultimodalModel(nn.Module):
         features = self.image_features(batch, dtype) if self.vision else None
         return multimodal_embedding(tokens, self.embedding, features, index, dtype)
 
-    def plan_attention(self, batch: Batch, dtype: torch.dtype) -> AttentionPlan:
-        """What all blocks share of the batch's mask, for the configured backend.
+    def plan_attention(self, lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype) -> AttentionPlan:
+        """What all blocks share of the mask of rows (lo, hi), for the configured backend.
 
         Raises:
             InputError: the backend cannot run here, or not on these rows.
         """
-        backend = self.config.attention.backend or default_backend(batch.lo)
+        backend = self.config.attention.backend or default_backend(lo)
         try:
-            return attention_plan(batch.lo, batch.hi, dtype, backend)
+            return attention_plan(lo, hi, dtype, backend)
         except (ImportError, ValueError) as error:
             raise InputError(f"model.attention.backend: {error}") from error
 
@@ -99,10 +99,11 @@ class MultimodalModel(nn.Module):
         A batch without images still runs a black one: ranks whose micro-batches have images must find all
         others in the same collectives, and an optimizer step must not depend on how rows are split.
         """
-        if batch.patches.shape[0]:
-            return self.vision(batch.patches, dtype)
-        image = batch.patches.new_zeros(self.patches_per_image, batch.patches.shape[1])
-        return self.vision(image, dtype)[:0]
+        length, count = self.patches_per_image, batch.patches.shape[0]
+        patches = batch.patches if count else batch.patches.new_zeros(length, batch.patches.shape[1])
+        lo = torch.zeros(patches.shape[0] // length, length, dtype=torch.int32, device=patches.device)
+        plan = self.plan_attention(lo, lo + (length - 1), dtype)  # each image is a row that sees all of itself
+        return self.vision(patches, dtype, plan)[:count]
 
     def forward(self, batch: Batch, dtype: torch.dtype = torch.float32) -> LossOutput:
         """Next-token loss on labelled positions; only their rows reach the head."""

@@ -1,7 +1,7 @@
 """What turns image patches into decoder features: one linear layer (early fusion) or a ViT (late fusion)."""
 
 import torch
-from megamm_kernels import project_patches, rope_table
+from megamm_kernels import AttentionPlan, project_patches, rope_table
 from torch import nn
 
 from megamm.model.layers import Block, Linear, RMSNorm
@@ -33,11 +33,11 @@ class VisionTower(nn.Module):
         self.norm = RMSNorm(width, eps)
         self.projector = Linear(width, out_width, width**-0.5)
 
-    def forward(self, patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """uint8 [num_images * patches_per_image, patch_dim] -> features [P, out_width]."""
+    def forward(self, patches: torch.Tensor, dtype: torch.dtype, plan: AttentionPlan) -> torch.Tensor:
+        """uint8 [num_images * patches_per_image, patch_dim] -> features [P, out_width]; ``plan``: a row per image."""
         x_blw = self.embed(patches, dtype).unflatten(0, (-1, self.patches_per_image))
         positions = torch.arange(self.patches_per_image, device=patches.device)[None]
         cos, sin = rope_table(positions, self.head_dim, self.rope_theta)
         for block in self.blocks:
-            x_blw = block(x_blw, cos, sin, None)
+            x_blw = block(x_blw, cos, sin, plan)
         return self.projector(self.norm(x_blw)).flatten(0, 1)

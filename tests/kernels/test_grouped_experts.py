@@ -194,3 +194,19 @@ def test_compiles_without_a_graph_break(device):
     out, want = (f(leaves[0], experts, *leaves[1:]) for f in (compiled, grouped_experts))
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(*(torch.autograd.grad(o.sum(), leaves) for o in (out, want)))
+
+
+def test_torchs_newer_precision_setting_is_understood():
+    """Once it has been used, torch's older getters raise."""
+    if not dispatch.HAS_TRITON:
+        pytest.skip("needs Triton")
+    from megamm_kernels.gpu.launch import float32_precision
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert float32_precision() == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert float32_precision() == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -83,13 +83,12 @@ def test_paper_model_sizes(architecture, width, millions):
 @pytest.mark.parametrize("architecture", ["early", "late", "text"])
 def test_exact_flops_match_a_trace(architecture, batch, monkeypatch):
     """The trace sees a dense mask, so every pair counts."""
-    lo, hi = batch.lo, batch.hi
-    monkeypatch.setattr(layers, "interval_attention", lambda q, k, v, _: interval_attention_reference(q, k, v, lo, hi))
 
-    def dense(q, k, v):
-        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+    def dense(q, k, v, _):
+        lo = torch.zeros(q.shape[:2], dtype=torch.int32)
+        return interval_attention_reference(q, k, v, lo, lo + q.shape[1] - 1)
 
-    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", dense)
+    monkeypatch.setattr(layers, "interval_attention", dense)
     model = MultimodalModel(model_config(architecture))
     with FlopCounterMode(display=False) as counter:
         model(batch).loss.backward()

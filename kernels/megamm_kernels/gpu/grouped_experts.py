@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from megamm_kernels import dispatch
-from megamm_kernels.gpu.launch import accumulator, launch
+from megamm_kernels.gpu.launch import accumulator, float32_precision, launch
 
 # ---- copies of tokens -----------------------------------------------------------------------------------
 
@@ -134,8 +134,7 @@ def _tiles(x):
         sizes = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
     else:
         sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    return sizes | {"ACC": accumulator(x.dtype), "PRECISION": precision, "UPCAST": interpret}
+    return sizes | {"ACC": accumulator(x.dtype), "PRECISION": float32_precision(), "UPCAST": interpret}
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from megamm_kernels.gpu.interval_attention_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
-from megamm_kernels.gpu.launch import accumulator, launch, partial_dtype
+from megamm_kernels.gpu.launch import accumulator, float32_precision, launch, partial_dtype
 
 
 class Tiles(NamedTuple):
@@ -89,7 +89,6 @@ def _constants(kernel: str, q: torch.Tensor, k: torch.Tensor) -> dict:
     """Compile-time arguments of a kernel."""
     head_dim, (main, rest), tiles = q.shape[-1], parts(q.shape[-1]), _tiles(kernel, q)
     dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(q.dtype, accumulator(q.dtype))
-    tf32 = q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "GROUP": q.shape[2] // k.shape[2],
         "SCALE": head_dim**-0.5,
@@ -100,7 +99,7 @@ def _constants(kernel: str, q: torch.Tensor, k: torch.Tensor) -> dict:
         "BLOCK_N": tiles.block_n,
         "DOT": dot if q.is_cuda else accumulator(q.dtype),  # the interpreter's bfloat16 products are wrong
         "ACC": accumulator(q.dtype),
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": float32_precision(),
         "num_stages": tiles.num_stages,
         "num_warps": tiles.num_warps,
     }

@@ -24,6 +24,15 @@ def partial_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def float32_precision() -> str:
+    """How Triton multiplies float32 operands: as torch's matrix products do.
+
+    Read through torch's newer setting, which also knows what the older setters did; the older getters raise once
+    the newer one was used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 WARPS = 16
 """Warps per multiprocessor for programs that stay: as many as fit with 128 registers a thread."""
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from megamm_kernels.gpu.embedding_gradient import table_gradient
-from megamm_kernels.gpu.launch import accumulator, launch, multiprocessors, partial_dtype
+from megamm_kernels.gpu.launch import accumulator, float32_precision, launch, multiprocessors, partial_dtype
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _product(x: torch.Tensor, dtype: torch.dtype) -> dict:
         "DOT": {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype] if half and x.is_cuda else
             accumulator(dtype),
         "DTYPE": accumulator(dtype),
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": float32_precision(),
     }  # fmt: skip
 
 
