@@ -20,11 +20,11 @@ from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.flops import count_parameters
 from megamm.scaling.plan.hardware import GPUS, bill, find_gpu, read_mfu, stated_mfu
 from megamm.scaling.plan.inputs import Request, read_fits
-from megamm.scaling.plan.outputs import train_values, write_plan
+from megamm.scaling.plan.outputs import to_markdown, train_values, write_plan
 from megamm.scaling.plan.proposal import budget_flops, make_plan
 from megamm.scaling.plan.sizes import nearest_model, peak_lr
 from megamm.scaling.plan.tradeoffs import repeated_loss, repeated_optimum, serving_optimum
-from megamm.scaling.plan.transfer import NOT_FITTED, break_even, fit_transfer
+from megamm.scaling.plan.transfer import NOT_FITTED, Transfer, break_even, fit_transfer
 from megamm.scaling.runs import RunTable, check_rows
 
 ROOT = Path(__file__).parents[2]
@@ -281,6 +281,32 @@ def test_llm_runs_of_another_group_alone_fit_nothing(fits, table):
     runs = RunTable(path="llm.csv", rows=rows, lines=list(range(2, len(rows) + 2)))
     found = make_plan(Request(flops=1e22, group="early", runs=runs), fits)["transfer"]
     assert found["status"].startswith("not fitted: 0 LLM-initialised runs of group early with loss")
+
+
+@pytest.mark.parametrize(
+    ("worth", "a", "llm_tokens", "expected"),
+    [
+        (1.0, 0.2, None, ("llm_for_nothing", "everywhere", "below")),  # no gain at all
+        (1e13, 0.9, None, ("llm_for_nothing", "nowhere", "above")),  # a gain that outlasts the range
+        (1e13, 0.1, 1e9, ("pretraining_counted", "nowhere", "below")),  # worth more than its own tokens at once
+        (1e4, 0.1, 1e11, ("pretraining_counted", "everywhere", "above")),
+        (1e4, -0.1, 1e11, ("pretraining_counted", "everywhere", "below")),
+    ],
+)
+def test_a_break_even_out_of_range_says_on_which_side(fits, worth, a, llm_tokens, expected):
+    key, status, side = expected
+    parameters = np.array([np.log(worth), a, 0.0])
+    draws = {"draws": np.tile(parameters, (20, 1)), "native_draws": native_law().draws}
+    transfer = Transfer(parameters=parameters, mean_log_n=np.log(1e9), mean_log_d=np.log(5e10), n_runs=9, **draws)
+    found = break_even(transfer, native_law(), 1e9, llm_tokens=llm_tokens, negligible=1e-4)
+    entry = found[key]
+    assert entry["tokens"] is None and entry["interval"] == [None, None]
+    assert (entry["status"], entry["tokens_range"], entry["interval_range"]) == (status, side, [side, side])
+    plan = make_plan(Request(flops=1e22), fits)
+    plan["transfer"] = {"status": "fitted", "negligible_gain": 1e-4, "break_even_tokens": {key: entry}}
+    words = {"everywhere": "no worse anywhere", "nowhere": "worse everywhere"}[status]
+    end = {"below": "below 1e+08", "above": "above 1e+15"}[side]
+    assert f"Native is {words} from 1e+08 to 1e+15 tokens, break-even [{end}, {end}]" in to_markdown(plan)
 
 
 # -------------------------------------------------------------------------------------------- stages and files

@@ -12,6 +12,7 @@ from megamm.errors import InputError
 from megamm.files import write_json, write_text
 from megamm.scaling.plan.inputs import Request
 from megamm.scaling.plan.sizes import Buildable, peak_lr
+from megamm.scaling.plan.transfer import SPAN
 
 BATCH_ROWS = 2048
 FEWEST_STEPS = 2000
@@ -186,13 +187,22 @@ def _transfer(entry: dict[str, Any]) -> str:
         "pretraining_counted": "the LLM's pretraining counted",
     }
     for key, value in entry["break_even_tokens"].items():
-        low, high = (("out of range" if end is None else f"{end:.3g}") for end in value["interval"])
-        middle = "out of range" if value["tokens"] is None else f"{value['tokens']:.3g}"
+        ends = ", ".join(_token_bound(*end) for end in zip(value["interval"], value["interval_range"]))
         certain = "" if value["draws_agree"] >= 0.975 else f"; the side in only {value['draws_agree']:.0%} of draws"
-        found.append(
-            f"Native is no worse {value['native_ahead']} {middle} tokens [{low}, {high}] ({labels[key]}{certain})."
-        )
+        middle = _token_bound(value["tokens"], value["tokens_range"])
+        where = {
+            "break-even": f"no worse {value['native_ahead']} {middle} tokens",
+            "everywhere": f"no worse anywhere from {SPAN[0]:.0e} to {SPAN[1]:.0e} tokens, break-even",
+            "nowhere": f"worse everywhere from {SPAN[0]:.0e} to {SPAN[1]:.0e} tokens, break-even",
+        }[value["status"]]
+        found.append(f"Native is {where} [{ends}] ({labels[key]}{certain}).")
     return " ".join(found)
+
+
+def _token_bound(tokens: float | None, where: str) -> str:
+    if tokens is not None:
+        return f"{tokens:.3g}"
+    return f"below {SPAN[0]:.0e}" if where == "below" else f"above {SPAN[1]:.0e}"
 
 
 def _stages(stages: list[dict[str, Any]]) -> list[str]:

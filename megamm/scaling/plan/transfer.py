@@ -151,7 +151,9 @@ def break_even(
 
     Returns:
         ``llm_for_nothing`` and ``pretraining_counted``: ``tokens`` with its 95% ``interval`` (None at an end outside
-        1e8 to 1e15), ``native_ahead`` above or below it, and the share of draws that agree on that side.
+        1e8 to 1e15), where each of these lies (``tokens_range``, ``interval_range``: within, below or above that
+        range), ``native_ahead`` above or below it, what follows for the whole range (``status``: native no worse
+        from or up to a break-even, everywhere or nowhere), and the share of draws that agree on that side.
     """
     grid = np.geomspace(*SPAN, 1400)
 
@@ -165,20 +167,28 @@ def break_even(
         _last_above(grid, gain(native.parameters, transfer.parameters) - negligible),
         [_last_above(grid, x - negligible) for x in gain(transfer.native_draws, transfer.draws)],
     )
-    found = {"llm_for_nothing": _entry(*fades) | {"native_ahead": "above", "draws_agree": 1.0}}
+    found = {"llm_for_nothing": _entry(*fades, "above") | {"draws_agree": 1.0}}
     if llm_tokens is not None:
         points = [_worth_reaches(transfer, x, params, llm_tokens) for x in (transfer.parameters, *transfer.draws)]
         side = transfer.parameters[1] > 0
-        found["pretraining_counted"] = _entry(points[0], points[1:]) | {
-            "native_ahead": "below" if side else "above",
-            "draws_agree": float(((transfer.draws[:, 1] > 0) == side).mean()),
-        }
+        agree = float(((transfer.draws[:, 1] > 0) == side).mean())
+        entry = _entry(points[0], points[1:], "below" if side else "above")
+        found["pretraining_counted"] = entry | {"draws_agree": agree}
     return found
 
 
-def _entry(value: float, draws: list[float]) -> dict:
+def _entry(value: float, draws: list[float], native_ahead: str) -> dict:
     low, high = np.percentile(draws, [2.5, 97.5], method="nearest")
-    return {"tokens": _within(value), "interval": [_within(low), _within(high)]}
+    where = _range(value)
+    return {
+        "tokens": _within(value),
+        "tokens_range": where,
+        "interval": [_within(low), _within(high)],
+        "interval_range": [_range(low), _range(high)],
+        "native_ahead": native_ahead,
+        # A break-even on the far side of the range leaves native behind in all of it.
+        "status": "break-even" if where == "within" else "nowhere" if where == native_ahead else "everywhere",
+    }
 
 
 def _worth_reaches(transfer: Transfer, parameters: np.ndarray, params: float, tokens: float) -> float:
@@ -198,4 +208,11 @@ def _last_above(grid: np.ndarray, values: np.ndarray) -> float:
 
 
 def _within(value: float) -> float | None:
-    return float(value) if SPAN[0] < value < SPAN[1] else None
+    return float(value) if _range(value) == "within" else None
+
+
+def _range(value: float) -> str:
+    """On which side of the tokens looked at a break-even lies."""
+    if value <= SPAN[0]:
+        return "below"
+    return "above" if value >= SPAN[1] else "within"
