@@ -49,6 +49,8 @@ def main() -> None:
         written = write_comparison(arguments.out, report)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
+    for text in report.warnings:
+        print(f"warning {text}", file=sys.stderr)
     for one in report.accounted:
         print(f"{ACCOUNTINGS[one.counting]}:")
         sentences = [verdict(one.comparison), crossover_sentence(one.comparison)]

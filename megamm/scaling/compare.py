@@ -7,7 +7,7 @@ groups were resampled independently; those of fits with shared exponents belong 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -34,6 +34,7 @@ class Law:
         growth: power of N with which FLOPs per 6ND change, 0 where they do not.
         reference: N0, parameters.
         form: as in fits.json; draws of two `shared` laws of one fit belong together row by row.
+        warnings: what the fit itself is to be distrusted for.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Law:
     growth: float = 0.0
     reference: float = 1.0
     form: str = CHINCHILLA
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def of_fit(cls, fit: Fit) -> "Law":
@@ -54,6 +56,7 @@ class Law:
             kappa=fit.kappa,
             flops_range=fit.flops_range,
             form=fit.form,
+            warnings=list(fit.warnings),
         )
 
     def frontier(self, flops: np.ndarray, parameters: np.ndarray | None = None) -> np.ndarray:
@@ -171,6 +174,7 @@ def read_laws(folder: Path | str, loss_column: str = "loss") -> dict[str, Law]:
                     kappa=fit["kappa"],
                     flops_range=tuple(fit["ranges"]["flops"]),
                     form=fit.get("form", CHINCHILLA),
+                    warnings=[str(text) for text in fit.get("warnings", [])],
                 )
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise InputError(f"{folder}: no readable fits ({error}); run tools/fit_scaling_laws.py again") from error

@@ -41,6 +41,9 @@ class Report:
     gains: dict[str, list[Gain]]
     """By count of FLOPs."""
     notes: list[str]
+    """On counts of FLOPs."""
+    warnings: list[str]
+    """Those of both fits: a verdict at 95% is worth no more than their intervals."""
 
 
 def compare_fits(
@@ -80,7 +83,12 @@ def compare_fits(
                     f"{cost.misfit:.0%}; vary size and shape together, or compare one mixture at a time"
                 )
     return Report(
-        groups=(first.name, second.name), loss_column=loss_column, accounted=accounted, gains=gains, notes=notes
+        groups=(first.name, second.name),
+        loss_column=loss_column,
+        accounted=accounted,
+        gains=gains,
+        notes=notes,
+        warnings=[f"from the fit of {law.name}: {text}" for law in (first, second) for text in law.warnings],
     )
 
 
@@ -167,7 +175,13 @@ def to_json(report: Report) -> dict[str, Any]:
                 "gain_interval": [[_finite(x) for x in end] for end in comparison.gain_interval],
             }
         )
-    return {"groups": report.groups, "loss_column": report.loss_column, "accountings": entries, "notes": report.notes}
+    return {
+        "groups": report.groups,
+        "loss_column": report.loss_column,
+        "accountings": entries,
+        "notes": report.notes,
+        "warnings": report.warnings,
+    }
 
 
 def _crossover_json(crossing: Crossover | None) -> dict[str, Any] | None:
@@ -208,6 +222,7 @@ def to_markdown(report: Report) -> str:
             lines.append(f"| {comparison.flops[i]:.3g} | {comparison.difference[i]:+.4f} | [{low:+.4f}, {high:+.4f}] |")
         lines.append("")
     lines += [f"- Note: {note}" for note in report.notes]
+    lines += [f"- Warning {text}".replace("|", "\\|") for text in report.warnings]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from megamm.errors import InputError
 from megamm.scaling import conventions, laws
 from megamm.scaling.accounting import cost_of
 from megamm.scaling.compare import Law, compare, crossover_sentence, gain_at, read_laws, verdict
-from megamm.scaling.compare_outputs import compare_fits
+from megamm.scaling.compare_outputs import compare_fits, to_json, to_markdown
 from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.runs import RunTable, check_rows, read_runs, write_runs
 
@@ -203,6 +204,20 @@ def test_counting_the_encoder_decides(fitted):
     assert decoder.beyond < 1 and "beyond" not in decoder.sentence
     costs = {law.name: law.kappa for law in report.accounted[0].laws}
     assert costs == pytest.approx({"early": 1.0, "late": 0.9})
+
+
+def test_what_the_fits_warn_of_stands_beside_the_verdict(fitted, tmp_path):
+    fits = json.loads((fitted / "fits" / "fits.json").read_text())
+    assert [fit["group"] for fit in fits["fits"]] == ["early", "late"]
+    fits["fits"][0]["warnings"] = []
+    fits["fits"][1]["warnings"] = ["only 3 trunks"]
+    (tmp_path / "fits.json").write_text(json.dumps(fits))
+    shutil.copy(fitted / "fits" / "bootstrap.npz", tmp_path)
+    report = compare_fits(tmp_path, read_runs(fitted / "runs.csv"))
+    assert report.warnings == ["from the fit of late: only 3 trunks"] == to_json(report)["warnings"]
+    assert "- Warning from the fit of late: only 3 trunks" in to_markdown(report)
+    command = (tmp_path, "--runs", fitted / "runs.csv", "--out", tmp_path / "out")
+    assert "warning from the fit of late: only 3 trunks" in tool(*command).stderr
 
 
 def test_gain_beyond_the_runs_and_beyond_the_law():
