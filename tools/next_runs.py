@@ -2,6 +2,7 @@
 """Propose the runs that shrink the interval of a decision most for a budget of FLOPs."""
 
 import argparse
+import sys
 
 from rich.console import Console
 
@@ -37,6 +38,8 @@ def main() -> None:
     with Console(stderr=True).status("reading runs") as status:
         plan = plan_runs(read_runs(runs), Request(**arguments), progress=status.update)
         written = write_next_runs(out, plan)
+    for text in plan["warnings"]:
+        print(f"warning {text}", file=sys.stderr)
     print(to_markdown(plan))
     print(f"-> {', '.join(str(path) for path in written)}")
 

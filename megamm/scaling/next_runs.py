@@ -23,6 +23,7 @@ from megamm.scaling.design import (
     noise_of,
     propose,
 )
+from megamm.scaling.diagnostics import bootstrap, bounds, identification
 from megamm.scaling.fit import Fit, fit_group
 from megamm.scaling.runs import RunTable
 
@@ -102,7 +103,13 @@ def plan_runs(table: RunTable, request: Request, progress: Callable[[str], None]
         "predicted": _interval(ladders, fits, runs[-1].width),
         "interval_width_ratio": runs[-1].width,
         "runs": [vars(run) for run in runs],
+        "warnings": [f"from the fit of {fit.group}: {text}" for fit in fits for text in _warnings(fit)],
     }
+
+
+def _warnings(fit: Fit) -> list[str]:
+    """What makes the law at hand a poor guide; diagnostics.examine would refit it many times for the rest."""
+    return [*fit.warnings, *identification(fit), *bounds(fit), *bootstrap(fit)]
 
 
 def _groups(table: RunTable, request: Request) -> dict[str, RunTable]:
@@ -184,6 +191,8 @@ def to_markdown(plan: dict[str, Any]) -> str:
             f"| {i} | {run['group']} | {run['params']:.3g} | {run['tokens']:.3g} | {run['flops']:.3g} "
             f"| {run['width']:.0%} |"
         )
+    if plan["warnings"]:
+        lines += ["", *(f"- Warning {text}".replace("|", "\\|") for text in plan["warnings"])]
     lines += ["", "Make a part of them, fit again, and propose anew: the law at hand chose them.", ""]
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from megamm.scaling import design, laws, minimise
 from megamm.scaling.calibration import TRUTH
 from megamm.scaling.design import Ladder, candidate_grid, loss_at, propose
 from megamm.scaling.design_study import compute_ratio, regular_grid, widths
-from megamm.scaling.next_runs import Request, plan_runs
+from megamm.scaling.next_runs import Request, plan_runs, to_markdown
 from megamm.scaling.runs import RunTable, check_rows
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +149,42 @@ def test_every_decision(table, decision):
     assert (later[1] - later[0]) / (now[1] - now[0]) == pytest.approx(plan["interval_width_ratio"])
     ratios = [run["tokens"] / run["params"] for run in plan["runs"]]
     assert min(ratios) >= 4.9 and max(ratios) <= 81
+
+
+def test_what_the_runs_do_not_determine_is_told(table, tmp_path):
+    """Two sizes, three trunks and a run without a loss: the proposal rests on a law that is hardly known."""
+    rows = [row | {"trunk": f"t{i % 3}"} for i, row in enumerate(table.rows) if row["architecture"] == "late"]
+    sizes = sorted({row["params"] for row in rows})[:2]
+    rows = [row for row in rows if row["params"] in sizes]
+    rows[0]["loss_text"] = float("nan")
+    for row in rows[1:]:
+        row["loss_text"] = row["loss"]
+    few = RunTable(path="made.csv", rows=rows, lines=list(range(2, len(rows) + 2)))
+    plan = plan_runs(few, Request(budget=1e21, loss_column="loss_text", resamples=60, max_runs=2))
+    found = "\n".join(plan["warnings"])
+    for text in ("1 runs have no loss_text", "with 2 distinct params, A, alpha and E", "only 3 trunks"):
+        assert found.count(text) == 1, text
+    assert all(
+        text.startswith("from the fit of late: ") and f"- Warning {text}" in to_markdown(plan)
+        for text in plan["warnings"]
+    )
+    names = ("run", "architecture", "params", "tokens", "loss", "loss_text", "trunk")
+    path = tmp_path / "runs.csv"
+    path.write_text(
+        "\n".join(
+            ",".join("" if row[n] != row[n] else str(row[n]) for n in names) for row in [dict(zip(names, names)), *rows]
+        )
+    )
+    command = [sys.executable, str(ROOT / "tools" / "next_runs.py"), str(path), "--budget", "1e21", "--bootstrap", "60"]
+    command += ["--loss-column", "loss_text", "--max-runs", "2", "--out", str(tmp_path / "next")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "warning from the fit of late: only 3 trunks" in done.stderr
+    assert json.loads((tmp_path / "next" / "next_runs.json").read_text())["warnings"] == plan["warnings"]
+
+
+def test_fits_without_fault_are_not_warned_of(table):
+    plan = plan_runs(table, Request(budget=1e21, decision="difference", resamples=60, max_runs=2))
+    assert plan["warnings"] == [] and "Warning" not in to_markdown(plan)
 
 
 @pytest.mark.parametrize(
