@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,15 @@ def test_plan_is_the_optimum_of_the_fit(fits):
     narrow, wide = (np.ptp(plan["model"][key]["interval"]) for key in ("loss", "loss_of_one_run"))
     assert narrow < wide
     assert early.noise == pytest.approx(0.003, rel=0.35)
+
+
+def test_the_fits_that_lose_are_distrusted_too(fits):
+    """Which group is best rests on the others' fits as much."""
+    chosen = make_plan(Request(flops=1e21), fits)["group"]
+    told = [replace(f, entry=f.entry | {"warnings": [f"w-{f.law.name}"]}) for f in fits]
+    found = make_plan(Request(flops=1e21), told)["warnings"]
+    other = next(f.law.name for f in fits if f.law.name != chosen)
+    assert found[-2:] == [f"from the fit: w-{chosen}", f"from the fit of {other}, compared: w-{other}"]
 
 
 def test_groups_are_compared_and_the_best_is_taken(fits):

@@ -76,7 +76,12 @@ def make_plan(request: Request, fits: list[Fitted]) -> dict[str, Any]:
         "stages": propose_stages(request, chosen, flops, model, tokens),
         "no_train_config": _not_buildable(request, law, model, flops, tokens),
     }
-    plan["warnings"] = _warnings(chosen, plan, request)
+    plan["warnings"] = _warnings(chosen, plan, request) + [
+        f"from the fit of {other.law.name}, compared: {text}"
+        for other in fits
+        if other is not chosen
+        for text in other.entry.get("warnings", [])
+    ]
     plan["assumptions"] = _assumptions(chosen, request)
     plan["build"] = model
     return plan
