@@ -72,9 +72,7 @@ def fit_table(
         fits = []
         for column in enough:
             progress(f"fitting {', '.join(groups)}, {column}")
-            together = fit_shared(groups, loss_column=column, **options)
-            examine_shared(together)
-            fits += together
+            fits += examine_shared(fit_shared(groups, loss_column=column, **options))
         return fits
     fits = []
     for group, runs in groups.items():

@@ -123,10 +123,11 @@ def fit_shared(
     return fits
 
 
-def examine_shared(fits: list[Fit]) -> None:
+def examine_shared(fits: list[Fit]) -> list[Fit]:
     """Add to the ``fits`` of all groups, as fit_shared gives them, the warnings that a plain fit has."""
     for fit in fits:
         fit.warnings += warnings_of(fit, [other.table for other in fits if other is not fit])
+    return fits
 
 
 def _columns(g: int) -> list[int]:
