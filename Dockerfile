@@ -1,5 +1,5 @@
 # First draft: a CUDA image that trains; built on a machine with a Docker engine.
-#   docker build -t megamm . && docker run --gpus all --shm-size 8g -v $PWD/runs:/work/runs megamm \
+#   docker build -t megamm . && docker run --gpus all --shm-size 8g -v $PWD/runs:/workspace/runs megamm \
 #       torchrun --nproc-per-node 8 -m megamm.train --config examples/configs/early_275m.yaml
 FROM python:3.12-slim
 
@@ -11,5 +11,5 @@ COPY megamm megamm
 RUN pip install --no-cache-dir torch==2.13.0 && pip install --no-cache-dir ./kernels .
 COPY tools tools
 COPY examples examples
-WORKDIR /work
+WORKDIR /workspace
 CMD ["python", "-m", "megamm.train", "--help"]
