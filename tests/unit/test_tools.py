@@ -12,11 +12,12 @@ import pytest
 from megamm.errors import InputError
 from megamm.files import check_out
 from megamm.scaling.compare import read_laws
+from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.plan.inputs import read_fits
+from megamm.scaling.runs import read_runs
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "tests" / "data" / "chinchilla_runs.csv"
-FITS = ROOT / "demo" / "study" / "fits"
 
 
 def tool(name: str, *arguments) -> subprocess.CompletedProcess:
@@ -28,6 +29,13 @@ def tool(name: str, *arguments) -> subprocess.CompletedProcess:
 def refused(done: subprocess.CompletedProcess, *expected: str) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert all(text in done.stderr.strip().splitlines()[-1] for text in expected), done.stderr
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fits")
+    write_fits(folder, fit_table(read_runs(RUNS), resamples=20))
+    return folder
 
 
 @pytest.mark.parametrize("size", [0, 2000])
@@ -62,10 +70,10 @@ def test_a_seed_below_zero(name, arguments):
         ("train: {batch_rows: 0}", "train.batch_rows: 0 is not a whole number above zero"),
     ],
 )
-def test_a_base_config_of_another_shape(tmp_path, text, expected):
+def test_a_base_config_of_another_shape(fits, tmp_path, text, expected):
     path = tmp_path / "base.yaml"
     path.write_text(text + "\n")
-    done = tool("plan_training", FITS, "--flops", "1e21", "--base-config", path, "--out", tmp_path / "plan")
+    done = tool("plan_training", fits, "--flops", "1e21", "--base-config", path, "--out", tmp_path / "plan")
     refused(done, f"{path}: {expected}")
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "plan").exists()
 
