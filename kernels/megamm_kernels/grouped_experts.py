@@ -47,11 +47,7 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int) -> Routing:
         experts: integers [n, k] in [0, num_experts), the experts of each token.
         num_experts: E.
     """
-    sorted_experts, order = experts.flatten().int().sort(stable=True)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    ids = torch.arange(num_experts, dtype=torch.int32, device=order.device)
-    offsets = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)
-    return Routing(order, places.view(experts.shape), offsets)
+    return Routing(*_sort_by_expert(experts, num_experts))
 
 
 def permute_tokens(x: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -134,6 +130,21 @@ def _wide(dtype):
 
 
 # ---- copies of tokens -----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("megamm::sort_by_expert", mutates_args=())
+def _sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sorted_experts, order = experts.flatten().int().sort(stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    ids = torch.arange(num_experts, dtype=torch.int32, device=order.device)
+    offsets = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)
+    return order, places.view(experts.shape), offsets
+
+
+@_sort_by_expert.register_fake
+def _(experts, num_experts):
+    order = experts.new_empty(experts.numel(), dtype=torch.int64)
+    return order, order.new_empty(experts.shape), order.new_empty(num_experts, dtype=torch.int32)
 
 
 @torch.library.custom_op("megamm::gather_copies", mutates_args=())

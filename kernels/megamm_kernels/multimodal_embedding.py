@@ -42,7 +42,8 @@ def multimodal_embedding(
         raise ValueError(f"features are {list(features.shape)}: want [{len(feature_index)}, {table.shape[1]}]")
     if dispatch.use_triton(table):
         return multimodal_embedding_gpu(tokens, table, features, feature_index, dtype)[0]
-    return multimodal_embedding_reference(tokens, table, features, feature_index, dtype)
+    x_bsw = F.embedding(tokens, table).to(dtype)
+    return x_bsw if features is None else _place_features(x_bsw, features.to(dtype), feature_index)
 
 
 def multimodal_patch_embedding(
@@ -87,7 +88,7 @@ def multimodal_embedding_reference(
     feature_index: torch.Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The definition, and the CPU path."""
+    """The definition."""
     x_bsw = F.embedding(tokens, table).to(dtype or table.dtype)
     if features is None:
         return x_bsw
@@ -110,3 +111,30 @@ def multimodal_patch_embedding_reference(
 def project_patches(patches: torch.Tensor, projection: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 pixels [P, C] to [-1, 1], then the linear map [W, C]: [P, W] in ``dtype``, in plain torch."""
     return F.linear(patches.to(dtype) / 127.5 - 1, projection.to(dtype))
+
+
+# An op of its own, because DTensors have no rule for index_copy and cannot flatten positions sharded unevenly.
+@torch.library.custom_op("megamm::place_features", mutates_args=())
+def _place_features(x: torch.Tensor, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The CPU path: ``x`` [B, S, W] with ``features`` [P, W] over the positions ``index``."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    out.flatten(0, 1).index_copy_(0, index, features)
+    return out
+
+
+@_place_features.register_fake
+def _(x, features, index):
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[2])
+
+
+def _backward(ctx, grad):
+    (index,) = ctx.saved_tensors
+    grad_features = grad[index // grad.shape[1], index % grad.shape[1]]
+    return _place_features(grad, torch.zeros_like(grad_features), index), grad_features, None
+
+
+_place_features.register_autograd(_backward, setup_context=_setup_context)

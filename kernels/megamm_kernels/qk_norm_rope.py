@@ -77,7 +77,7 @@ def qk_norm_rope(
     full_width = len(weight) != 2
     if not full_width:
         weight = torch.cat([w.expand(n, -1) for w, n in zip(weight, heads, strict=True)])
-    return _QKNormRope.apply(qk, weight, cos, sin, eps, heads if full_width else None).split(heads, dim=2)
+    return _QKNormRope.apply(qk, weight, cos, sin, eps, heads, full_width)
 
 
 def qk_norm_rope_reference(
@@ -118,11 +118,8 @@ def _check(qk: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate pairs (first half, second half); with -sin the inverse, which is also the transpose."""
-    halves = x.unflatten(-1, (2, -1))
-    out = halves * cos.unsqueeze(-2)
-    out[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-1)
-    out[..., 1, :].addcmul_(halves[..., 0, :], sin)
-    return out.flatten(-2)
+    first, second = x.chunk(2, dim=-1)  # only read: a slice of a DTensor need not be a view
+    return torch.cat(((first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)), dim=-1)
 
 
 def _mean_over(groups: tuple[int, int] | None):
@@ -141,17 +138,20 @@ class _QKNormRope(torch.autograd.Function):
     """The CPU path: keeps the input and the reciprocal norms, and recomputes the rest in the backward."""
 
     @staticmethod
-    def forward(ctx, qk, weight, cos, sin, eps, groups):
+    def forward(ctx, qk, weight, cos, sin, eps, heads, full_width):
         x = at_least_float32(qk)
-        normed, scale = normalise(x, weight, eps, _mean_over(groups))
+        ctx.heads, ctx.mean = heads, _mean_over(heads if full_width else None)
+        normed, scale = normalise(x, weight, eps, ctx.mean)
+        ctx.set_materialize_grads(False)  # autograd's zeros are no DTensors
         ctx.save_for_backward(qk, weight, cos, sin, scale)
-        ctx.groups = groups
-        return _rotate(normed, cos.to(x.dtype), sin.to(x.dtype)).to(qk.dtype)
+        return _rotate(normed, cos.to(x.dtype), sin.to(x.dtype)).to(qk.dtype).split(heads, dim=2)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         qk, weight, cos, sin, scale = ctx.saved_tensors
+        parts = zip(grads, qk.split(ctx.heads, dim=2), strict=True)
+        grad = torch.cat([torch.zeros_like(part) if grad is None else grad for grad, part in parts], dim=2)
         x, grad = at_least_float32(qk), at_least_float32(grad)
         grad = _rotate(grad, cos.to(x.dtype), -sin.to(x.dtype))
-        grad_qk, grad_weight = normalise_backward(grad, x, weight, scale, _mean_over(ctx.groups))
-        return grad_qk.to(qk.dtype), grad_weight.sum((0, 1)).to(weight.dtype), None, None, None, None
+        grad_qk, grad_weight = normalise_backward(grad, x, weight, scale, ctx.mean)
+        return grad_qk.to(qk.dtype), grad_weight.sum((0, 1)).to(weight.dtype), *[None] * 5

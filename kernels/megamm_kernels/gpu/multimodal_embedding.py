@@ -106,11 +106,11 @@ def _product(x: torch.Tensor, dtype: torch.dtype) -> dict:
 
 
 def _slots(tokens: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """int32 [B * S]: which feature or patch a position takes, -1 for text."""
+    """int32 [B, S]: which feature or patch a position takes, -1 for text."""
     slot = torch.full((tokens.numel(),), -1, dtype=torch.int32, device=tokens.device)
     if index is not None:
         slot.index_copy_(0, index, torch.arange(len(index), dtype=torch.int32, device=index.device))
-    return slot
+    return slot.view(tokens.shape)
 
 
 def _launch_rows(tokens, table, features, slot, out) -> None:
@@ -126,7 +126,7 @@ def _launch_rows(tokens, table, features, slot, out) -> None:
 
 def _empty_outputs(tokens, table, dtype):
     out = torch.empty(*tokens.shape, table.shape[1], dtype=dtype, device=table.device)
-    return out, torch.empty(tokens.numel(), dtype=torch.int32, device=tokens.device)
+    return out, torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device)
 
 
 @torch.library.custom_op("megamm::multimodal_embedding_gpu", mutates_args=())
@@ -165,7 +165,7 @@ def embedding_table_backward_gpu(
     grad: torch.Tensor, tokens: torch.Tensor, slot: torch.Tensor, vocabulary: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Gradient of the table: the sum of ``grad`` over the text positions of each token."""
-    keys = torch.where(slot < 0, tokens.flatten(), vocabulary).int()
+    keys = torch.where(slot < 0, tokens, vocabulary).flatten().int()
     return table_gradient(grad.flatten(0, 1).contiguous(), keys, vocabulary, dtype)
 
 
@@ -221,7 +221,8 @@ def _features_backward(ctx, grad, _):
     if ctx.needs_input_grad[1]:
         grad_table = embedding_table_backward_gpu(grad, tokens, slot, *ctx.table)
     if ctx.needs_input_grad[2]:
-        grad_features = grad.flatten(0, 1).index_select(0, index).to(ctx.features_dtype)
+        length = tokens.shape[1]  # indexed in place: a DTensor sharded unevenly cannot be flattened
+        grad_features = grad[index // length, index % length].to(ctx.features_dtype)
     return None, grad_table, grad_features, None, None
 
 

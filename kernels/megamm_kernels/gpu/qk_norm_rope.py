@@ -238,10 +238,15 @@ def _(grad_q, grad_k, qk, weight, cos, sin, scale):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # autograd's zeros are no DTensors
     ctx.save_for_backward(*inputs[:4], output[2])
+    ctx.query_heads = inputs[5]
 
 
 def _backward(ctx, grad_q, grad_k, _):
+    qk = ctx.saved_tensors[0]
+    grad_q = torch.zeros_like(qk[:, :, : ctx.query_heads]) if grad_q is None else grad_q
+    grad_k = torch.zeros_like(qk[:, :, ctx.query_heads :]) if grad_k is None else grad_k
     return *qk_norm_rope_backward_gpu(grad_q, grad_k, *ctx.saved_tensors), None, None, None, None
 
 
