@@ -76,10 +76,21 @@ def linear_cross_entropy(
         vocab_size: rows of the whole head; needed with ``process_group``.
         chunk_bytes: size of a chunk's logits on one rank; None: as suits the device.
 
+    All tensors may be DTensors on one mesh, and then need no ``process_group``: over a mesh dimension that shards the
+    head's rows the head is vocabulary-parallel; over another that shards rows of ``x``, each rank takes the labels of
+    its own rows, without ``label_index``, and losses and sums are partial. All else is gathered first.
+
     Raises:
         ValueError: shapes do not fit.
     """
     _check(x, weight, targets, group, num_groups)
+    if hasattr(x, "device_mesh"):  # a DTensor, whose module takes a second to import
+        from megamm_kernels.sharding import linear_cross_entropy_of_shards
+
+        if process_group is not None:
+            raise ValueError("DTensors carry their process group: process_group must be None")
+        given = x, weight, targets, label_index, group
+        return linear_cross_entropy_of_shards(*given, num_groups=num_groups, z_loss=z_loss, chunk_bytes=chunk_bytes)
     if process_group is not None and vocab_size is None:
         raise ValueError("a head spread over process_group needs vocab_size, the rows of the whole head")
     if label_index is None:
