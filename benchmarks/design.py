@@ -24,11 +24,12 @@ def main() -> None:
     parser.add_argument("--bootstrap", type=int, default=200, metavar="R")
     parser.add_argument("--noise", type=float, default=0.003, help="sd of log loss between runs (default: %(default)s)")
     parser.add_argument("--target", type=float, default=1e23, help="FLOPs of the decision (default: %(default)s)")
+    parser.add_argument("--decision", nargs="+", choices=list(DECISIONS), default=list(DECISIONS), help="default: all")
     arguments = parser.parse_args()
     budgets = np.geomspace(3e19, 3e21, 5)
     best = laws.optimum(TRUTH, np.array([arguments.target]))
     print(f"target {arguments.target:.3g} FLOPs: N* {best[0][0]:.3g}, D* {best[1][0]:.3g}; noise {arguments.noise:.2%}")
-    for name in DECISIONS:
+    for name in arguments.decision:
         result = widths(
             name,
             budgets,
