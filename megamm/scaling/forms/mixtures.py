@@ -143,7 +143,7 @@ class AdditiveMixture(MixtureForm):
 
 
 class JointMixture(MixtureForm):
-    """The mixture moves the floor and both scales, so the best one depends on N and D."""
+    """The mixture moves the floor and both scales, so the best one depends on N and D; 5 + 4k constants."""
 
     name = "mixture-joint"
     formula = "E + 1/(sum_i C_i h_i^gamma_i) + (sum_i F_i h_i)^phi/N^alpha + (sum_i G_i h_i)^psi/D^beta"
@@ -183,7 +183,7 @@ class ExponentialMixture(MixtureForm):
 
     name = "mixture-exponential"
     formula = "E + A/N^alpha + B/D^beta + exp(sum_i t_i h_i)"
-    source = "arXiv 2403.16952, equation 1, with the terms in N and D beside it"
+    source = "arXiv 2403.16952, with the terms in N and D beside it"
 
     def parameters(self, columns: dict[str, np.ndarray]) -> list[Parameter]:
         slopes = [Parameter(name=f"t_{n}", start=(-4.0, 0.5), bounds=(-30.0, 5.0)) for n in domains(columns)]

@@ -16,8 +16,8 @@ def signed(name: str) -> Parameter:
 class MoeSparsity(Form):
     """N counts all parameters; S is the share of experts (or, lacking that, of parameters) a token leaves idle.
 
-    Abnar et al. 2025 (arXiv 2501.12370), equation 6, on which the sparsity law in the appendix of
-    arXiv 2504.07951 builds.
+    Abnar et al. 2025 (arXiv 2501.12370), equation 6, where S = (experts - active ones)/experts; powers of 1 - S have
+    either sign.
     """
 
     name = "moe"

@@ -7,12 +7,12 @@ from megamm.scaling.runs import RunTable
 
 
 def half_life(name: str) -> Parameter:
-    """Repetitions after which the value of more has fallen by 1/e."""
+    """Repetitions after which one more is worth 1/e of fresh data."""
     return Parameter(name=name, start=(1.0, 20.0), bounds=(0.05, 1000.0))
 
 
 class RepeatedData(Form):
-    """Muennighoff et al. 2023 (arXiv 2305.16264), equations 5 and 6 there.
+    """Muennighoff et al. 2023 (arXiv 2305.16264), as in the code they released (huggingface/datablations).
 
     With U' = min(U, D) distinct tokens seen, R_D = D/U' - 1 repetitions and G = (alpha A / (beta B))^(1/(alpha+beta)):
     D' = U' + U' R_D* (1 - exp(-R_D/R_D*)); likewise N' from U_N = min(N, (U' G)^(beta/alpha) G), the parameters that
@@ -21,7 +21,7 @@ class RepeatedData(Form):
 
     name = "repeated"
     formula = "E + A/N'^alpha + B/D'^beta, N' and D' discounted for repetition (R_N*, R_D*)"
-    source = "arXiv 2305.16264, equations 5 and 6"
+    source = "arXiv 2305.16264, and the authors' code"
 
     def read(self, table: RunTable) -> dict[str, np.ndarray]:
         unique = column_numbers(table, "unique_tokens", 1.0, np.inf, "the distinct tokens that a run could see")

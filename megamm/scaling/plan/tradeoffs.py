@@ -8,7 +8,8 @@ import numpy as np
 from megamm.scaling import laws
 
 REPEAT_DATA = 15.387756
-"""R_D*: epochs beyond the first whose worth has decayed by 1/e (Muennighoff et al. 2023, arXiv 2305.16264)."""
+"""R_D*: epochs beyond the first after which one more is worth 1/e of fresh data (Muennighoff et al. 2023, arXiv
+2305.16264)."""
 REPEAT_PARAMS = 5.309743
 """R_N*: the same for parameters beyond those that the unique tokens warrant."""
 GRID = 400
@@ -74,7 +75,7 @@ def repeated_loss(parameters: np.ndarray, params: np.ndarray, tokens: np.ndarray
 
     L = E + A/N'^alpha + B/D'^beta with D' = U + U R_D (1 - exp(-(D/U - 1)/R_D)), and N' likewise from
     U_N = min(N, G (U G)^(beta/alpha)), the parameters for which U tokens are compute-optimal (Muennighoff et al.
-    2023, arXiv 2305.16264, equations 5 and 6). U is what is at hand, also where D is less: the paper takes the tokens
+    2023, arXiv 2305.16264). U is what is at hand, also where D is less: the paper takes the tokens
     used, by which models larger than optimal would lose worth even on data that are not repeated.
     """
     E, A, alpha, B, beta = np.moveaxis(np.asarray(parameters, float), -1, 0)
