@@ -4,6 +4,8 @@ import os
 
 from megamm.config import Config
 from megamm.resolve import resolve_config
+from megamm.scaling.estimate.memory import micro_batches, rank_memory
+from megamm.scaling.estimate.tokens import stated_stats, stats_of_sources
 from megamm.scaling.flops import TokenStats, count_parameters, exact_flops_per_token
 
 
@@ -22,8 +24,12 @@ def describe(config: Config) -> str:
     counts = count_parameters(model)
     row = config.data.row_length
     step_tokens = train.batch_rows * row
-    rank_rows = train.batch_rows // ranks
-    micro_rows = train.micro_rows or rank_rows
+    micro_rows, passes = micro_batches(config, ranks)
+    stats = stats_of_sources(config) if config.data.sources else stated_stats(model, row)
+    memory = rank_memory(config, ranks, stats)
+    state = sum(memory[name] for name in ("parameters", "gradients", "optimizer state"))
+    kept = sum(value for name, value in memory.items() if name.startswith("activations"))
+    other = sum(memory.values()) - state - kept
     # One document per row and no image: an upper bound on labels and pairs, stated as such.
     exact = exact_flops_per_token(model, TokenStats(patches=0.0, labels=1.0, pairs=(row + 1) / 2))
     lines = [
@@ -38,22 +44,12 @@ def describe(config: Config) -> str:
         f"steps               {train.steps:,}, {train.steps * step_tokens:,} tokens",
         f"total FLOPs         {6 * counts.decoder * train.steps * step_tokens:.4g} (6ND"
         + (", vision tower not counted)" if counts.vision else ")"),
-        f"memory per rank     {_gib(counts.total * 16 / ranks)} parameters, gradients and AdamW state (fp32) + about "
-        f"{_gib(_activation_bytes(config, micro_rows))} activations",
+        f"memory per rank     {_gib(state)} parameters, gradients and AdamW state (fp32) + about {_gib(kept)} "
+        f"activations + {_gib(other)} weights and gradients in use, logits",
         f"layout              {ranks} rank{'s' * (ranks > 1)}, data parallel (FSDP2); {micro_rows} rows per pass, "
-        f"{-(-rank_rows // micro_rows)} passes per step",
+        f"{passes} passes per step",
     ]
     return "\n".join(lines)
-
-
-def _activation_bytes(config: Config, micro_rows: int) -> float:
-    """Estimate of what one micro-batch keeps for the backward: about 20 widths per position and block."""
-    size = 2 if config.train.dtype == "bfloat16" else 4
-    model = config.model
-    kept = 20 * model.width * model.depth
-    if model.architecture == "late":
-        kept += 20 * model.vision.width * model.vision.depth
-    return size * micro_rows * config.data.row_length * kept
 
 
 def _gib(num_bytes: float) -> str:

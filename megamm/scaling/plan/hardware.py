@@ -12,12 +12,15 @@ from megamm.errors import InputError
 
 @dataclass(kw_only=True, frozen=True)
 class Gpu:
-    """A GPU as its maker states it.
+    """A GPU as its maker states it: what is bought and billed, whatever torch sees in it.
 
     Attributes:
         peak_flops: dense bf16 FLOP/s with fp32 accumulation (without structured sparsity).
         memory: bytes.
         power: board power limit in watts.
+        bandwidth: bytes/s of its memory.
+        link: bytes/s in each direction to the other GPUs of its node: NVLink, Infinity Fabric, else PCIe.
+        dies: devices that torch sees in it, each a rank of its own with an equal part of all the above.
         source: the public data sheet.
     """
 
@@ -25,26 +28,44 @@ class Gpu:
     peak_flops: float
     memory: float
     power: float
+    bandwidth: float
+    link: float
+    dies: int = 1
     source: str
 
 
-def _gpu(name: str, teraflops: float, gigabytes: float, watts: float, source: str) -> Gpu:
-    return Gpu(name=name, peak_flops=teraflops * 1e12, memory=gigabytes * 1e9, power=watts, source=source)
+def _gpu(name: str, teraflops: float, gigabytes: float, watts: float, tera: float, link: float, source: str, dies=1):
+    """``tera``: TB/s of memory; ``link``: GB/s in each direction."""
+    return Gpu(
+        name=name,
+        peak_flops=teraflops * 1e12,
+        memory=gigabytes * 1e9,
+        power=watts,
+        bandwidth=tera * 1e12,
+        link=link * 1e9,
+        dies=dies,
+        source=source,
+    )
 
 
+# Makers state links as the sum of both directions (NVLink 600, 900 and 1800 GB/s; PCIe 64 and 128 GB/s; 128 GB/s for
+# each of the seven Infinity Fabric links of the MI300 family, 100 GB/s for each of the eight of the MI250X) and, since
+# the H100, rates with sparsity. How each figure was checked: docs/plan.md.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100-40gb", 312, 40, 400, "NVIDIA A100 data sheet (SXM)"),
-        _gpu("a100", 312, 80, 400, "NVIDIA A100 data sheet (SXM, 80 GB)"),
-        _gpu("l40s", 362, 48, 350, "NVIDIA L40S data sheet"),
-        _gpu("h100-pcie", 756, 80, 350, "NVIDIA H100 data sheet (PCIe; half the figure with sparsity)"),
-        _gpu("h100", 989, 80, 700, "NVIDIA H100 data sheet (SXM; half the figure with sparsity)"),
-        _gpu("h200", 989, 141, 700, "NVIDIA H200 data sheet (SXM; half the figure with sparsity)"),
-        _gpu("b200", 2250, 180, 1000, "NVIDIA HGX B200 data sheet (an eighth of the board, without sparsity)"),
-        _gpu("mi250x", 383, 128, 560, "AMD Instinct MI250X data sheet"),
-        _gpu("mi300x", 1307, 192, 750, "AMD Instinct MI300X data sheet"),
-        _gpu("mi325x", 1307, 256, 1000, "AMD Instinct MI325X data sheet"),
+        _gpu("a100-40gb", 312, 40, 400, 1.555, 300, "NVIDIA A100 data sheet (SXM)"),
+        _gpu("a100", 312, 80, 400, 2.039, 300, "NVIDIA A100 data sheet (SXM, 80 GB)"),
+        _gpu("l40s", 362, 48, 350, 0.864, 32, "NVIDIA L40S data sheet (PCIe 4)"),
+        _gpu("h100-pcie", 756, 80, 350, 2.0, 64, "NVIDIA H100 data sheet (PCIe 5; half the figure with sparsity)"),
+        _gpu("h100", 989, 80, 700, 3.35, 450, "NVIDIA H100 data sheet (SXM; half the figure with sparsity)"),
+        _gpu("h200", 989, 141, 700, 4.8, 450, "NVIDIA H200 data sheet (SXM; half the figure with sparsity)"),
+        _gpu(
+            "b200", 2250, 180, 1000, 8.0, 900, "NVIDIA HGX B200 data sheet (an eighth of the board, without sparsity)"
+        ),
+        _gpu("mi250x", 383, 128, 560, 3.2, 400, "AMD Instinct MI250X data sheet (both dies; peak power)", dies=2),
+        _gpu("mi300x", 1307, 192, 750, 5.3, 448, "AMD Instinct MI300X data sheet"),
+        _gpu("mi325x", 1307, 256, 1000, 6.0, 448, "AMD Instinct MI325X data sheet"),
     )
 }
 
@@ -67,6 +88,7 @@ class Efficiency:
     mfu: float
     interval: tuple[float, float] | None
     source: str
+    warnings: tuple[str, ...] = ()
 
 
 def stated_mfu(value: float) -> Efficiency:
