@@ -8,11 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megamm.config import ModelConfig, build, read_yaml
+from megamm.config import ModelConfig, build, load, read_yaml
 from megamm.data.shards import read_dataset_info
 from megamm.errors import InputError, exit_on_error
 from megamm.files import check_out
-from megamm.scaling.plan.hardware import GPUS, find_gpu, read_mfu, stated_mfu
+from megamm.scaling.estimate.step import estimated_efficiency
+from megamm.scaling.estimate.tokens import resolve_for_estimate
+from megamm.scaling.plan.hardware import GPUS, Efficiency, Gpu, find_gpu, read_mfu, stated_mfu
 from megamm.scaling.plan.inputs import Request, default_model, read_fits
 from megamm.scaling.plan.outputs import write_plan
 from megamm.scaling.plan.proposal import make_plan
@@ -39,6 +41,11 @@ def parse() -> argparse.Namespace:
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--mfu", type=float, help="model FLOPs utilisation by 6ND, between 0 and 1")
     speed.add_argument("--run-logs", metavar="RUN", help="run directory or metrics.jsonl to read the MFU from")
+    speed.add_argument(
+        "--mfu-from-estimate",
+        metavar="CONFIG",
+        help="training config whose MFU on --num-gpus of the first --gpu is estimated (see tools/estimate.py)",
+    )
     add("--num-gpus", type=int, default=64, help="GPUs trained on, for days and memory (default: %(default)s)")
     add("--pue", type=float, default=1.2, help="power usage effectiveness (default: %(default)s)")
     add("--group", help="group to plan with (default: the one of lowest predicted loss)")
@@ -62,18 +69,14 @@ def main() -> None:
     with Console(stderr=True).status("reading fits"):
         fits, left_out = read_fits(arguments.fits, arguments.loss_column)
         base = _read_base(arguments.base_config) if arguments.base_config else {}
-        efficiency = None
-        if arguments.run_logs:
-            efficiency = read_mfu(arguments.run_logs)
-        elif arguments.mfu is not None:
-            efficiency = stated_mfu(arguments.mfu)
+        gpus = [find_gpu(name) for name in arguments.gpu]
         same = ("flops", "gpu_hours", "money", "num_gpus", "pue", "group", "loss_column", "tensor_parallel")
         same += ("unique_tokens", "prep_rate", "cpu_price", "init_column", "llm_tokens", "pilot_share")
         request = Request(
             **{name: getattr(arguments, name) for name in same},
-            gpus=[find_gpu(name) for name in arguments.gpu],
+            gpus=gpus,
             prices=arguments.price,
-            efficiency=efficiency,
+            efficiency=_efficiency(arguments, gpus),
             served_tokens=arguments.inference_tokens,
             model=_template(base, arguments.group or fits[0].law.name, arguments.base_config),
             runs=read_runs(arguments.runs) if arguments.runs else None,
@@ -85,6 +88,20 @@ def main() -> None:
         print(f"left out: {text}", file=sys.stderr)
     print(Path(written[1]).read_text(encoding="utf-8"))
     print(f"-> {', '.join(str(path) for path in written)}")
+
+
+def _efficiency(arguments: argparse.Namespace, gpus: list[Gpu]) -> Efficiency | None:
+    """The MFU as stated, read from a run or estimated; None where nothing is said of it."""
+    if arguments.run_logs:
+        return read_mfu(arguments.run_logs)
+    if arguments.mfu is not None:
+        return stated_mfu(arguments.mfu)
+    if not arguments.mfu_from_estimate:
+        return None
+    if not gpus:
+        raise InputError("--mfu-from-estimate: needs --gpu")
+    config, stats, _ = resolve_for_estimate(load(arguments.mfu_from_estimate))
+    return estimated_efficiency(config, arguments.num_gpus * gpus[0].dies, gpus[0], stats)
 
 
 def _read_base(path: str) -> dict:

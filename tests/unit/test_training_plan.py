@@ -470,3 +470,35 @@ def test_the_script(folder, tmp_path):
         [*command, "--flops", "0", "--out", str(tmp_path / "x")], capture_output=True, text=True, env=env
     )
     assert bad.returncode == 2 and bad.stderr.strip().count("\n") == 0 and not (tmp_path / "x").exists()
+
+
+def test_mfu_from_an_estimate(folder, tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "plan_training.py"), str(folder / "fits.json"), "--gpu-hours=1e5"]
+    command += ["--mfu-from-estimate", str(ROOT / "examples" / "configs" / "early_275m.yaml"), "--out", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    good = subprocess.run([*command, "--gpu", "h100"], capture_output=True, text=True, env=env)
+    assert good.returncode == 0, good.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    low, high = plan["efficiency"]["interval"]
+    assert low < plan["efficiency"]["mfu"] < high and "estimated" in plan["efficiency"]["source"]
+    assert plan["budget"]["flops"]["interval"] == pytest.approx([x * 989e12 * 3600 * 1e5 for x in (low, high)])
+    assert "estimated for 2.75e+08 parameters on 64 ranks of h100" in (tmp_path / "plan.md").read_text()
+    for more, match in (([], "--mfu-from-estimate: needs --gpu"), (["--gpu=h100", "--num-gpus=7"], "of the 7 ranks")):
+        bad = subprocess.run([*command, *more], capture_output=True, text=True, env=env)
+        assert bad.returncode == 2 and match in bad.stderr and bad.stderr.strip().count("\n") == 0
+
+
+def test_figures_of_the_gpus():
+    """Ratios that the makers' families share; a slip in the table breaks them."""
+    a100, h100, h200, b200 = (GPUS[name] for name in ("a100", "h100", "h200", "b200"))
+    assert h200.peak_flops == h100.peak_flops and GPUS["mi325x"].peak_flops == GPUS["mi300x"].peak_flops
+    assert (h200.link, b200.link, a100.link) == (h100.link, 2 * h100.link, h100.link * 2 / 3)
+    assert GPUS["mi250x"].peak_flops / GPUS["mi250x"].dies == 191.5e12  # of one die, as torch sees it
+    # FLOPs that must follow each byte for memory not to be the limit: 100 to 500 on all of them.
+    assert all(100 < gpu.peak_flops / gpu.bandwidth < 500 and gpu.link < gpu.bandwidth for gpu in GPUS.values())
+
+
+def test_an_estimate_that_does_not_fit_is_warned_of(fits):
+    crowded = replace(stated_mfu(0.4), warnings=("90.0 GB do not fit",))
+    plan = make_plan(Request(flops=1e22, gpus=[GPUS["h100"]], efficiency=crowded), fits)
+    assert "efficiency: 90.0 GB do not fit" in plan["warnings"]

@@ -74,7 +74,9 @@ class Request:
             if value is not None and not (np.isfinite(value) and value > 0):
                 raise InputError(f"--{name.replace('_', '-')}: {value:g} is not a finite number above zero")
         if given[0] != "flops" and not (self.gpus and self.efficiency):
-            raise InputError(f"--{given[0].replace('_', '-')}: needs --gpu, and --mfu or --run-logs")
+            raise InputError(
+                f"--{given[0].replace('_', '-')}: needs --gpu, and --mfu, --run-logs or --mfu-from-estimate"
+            )
         if given[0] == "money" and not self.prices:
             raise InputError("--money: needs --price, the money per GPU-hour")
         if self.prices and len(self.prices) != len(self.gpus):
@@ -82,7 +84,7 @@ class Request:
         if any(not (np.isfinite(price) and price > 0) for price in self.prices):
             raise InputError("--price: a price is not a finite number above zero")
         if self.gpus and not self.efficiency:
-            raise InputError("--gpu: needs --mfu or --run-logs for the time")
+            raise InputError("--gpu: needs --mfu, --run-logs or --mfu-from-estimate for the time")
         if self.tensor_parallel < 1 or self.num_gpus < 1 or self.num_gpus % self.tensor_parallel:
             raise InputError(
                 f"--num-gpus: {self.num_gpus} is not a multiple of --tensor-parallel {self.tensor_parallel}"

@@ -1,7 +1,8 @@
 """From fitted laws and a budget to a plan: model, tokens, losses, time, money, stages - each with its interval.
 
 Intervals are 95% percentiles over the bootstrap draws of the fit. Losses come in two kinds: that of the law, and that
-of one run, which adds the noise between runs. Intervals of hours and money are those of the MFU, where it was measured.
+of one run, which adds the noise between runs. Intervals of hours and money are those of the MFU, where it was measured
+or estimated.
 """
 
 from typing import Any
@@ -272,6 +273,7 @@ def _warnings(chosen: Fitted, plan: dict[str, Any], request: Request) -> list[st
             found.append(f"{request.num_gpus} {entry['gpu']} cannot hold the training state; {entry['least_gpus']} can")
     if repeated and repeated["epochs"] > 4:
         found.append(f"{repeated['epochs']:.1f} epochs: beyond about 4 repeated tokens lose worth (arXiv 2305.16264)")
+    found += [f"efficiency: {text}" for text in (request.efficiency.warnings if request.efficiency else ())]
     found += [f"transfer law: {text}" for text in plan["transfer"].get("warnings", [])]
     return found + [f"from the fit: {text}" for text in chosen.entry.get("warnings", [])]
 
