@@ -12,14 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from megamm.errors import InputError
 from megamm.files import atomic_path, write_text
 from megamm.scaling import laws
-from megamm.scaling.compare import Law, key_of
+from megamm.scaling.charts import to_pdf, to_png
+from megamm.scaling.compare import key_of
 from megamm.scaling.diagnostics import examine
 from megamm.scaling.fit import MIN_RUNS, Fit, fit_group
+from megamm.scaling.fit_plots import colours, fitted_group
 from megamm.scaling.fits_page import to_markdown
 from megamm.scaling.forms import FORMS
 from megamm.scaling.forms.fitting import FormFit, fit_form
@@ -27,10 +28,8 @@ from megamm.scaling.forms.shared import NAME as SHARED
 from megamm.scaling.forms.shared import examine_shared, fit_shared
 from megamm.scaling.forms.simplex import mixture_entry
 from megamm.scaling.forms.warnings import form_warnings
+from megamm.scaling.plots import frontiers, residuals
 from megamm.scaling.runs import RunTable
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
 
 
 def fit_table(
@@ -131,79 +130,15 @@ def _draws_of(fit: Fit | FormFit) -> dict[str, np.ndarray]:
     return {key: fit.draws} | ({} if law is None else {f"{key}/law": law[0]})
 
 
-# --------------------------------------------------------------------------------------------------- plots
-
-
 def draw_plots(fits: list[Fit | FormFit]) -> dict[str, bytes]:
-    """PNG files by name: loss against compute, and residuals against params and tokens, per loss column."""
+    """Frontiers and residuals of each loss column, as PNG and PDF by name; tools/plot_fits.py draws more."""
     files = {}
     for column in dict.fromkeys(fit.loss_column for fit in fits):
         chosen = [fit for fit in fits if fit.loss_column == column]
+        palette = colours([fit.group for fit in chosen])
+        groups = [fitted_group(fit, palette[fit.group]) for fit in chosen]
+        plain = [group for group in groups if len(group.grid)]
         suffix = "" if column == "loss" else f"-{column}"
-        plain = [fit for fit in chosen if isinstance(fit, Fit)]
-        if plain:
-            files[f"loss_vs_flops{suffix}.png"] = _png(_plot_frontiers, plain)
-        for axis in ("params", "tokens"):
-            files[f"residuals_vs_{axis}{suffix}.png"] = _png(_plot_residuals, chosen, axis)
+        for chart in [*([frontiers(plain, column)] if plain else []), residuals(groups)]:
+            files |= {f"{chart.name}{suffix}.png": to_png(chart), f"{chart.name}{suffix}.pdf": to_pdf(chart)}
     return files
-
-
-def _png(plot: Callable, fits: list[Fit], *rest: str) -> bytes:
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    plot(axes, fits, *rest)
-    axes.grid(alpha=0.3, which="major")
-    axes.legend(fontsize=9)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
-    return out.getvalue()
-
-
-def _styles(fits: list[Fit]):
-    for i, fit in enumerate(fits):
-        yield fit, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-
-
-def _plot_frontiers(axes, fits: list[Fit]) -> None:
-    for fit, color, marker in _styles(fits):
-        axes.scatter(
-            fit.table.numbers("flops"),
-            fit.table.numbers(fit.loss_column),
-            s=18,
-            marker=marker,
-            facecolors="none",
-            edgecolors=color,
-            label=f"{_plain(fit.group)}: {len(fit.table)} runs",
-        )
-        grid = np.geomspace(*fit.flops_range, 128)
-        law = Law.of_fit(fit)
-        c = fit.exponents["c"]
-        axes.plot(grid, law.frontier(grid), color=color, label=f"{_plain(fit.group)}: frontier, ~ C^{c:.4f}")
-        axes.fill_between(grid, *law.band(grid), color=color, alpha=0.2, linewidth=0)
-    axes.set_xscale("log")
-    axes.set_xlabel("training compute C (FLOPs)")
-    axes.set_ylabel(f"{fits[0].loss_column} (nats per token)")
-    axes.set_title("Loss against compute, fitted frontier and its 95% band")
-
-
-def _plot_residuals(axes, fits: list[Fit], column: str) -> None:
-    for fit, color, marker in _styles(fits):
-        axes.scatter(
-            fit.table.numbers(column),
-            100 * np.expm1(-fit.residuals),
-            s=18,
-            marker=marker,
-            facecolors="none",
-            edgecolors=color,
-            label=_plain(fit.group),
-        )
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel({"params": "parameters N", "tokens": "training tokens D (tokens)"}[column])
-    axes.set_ylabel(f"measured {fits[0].loss_column} above the fit (%)")
-    axes.set_title(f"Residuals against {column}")
-
-
-def _plain(text: str) -> str:
-    """Text without matplotlib's mathematical markup."""
-    return text.replace("$", "\\$")

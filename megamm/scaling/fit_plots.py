@@ -7,6 +7,8 @@ import numpy as np
 from megamm.scaling import laws
 from megamm.scaling.charts import Chart
 from megamm.scaling.compare import Law
+from megamm.scaling.fit import Fit
+from megamm.scaling.forms.fitting import FormFit
 from megamm.scaling.isoflop import IsoFlopFit
 from megamm.scaling.plots import PALETTE, Budget, Group, isoflops
 from megamm.scaling.runs import RunTable
@@ -54,6 +56,28 @@ def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *,
         },
         held_out=held_out,
         exponents=exponents,
+    )
+
+
+def fitted_group(fit: Fit | FormFit, colour: str) -> Group:
+    """The arrays of a fit at hand; a form of more than N and D has residuals, but no frontier (empty arrays)."""
+    if isinstance(fit, Fit):
+        name = fit.group
+        return group_of(Law.of_fit(fit), fit.table, fit.loss_column, fit.to_json(), name=name, colour=colour)
+    runs = fit.table
+    losses = runs.numbers(fit.loss_column)
+    return Group(
+        name=fit.group,
+        colour=colour,
+        names=runs.names,
+        params=runs.numbers("params"),
+        tokens=runs.numbers("tokens"),
+        flops=runs.numbers("flops"),
+        losses=losses,
+        predicted=losses * np.exp(fit.residuals),
+        grid=np.zeros(0),
+        frontier=np.zeros(0),
+        band=np.zeros((2, 0)),
     )
 
 

@@ -355,9 +355,9 @@ def test_written_folder_keeps_the_contract(tmp_path):
         assert draws["early"].shape == (50, 5) and draws["early"].dtype == np.float64
     assert list(read_laws(out)) == ["early", "late"] and list(read_laws(out, "loss_caption")) == ["early", "late"]
     assert "## late, loss_caption: E + A/N^alpha" in (out / "fits.md").read_text()
-    for stem in ("loss_vs_flops", "residuals_vs_params", "residuals_vs_tokens"):
-        for suffix in ("", "-loss_caption"):
-            assert (out / f"{stem}{suffix}.png").read_bytes().startswith(b"\x89PNG")
+    for stem in ("frontiers", "residuals", "frontiers-loss_caption", "residuals-loss_caption"):
+        assert (out / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
     assert not [p for p in out.iterdir() if p.name.endswith(".tmp")]
 
 
