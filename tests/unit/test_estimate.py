@@ -10,13 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from dataset_factory import make_dataset
 from megamm_kernels.linear_cross_entropy import GPU_CHUNK_BYTES
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamm.config import Config, load
 from megamm.data.loader import Loader, build_plan, open_sources
 from megamm.errors import InputError
 from megamm.model.multimodal import MultimodalModel
+from megamm.parallel.data import set_gradient_sync, shard_over_data
 from megamm.resolve import resolve_config
 from megamm.scaling.estimate.memory import kept_activations, rank_memory, rest_parameters
 from megamm.scaling.estimate.operations import CHUNK_BYTES, operations
@@ -149,6 +154,50 @@ def test_activations_against_saved_tensors(prepared, architecture, dtype):
 
 def config_with(config: Config, dtype: str) -> Config:
     return replace(config, train=replace(config.train, dtype=dtype))
+
+
+# -------------------------------------------------------------------------------------- against what FSDP2 sends
+
+
+class SentBytes(TorchDispatchMode):
+    """Full size in bytes of all tensors gathered and reduced, by kind of collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = {"gather": 0, "reduce": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kind = {"c10d._allgather_base_.default": "gather", "c10d._reduce_scatter_base_.default": "reduce"}.get(
+            str(func)
+        )
+        if kind:  # of output and input the full tensor is the larger one
+            self.total[kind] += max(x.numel() * x.itemsize for x in args if isinstance(x, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of four ranks, of which this process is one and the others are imagined."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield init_device_mesh("cpu", (4,), mesh_dim_names=("data",))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("architecture", ["early", "late"])
+def test_traffic_against_fsdp(prepared, mesh, architecture, passes):
+    """Every collective of a step, but for the padding of small parameters."""
+    config = small(prepared, architecture)
+    batch, model = batch_of(config), MultimodalModel(config.model)
+    shard_over_data(model, mesh, torch.bfloat16)
+    with SentBytes() as sent:
+        for i in range(passes):
+            set_gradient_sync(model, i == passes - 1)
+            model(batch, torch.bfloat16).loss.backward()
+    expected = traffic(config_with(config, "bfloat16"), 4, passes)
+    for kind, total in sent.total.items():
+        of_ring = sum(item.bytes for item in expected if item.name.startswith(kind))
+        assert of_ring == pytest.approx(3 / 4 * total, rel=2e-3)
 
 
 def test_statistics_of_prepared_data(prepared):
