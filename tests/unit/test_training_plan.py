@@ -498,7 +498,12 @@ def test_figures_of_the_gpus():
     assert all(100 < gpu.peak_flops / gpu.bandwidth < 500 and gpu.link < gpu.bandwidth for gpu in GPUS.values())
 
 
-def test_an_estimate_that_does_not_fit_is_warned_of(fits):
-    crowded = replace(stated_mfu(0.4), warnings=("90.0 GB do not fit",))
-    plan = make_plan(Request(flops=1e22, gpus=[GPUS["h100"]], efficiency=crowded), fits)
-    assert "efficiency: 90.0 GB do not fit" in plan["warnings"]
+def test_an_estimate_for_something_else_is_warned_of(fits):
+    crowded = replace(stated_mfu(0.4), params=10**7, warnings=("90.0 GB do not fit",))
+    request = Request(flops=1e22, gpus=[GPUS["h100"]], efficiency=crowded, tensor_parallel=8)
+    text = "\n".join(make_plan(request, fits)["warnings"])
+    for part in ("90.0 GB do not fit", "estimated for a model of 1e+07 parameters", "layout has 8"):
+        assert part in text
+    like = replace(crowded, params=make_plan(request, fits)["model"]["params"], warnings=())
+    plan = make_plan(replace(request, efficiency=like, tensor_parallel=1), fits)
+    assert not [text for text in plan["warnings"] if text.startswith("efficiency")]

@@ -275,5 +275,6 @@ def estimated_efficiency(
         interval=(ends[0], ends[1]),
         source=f"estimated for {middle.params:.3g} parameters on {world_size} ranks of {gpu.name}, data parallel, by "
         "6ND; nothing measured, the interval is that of the assumed efficiencies",
+        params=middle.params,
         warnings=tuple(middle.warnings),
     )

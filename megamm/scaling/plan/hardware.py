@@ -88,6 +88,8 @@ class Efficiency:
     mfu: float
     interval: tuple[float, float] | None
     source: str
+    params: int | None = None
+    """Of the model that it was estimated for; None where it was not estimated."""
     warnings: tuple[str, ...] = ()
 
 

@@ -33,6 +33,8 @@ FAR = 10.0
 """Extrapolation in compute that is warned of."""
 OFF_BUDGET = 0.1
 """Relative difference between the model's own FLOPs and the budget above which no training config is written."""
+UNLIKE = 2.0
+"""Factor between the model planned and the one whose MFU was estimated above which that is warned of."""
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)
 """Sizes of the over-training table, as shares of N*."""
 
@@ -273,9 +275,21 @@ def _warnings(chosen: Fitted, plan: dict[str, Any], request: Request) -> list[st
             found.append(f"{request.num_gpus} {entry['gpu']} cannot hold the training state; {entry['least_gpus']} can")
     if repeated and repeated["epochs"] > 4:
         found.append(f"{repeated['epochs']:.1f} epochs: beyond about 4 repeated tokens lose worth (arXiv 2305.16264)")
-    found += [f"efficiency: {text}" for text in (request.efficiency.warnings if request.efficiency else ())]
+    if request.efficiency:
+        found += [f"efficiency: {text}" for text in _efficiency_warnings(request, built)]
     found += [f"transfer law: {text}" for text in plan["transfer"].get("warnings", [])]
     return found + [f"from the fit: {text}" for text in chosen.entry.get("warnings", [])]
+
+
+def _efficiency_warnings(request: Request, params: float) -> list[str]:
+    """What an estimated MFU was estimated for, where that is not the plan."""
+    found = list(request.efficiency.warnings)
+    estimated = request.efficiency.params
+    if estimated and not 1 / UNLIKE < params / estimated < UNLIKE:
+        found.append(f"estimated for a model of {estimated:.3g} parameters, the plan's has {params:.3g}")
+    if estimated and request.tensor_parallel > 1:
+        found.append(f"estimated without tensor parallelism, the plan's layout has {request.tensor_parallel}")
+    return found
 
 
 def _assumptions(chosen: Fitted, request: Request) -> list[str]:
