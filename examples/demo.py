@@ -20,7 +20,7 @@ from rich.console import Console
 from megamm.errors import RunError, exit_on_error
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {"caption": 18000, "interleaved": 6000, "text": 6000}
+KINDS = {"caption": 30000, "interleaved": 10000, "text": 10000}
 """Documents of each kind of built-in scenes: a little over one epoch of the largest budget."""
 JOBS = max(1, min(2, os.cpu_count() or 1))
 console = Console(stderr=True, highlight=False)

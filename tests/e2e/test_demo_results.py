@@ -32,14 +32,12 @@ def ladder(runs: list[dict], architecture: str, column: str) -> dict[tuple[int, 
 @pytest.mark.parametrize("architecture", ["early", "late"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_loss_falls_with_size_and_with_tokens(runs, architecture, source):
-    """One run's loss moves by about .02 with the seed, so neighbouring sizes are compared over all budgets."""
     losses = ladder(runs, architecture, f"loss_{source}")
     sizes, budgets = (1 + max(key[axis] for key in losses) for axis in (0, 1))
-    assert sizes >= 3 and budgets >= 3
+    assert sizes >= 4 and budgets >= 4
     by_size = np.array([[losses[s, b] for b in range(budgets)] for s in range(sizes)])
     assert (np.diff(by_size, axis=1) < 0).all()
-    assert (np.diff(by_size.mean(1)) < 0).all()
-    assert (by_size[-1] < by_size[0]).all()
+    assert (np.diff(by_size, axis=0) < 0).all()
 
 
 @pytest.mark.parametrize("architecture", ["early", "late"])
