@@ -4,11 +4,8 @@ A scenario names a ladder (sizes, lengths) and what disturbs its losses: noise b
 tuned runs, offsets shared by all lengths of one size, and a smooth departure of the true surface from the fitted
 form. Disturbances act on log loss and have median zero, so that the law stays the truth for the typical run.
 
-Resampling runs one by one takes their residuals for independent. Where tuning is off for a whole size, or the
-surface departs smoothly from the form, neighbouring runs err together and the interval is too narrow.
-:func:`pigeonhole_draws` is a correction: it resamples sizes and lengths, each whole (Owen 2007, "The pigeonhole
-bootstrap", Annals of Applied Statistics 1(2)), which holds errors shared along either, at the price of intervals that
-are too wide where there are none.
+Two intervals are judged: that of ``Fit.draws``, which megamm.scaling.model_error has widened, and that of the plain
+bootstrap behind it.
 """
 
 from collections.abc import Callable
@@ -16,17 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megamm.scaling import laws, minimise
-from megamm.scaling.fit import Fit, distinct, fit_group
+from megamm.scaling import laws
+from megamm.scaling.fit import fit_group
 from megamm.scaling.runs import RunTable, check_rows
 
 TRUTH = np.array([1.81722, 477.8, 0.34731, 2143.4, 0.36717])
 """The optimum on the 240 runs of Hoffmann et al. 2022 in Besiroglu et al. 2024."""
 BEYOND = 10.0
 """The decisions N*, D*, L* are also judged at this multiple of the largest compute of the ladder."""
-
-BINS = 8
-"""Most classes of size and of length that the pigeonhole bootstrap tells apart."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -62,6 +56,10 @@ SCENARIOS = (
     ),
     Scenario(name="surface bends, 30 runs", noise=0.002, bend=0.002),
     Scenario(name="surface bends, 60 runs", sizes=10, lengths=6, noise=0.002, bend=0.002),
+    Scenario(name="surface bends, 240 runs", sizes=16, lengths=15, noise=0.002, bend=0.002),
+    Scenario(name="surface bends twice as far, 30 runs", noise=0.002, bend=0.004),
+    Scenario(name="surface bends, heavy tails", noise=0.002, tail_degrees=4.0, bend=0.002),
+    Scenario(name="surface bends, 8 sizes resampled", sizes=8, noise=0.002, size_offset=0.001, bend=0.002, trunks=True),
 )
 
 
@@ -95,51 +93,6 @@ def _wave(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.sqrt(2) * np.sin(2 * np.pi * (rng.uniform(0.5, 2) * u + rng.random()))
 
 
-def pigeonhole_draws(fit: Fit, resamples: int, seed: int = 0, bins: int = BINS) -> np.ndarray:
-    """Optima over resampled sizes times resampled lengths, (R, 5) float64 like ``Fit.draws``.
-
-    A run counts as often as its size and its length were drawn, multiplied. Sizes and lengths are the distinct
-    values, or ``bins`` equal-count classes of them where there are more.
-    """
-    table, rng = fit.table, np.random.default_rng(seed)
-    problem = minimise.Problem.of(*(table.numbers(c) for c in ("params", "tokens", fit.loss_column)))
-    labels = [_classes(table.numbers(column), bins) for column in ("params", "tokens")]
-    weights = np.zeros((resamples, len(table)))
-    poor = np.ones(resamples, bool)
-    for _ in range(100):  # three sizes and three lengths are the least that determines a law
-        drawn = [_multinomial(label, int(poor.sum()), rng) for label in labels]
-        weights[poor] = drawn[0] * drawn[1]
-        poor = _poor(weights, labels)
-        if not poor.any():
-            break
-    start = np.repeat(problem.to_theta(fit.parameters)[None], resamples, axis=0)
-    return problem.to_parameters(minimise.minimise(problem, start, weights)[0])
-
-
-def _poor(weights: np.ndarray, labels: list[np.ndarray]) -> np.ndarray:
-    """Which resamples hold fewer than three sizes or three lengths (or than all there are), (R,) bool."""
-    poor = np.zeros(len(weights), bool)
-    for label in labels:
-        present = weights @ (label[:, None] == np.arange(label.max() + 1)).astype(float) > 0
-        poor |= present.sum(-1) < min(3, label.max() + 1)
-    return poor
-
-
-def _multinomial(labels: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """How often the class of each run was drawn, (R, n)."""
-    count = int(labels.max()) + 1
-    return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)[:, labels]
-
-
-def _classes(values: np.ndarray, bins: int) -> np.ndarray:
-    """Class of each value, (n,) int: its distinct value, or one of ``bins`` equal-count classes."""
-    labels = distinct(values)
-    if labels.max() < bins:
-        return labels
-    edges = np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1])
-    return distinct(np.searchsorted(edges, values, side="right") + 1.0)
-
-
 def decisions(parameters: np.ndarray, top_flops: float) -> dict[str, np.ndarray]:
     """What a plan decides on, by name, each of the leading shape of ``parameters`` (..., 5)."""
     values = {"E": parameters[..., 0], "alpha": parameters[..., 2], "beta": parameters[..., 4]}
@@ -153,15 +106,16 @@ def decisions(parameters: np.ndarray, top_flops: float) -> dict[str, np.ndarray]
 
 @dataclass(kw_only=True)
 class Coverage:
-    """Share of simulations whose interval holds the truth, by decision, for each kind of bootstrap."""
+    """What the simulations of a scenario say of each decision."""
 
     scenario: Scenario
     simulations: int
-    percentile: dict[str, float]
-    """Of ``Fit.draws``: runs, or trunks where there are any, resampled."""
-    pigeonhole: dict[str, float]
-    """Of :func:`pigeonhole_draws`, over one in ``pigeonhole_every`` ladders."""
-    pigeonhole_every: int
+    coverage: dict[str, float]
+    """Share of ladders whose interval, as in `fits.json`, holds the truth."""
+    resampling_coverage: dict[str, float]
+    """The same for the plain bootstrap: runs, or trunks where there are any, resampled."""
+    widening: dict[str, float]
+    """Median over the ladders of the interval's width over that of the plain bootstrap."""
     bias: dict[str, float]
     """Of the estimates, in their standard deviations."""
 
@@ -171,32 +125,26 @@ def cover(
     simulations: int = 1000,
     resamples: int = 1000,
     seed: int = 0,
-    pigeonhole_every: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Coverage:
-    """Fit ``simulations`` ladders of ``scenario`` and count the intervals that hold the truth.
-
-    The pigeonhole bootstrap costs as much as the fit; it is made for one in ``pigeonhole_every`` ladders.
-    """
-    held: dict[str, dict[str, int]] = {"percentile": {}, "pigeonhole": {}}
-    estimates: dict[str, list[float]] = {}
-    truth: dict[str, np.ndarray] = {}
+    """Fit ``simulations`` ladders of ``scenario`` and count the intervals that hold the truth."""
+    found: dict[str, list[tuple[float, ...]]] = {}
     for i in range(simulations):
         table = simulate(scenario, np.random.default_rng([seed, i]))
         fit = fit_group(table, resamples=resamples, seed=seed + i)
-        top = fit.flops_range[1]
-        truth = decisions(TRUTH, top)
-        for name, value in decisions(fit.parameters, top).items():
-            estimates.setdefault(name, []).append(float(value))
-        kinds = {"percentile": fit.draws}
-        if i % pigeonhole_every == 0:
-            kinds["pigeonhole"] = pigeonhole_draws(fit, resamples, seed + i)
-        for kind, draws in kinds.items():
-            for name, values in decisions(draws, top).items():
-                low, high = np.percentile(values, [2.5, 97.5])
-                held[kind][name] = held[kind].get(name, 0) + bool(low <= truth[name] <= high)
+        laws_of = (fit.parameters, TRUTH, fit.draws, fit.resampled)
+        estimates, truths, draws, resampled = (decisions(x, fit.flops_range[1]) for x in laws_of)
+        for name, truth in truths.items():
+            ends = [np.percentile(x[name], [2.5, 97.5]) for x in (draws, resampled)]
+            holds = [low <= truth <= high for low, high in ends]
+            found.setdefault(name, []).append((*holds, np.ptp(ends[0]) / np.ptp(ends[1]), estimates[name] - truth))
         progress(i + 1)
-    counts = {"percentile": simulations, "pigeonhole": -(-simulations // pigeonhole_every)}
-    shares = {kind: {name: n / counts[kind] for name, n in hits.items()} for kind, hits in held.items()}
-    bias = {name: float((np.mean(x) - truth[name]) / np.std(x)) for name, x in estimates.items()}
-    return Coverage(scenario=scenario, simulations=simulations, pigeonhole_every=pigeonhole_every, bias=bias, **shares)
+    columns = {name: np.array(rows, float).T for name, rows in found.items()}
+    return Coverage(
+        scenario=scenario,
+        simulations=simulations,
+        coverage={name: float(x[0].mean()) for name, x in columns.items()},
+        resampling_coverage={name: float(x[1].mean()) for name, x in columns.items()},
+        widening={name: float(np.median(x[2])) for name, x in columns.items()},
+        bias={name: float(x[3].mean() / x[3].std()) for name, x in columns.items()},
+    )

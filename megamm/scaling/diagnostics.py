@@ -119,7 +119,7 @@ def _starts(fit: Fit, shared: bool) -> list[str]:
         return []
     what = " of all groups together" if shared else ""
     found = [f"only {fit.starts_at_optimum} of {fit.starts_total} starts ended at the optimum{what}"]
-    values = fit.draws.copy()
+    values = fit.resampled.copy()
     # log A at the mean size, not at N = 1, or every fit would show a correlation of 1 with alpha.
     for term, exponent, column in ((1, 2, "params"), (3, 4, "tokens")):
         values[:, term] = np.log(values[:, term]) - values[:, exponent] * np.log(fit.table.numbers(column)).mean()
@@ -141,14 +141,15 @@ def _stability(fit: Fit) -> list[str]:
             f"held out: a is {fit.holdout['a_without']:.3f} without the runs of largest FLOPs and "
             f"{fit.holdout['a_with']:.3f} with them, apart by more than the half-width of its interval"
         )
+    resampled = fit.percentiles(fit.resampled)
     for name, (low, high) in fit.checks.get("profile_intervals", {}).items():
-        width = fit.intervals[name][1] - fit.intervals[name][0]
+        width = resampled[name][1] - resampled[name][0]
         if low is None or high is None:
             found.append(f"the profile likelihood of {name} has an open end: the objective is flat there")
         elif not 1 / WIDTHS_APART < (high - low) / max(width, 1e-12) < WIDTHS_APART:
             found.append(
                 f"the profile likelihood gives {name} the interval {low:.4f} to {high:.4f}, the bootstrap "
-                f"{fit.intervals[name][0]:.4f} to {fit.intervals[name][1]:.4f}"
+                f"{resampled[name][0]:.4f} to {resampled[name][1]:.4f}"
             )
     return found + disagreement(fit.checks.get("approaches", []))
 

@@ -1,18 +1,20 @@
 """Fit the scaling law to a table of runs: optimum, bootstrap intervals, held-out error, warnings.
 
-Objective `huber_log`: the sum over runs of Huber(log prediction - log loss) with delta 1e-3. Intervals are
-percentiles of the optimum over resampled runs; runs that share a trunk (the same constant-rate steps, so not
-independent) are resampled together.
+Objective `huber_log`: the sum over runs of Huber(log prediction - log loss) with delta 1e-3. Standard errors are
+those of the optimum over resampled runs; runs that share a trunk (the same constant-rate steps, so not independent)
+are resampled together. Intervals are percentiles of the same draws after megamm.scaling.model_error, which adds what
+a surface that departs from the form does to a fit.
 """
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from megamm.errors import InputError
 from megamm.scaling import laws, minimise
+from megamm.scaling.model_error import ModelError, widen
 from megamm.scaling.runs import RunTable
 
 OBJECTIVE = "huber_log"
@@ -36,8 +38,10 @@ class Fit:
     table: RunTable
     parameters: np.ndarray
     """(5,)"""
+    resampled: np.ndarray
+    """(R, 5): the optimum of each bootstrap resample; its spread is the published kind of standard error."""
     draws: np.ndarray
-    """(R, 5): the optimum of each bootstrap resample."""
+    """(R, 5): the same, moved by what a bend of the true surface may do; all intervals are made of these."""
     objective: float
     starts_total: int
     starts_at_optimum: int
@@ -48,6 +52,8 @@ class Fit:
     kappa: float
     """Median of flops/(6*params*tokens)."""
     seed: int
+    model_error: ModelError | None = None
+    """None where the form has no estimate of it; ``draws`` are then ``resampled``."""
     clusters: int
     """Independent units that the bootstrap resamples: trunks, and runs without one."""
     redrawn: int = 0
@@ -75,9 +81,13 @@ class Fit:
     @property
     def intervals(self) -> dict[str, list[float]]:
         """95% percentile intervals of every parameter and exponent."""
-        draws = dict(zip(laws.PARAMETERS, self.draws.T)) | self.exponent_draws
+        return self.percentiles(self.draws)
+
+    def percentiles(self, draws: np.ndarray) -> dict[str, list[float]]:
+        """95% percentile intervals of every parameter and exponent over ``draws`` (R, 5)."""
+        values = dict(zip(laws.PARAMETERS, draws.T)) | laws.exponents(draws, self.flops_range, self.kappa)
         tail = 50 * (1 - LEVEL)
-        return {name: np.percentile(x, [tail, 100 - tail]).tolist() for name, x in draws.items()}
+        return {name: np.percentile(x, [tail, 100 - tail]).tolist() for name, x in values.items()}
 
     @property
     def residuals(self) -> np.ndarray:
@@ -99,7 +109,7 @@ class Fit:
             "gradient_norm": self.gradient_norm,
             "condition_number": self.condition_number,
             "intervals": self.intervals,
-            "standard_errors": dict(zip(laws.PARAMETERS, self.draws.std(axis=0, ddof=1).tolist())),
+            "standard_errors": dict(zip(laws.PARAMETERS, self.resampled.std(axis=0, ddof=1).tolist())),
             "exponents": self.exponents,
             "kappa": self.kappa,
             "ranges": {
@@ -108,6 +118,7 @@ class Fit:
                 "flops": list(self.flops_range),
             },
             "bootstrap": {"resamples": len(self.draws), "seed": self.seed, "clusters": self.clusters},
+            **({} if self.model_error is None else {"model_error": asdict(self.model_error)}),
             "holdout": self.holdout,
             **self.checks,
             "warnings": self.warnings,
@@ -149,13 +160,15 @@ def fit_group(
     weights, redrawn = resample(table, clusters, resamples, rng)
     # Where the runs leave a direction flat, the starts end all along it, and so must the draws.
     near = ends[objectives <= objective * 1.01 + AGREE_ABSOLUTE]
-    draws, _ = minimise.minimise(problem, near[rng.integers(len(near), size=resamples)], weights)
+    resampled, _ = minimise.minimise(problem, near[rng.integers(len(near), size=resamples)], weights)
+    draws, model_error = widen(problem, theta, resampled, clusters, rng)
     fit = Fit(
         group=group,
         form=form,
         loss_column=loss_column,
         table=table,
         parameters=problem.to_parameters(theta),
+        resampled=problem.to_parameters(resampled),
         draws=problem.to_parameters(draws),
         objective=objective,
         starts_total=len(objectives),
@@ -164,6 +177,7 @@ def fit_group(
         condition_number=minimise.condition_number(reweighted[0]),
         kappa=laws.flops_factor(table.numbers("params"), table.numbers("tokens"), table.numbers("flops")),
         seed=seed,
+        model_error=model_error,
         clusters=int(clusters.max()) + 1,
         redrawn=redrawn,
     )

@@ -91,7 +91,7 @@ def profile_intervals(fit: Fit) -> dict[str, list[float | None]]:
     problem = fit_problem(fit.table, fit.loss_column)
     theta = np.clip(problem.to_theta(fit.parameters), *problem.bounds)
     allowed = _allowed_rise(fit)
-    intervals = fit.intervals
+    intervals = fit.percentiles(fit.resampled)  # where to search: the width that noise alone gives
     found = {}
     for name, index in (("E", 0), ("alpha", 2), ("beta", 4)):
         grid = _grid(theta[index], intervals[name], problem.bounds[0][index], problem.bounds[1][index], POINTS)
@@ -99,7 +99,7 @@ def profile_intervals(fit: Fit) -> dict[str, list[float | None]]:
         found[name] = _ends(grid, rise, allowed)
     ratio = theta[4] / (theta[2] + theta[4])
     grid = _grid(ratio, intervals["a"], 0.01, 0.99, POINTS)
-    sums = fit.draws[:, 2] + fit.draws[:, 4]
+    sums = fit.resampled[:, 2] + fit.resampled[:, 4]
     total = _grid(theta[2] + theta[4], np.percentile(sums, [2.5, 97.5]), 0.05, 5.0, 2 * RATIO_POINTS + 1)
     values = np.stack([np.outer(1 - grid, total), np.outer(grid, total)], axis=-1)  # alpha, beta
     low, high = problem.bounds

@@ -100,6 +100,7 @@ def fit_shared(
             loss_column=loss_column,
             table=table,
             parameters=values[columns],
+            resampled=draws[:, columns],
             draws=draws[:, columns],
             objective=objective,
             starts_total=len(objectives),
