@@ -28,7 +28,7 @@ class Law:
 
     Attributes:
         parameters: (5,) E, A, alpha, B, beta.
-        draws: (R, 5), the same of each bootstrap resample.
+        draws: (R, 5), the same of each draw behind the intervals.
         kappa: FLOPs per 6ND of a model with ``reference`` parameters.
         flops_range: compute of the runs.
         growth: power of N with which FLOPs per 6ND change, 0 where they do not.

@@ -136,7 +136,7 @@ def widths(
             for key, ratios in FREEDOM.items():
                 fits[key] = follow_proposals(first, decision, budget, ends, ratios, noise, rng)
             for key, fit in fits.items():
-                low, high = np.percentile(decision(fit.draws), [2.5, 97.5])
+                low, high = np.percentile(decision(fit.resampled), [2.5, 97.5])  # noise alone: no form errs here
                 found[key][:, i, j] = high - low, abs(float(decision(fit.parameters)) - truth)
         if (i + 1) % 10 == 0:
             progress(f"{i + 1} ladders")

@@ -23,6 +23,8 @@ FEW_RATIOS = 4
 FAR = 10.0
 """Multiple of the largest measured compute beyond which a prediction is told to be an extrapolation."""
 WIDTHS_APART = 2.5
+BENDS = 0.5
+"""Probability of a bend from which it is told."""
 
 
 def examine(fit: Fit) -> None:
@@ -55,6 +57,7 @@ def warnings_of(fit: Fit, partners: Sequence[RunTable] = ()) -> list[str]:
         *identification(fit, partners),
         *bounds(fit),
         *_starts(fit, shared=bool(partners)),
+        *_bend(fit),
         *_stability(fit),
         *_design(fit),
         *bootstrap(fit),
@@ -65,11 +68,11 @@ def warnings_of(fit: Fit, partners: Sequence[RunTable] = ()) -> list[str]:
 def identification(fit: Fit, partners: Sequence[RunTable] = ()) -> list[str]:
     """Whether the runs determine the law at all; ``partners`` as for warnings_of."""
     found = []
-    low, high = fit.intervals["a"]
+    low, high = fit.percentiles(fit.resampled)["a"]
     if high - low > WIDE_INTERVAL:
         found.append(
-            f"exponents are not identified: the 95% interval of a, {low:.3f} to {high:.3f}, is wider than "
-            f"{WIDE_INTERVAL}; add runs that differ more in size and length"
+            f"exponents are not identified: the 95% interval of a by noise alone, {low:.3f} to {high:.3f}, is wider "
+            f"than {WIDE_INTERVAL}; add runs that differ more in size and length"
         )
     n = len(fit.table)
     if n < FEW_RUNS:
@@ -132,6 +135,17 @@ def _starts(fit: Fit, shared: bool) -> list[str]:
         if abs(correlation[i, j]) > 0.99:
             found.append(f"{names[i]} and {names[j]} are correlated at {correlation[i, j]:.3f}: they trade off")
     return found
+
+
+def _bend(fit: Fit) -> list[str]:
+    if fit.model_error is None or fit.model_error.probability <= BENDS:
+        return []
+    (low, high), (below, above) = fit.intervals["a"], fit.percentiles(fit.resampled)["a"]
+    return [
+        f"neighbouring runs err together: the surface departs from the form by {fit.model_error.sd:.2%} of the loss "
+        f"(probability {fit.model_error.probability:.2f}); with it the 95% interval of a is {low:.3f} to {high:.3f}, "
+        f"by noise alone {below:.3f} to {above:.3f}"
+    ]
 
 
 def _stability(fit: Fit) -> list[str]:

@@ -155,21 +155,16 @@ def fit_group(
     gradient = minimise.projected_gradient(problem, theta[None], gradient)[0]
     # The batch works on centred logarithms; the chain rule takes the gradient back to log A and log B.
     gradient[[2, 4]] -= gradient[[1, 3]] * [problem.mean_log_n, problem.mean_log_d]
-    clusters = cluster_labels(table)
     rng = np.random.default_rng([seed, zlib.crc32(group.encode())])
-    weights, redrawn = resample(table, clusters, resamples, rng)
     # Where the runs leave a direction flat, the starts end all along it, and so must the draws.
     near = ends[objectives <= objective * 1.01 + AGREE_ABSOLUTE]
-    resampled, _ = minimise.minimise(problem, near[rng.integers(len(near), size=resamples)], weights)
-    draws, model_error = widen(problem, theta, resampled, clusters, rng)
+    found = _uncertainty(problem, theta, near, table, resamples, rng)
     fit = Fit(
         group=group,
         form=form,
         loss_column=loss_column,
         table=table,
         parameters=problem.to_parameters(theta),
-        resampled=problem.to_parameters(resampled),
-        draws=problem.to_parameters(draws),
         objective=objective,
         starts_total=len(objectives),
         starts_at_optimum=int((objectives <= objective * (1 + AGREE_RELATIVE) + AGREE_ABSOLUTE).sum()),
@@ -177,13 +172,33 @@ def fit_group(
         condition_number=minimise.condition_number(reweighted[0]),
         kappa=laws.flops_factor(table.numbers("params"), table.numbers("tokens"), table.numbers("flops")),
         seed=seed,
-        model_error=model_error,
-        clusters=int(clusters.max()) + 1,
-        redrawn=redrawn,
+        **found,
     )
     fit.holdout = hold_out(fit)
     fit.warnings += dropped
     return fit
+
+
+def _uncertainty(
+    problem: minimise.Problem,
+    theta: np.ndarray,
+    starts: np.ndarray,
+    table: RunTable,
+    resamples: int,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """The fields of a Fit that tell how far ``theta`` (5,) may be off; resamples start from ``starts`` (m, 5)."""
+    clusters = cluster_labels(table)
+    weights, redrawn = resample(table, clusters, resamples, rng)
+    resampled, _ = minimise.minimise(problem, starts[rng.integers(len(starts), size=resamples)], weights)
+    draws, model_error = widen(problem, theta, resampled, clusters, rng)
+    return {
+        "resampled": problem.to_parameters(resampled),
+        "draws": problem.to_parameters(draws),
+        "model_error": model_error,
+        "clusters": int(clusters.max()) + 1,
+        "redrawn": redrawn,
+    }
 
 
 def measured_runs(table: RunTable, loss_column: str, resamples: int) -> tuple[RunTable, list[str]]:

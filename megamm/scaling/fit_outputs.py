@@ -1,7 +1,7 @@
 """Fit every group of a table and write the folder of results.
 
-The folder holds `fits.json` (the contract), `fits.md` (the same for people), `bootstrap.npz` (per fit a
-float64 array (R, 5) of E, A, alpha, B, beta, one row per resample; keys by compare.key_of; for a form of
+The folder holds `fits.json` (the contract), `fits.md` (the same for people), `bootstrap.npz` (per fit the
+draws behind its intervals, a float64 array (R, 5) of E, A, alpha, B, beta; keys by compare.key_of; for a form of
 megamm.scaling.forms (R, P) of its own parameters under `key@form` and of the plain law it implies under
 `key@form/law`; no pickled objects) and plots.
 """

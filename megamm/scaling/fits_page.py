@@ -12,7 +12,7 @@ MEANINGS = {"a": "a (N* ~ C^a)", "b": "b (D* ~ C^b)", "c": "c (L* ~ C^c)", "d": 
 
 def to_markdown(fits: list[Fit]) -> str:
     """All fits as a page: constants, exponents, intervals, drop-k tables, held-out error, warnings."""
-    lines = ["# Scaling-law fits", "", "Loss in nats; 95% percentile bootstrap intervals in brackets.", ""]
+    lines = ["# Scaling-law fits", "", "Loss in nats; 95% intervals in brackets.", ""]
     for fit in fits:
         entry = fit.to_json()
         formula = entry.get("formula") or laws.FORMS[fit.form].formula
@@ -92,7 +92,19 @@ def _facts(fit: Fit, entry: dict[str, Any]) -> list[str]:
         f"{fit.starts_at_optimum} of {fit.starts_total} starts ended there; gradient norm {fit.gradient_norm:.2g}; "
         f"condition number {fit.condition_number:.2g}",
         f"- bootstrap: {len(fit.draws)} resamples of {fit.clusters} {unit}, seed {fit.seed}",
+        *_form_error(entry),
         f"- held out: {_held_out(fit)}",
+    ]
+
+
+def _form_error(entry: dict[str, Any]) -> list[str]:
+    error = entry.get("model_error")
+    if error is None:
+        return ["- error of the form: not in the intervals"]
+    low, high = error["interval"]
+    return [
+        f"- error of the form: a smooth bend of the surface has probability {error['probability']:.2f} and a standard "
+        f"deviation of {error['sd']:.2%} of the loss, 95% [{low:.2%}, {high:.2%}]; the intervals hold it"
     ]
 
 

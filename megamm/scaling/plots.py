@@ -148,7 +148,7 @@ def correlations(groups: Sequence[Group]) -> Chart:
                 Panel(title=f"{group.name}: {y} over {x}{r}", x=Axis(label=x), y=Axis(label=y), series=[points])
             )
     caption = (
-        "Each point is the optimum of one bootstrap resample. A and B are taken at the mean size of the runs, which "
+        "Each point is one draw behind the intervals. A and B are taken at the mean size of the runs, which "
         "takes out the correlation of nearly 1 that they have with their exponents at N = 1."
     )
     return Chart(name="correlations", caption=caption, panels=panels)

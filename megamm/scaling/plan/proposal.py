@@ -299,7 +299,12 @@ def _assumptions(chosen: Fitted, request: Request) -> list[str]:
         f"law {entry['form']}{f' at {at}' if at else ''} of group {chosen.law.name}, {entry['n_runs']} runs up to "
         f"{chosen.law.flops_range[1]:.2g} FLOPs; it holds at the budget",
         f"FLOPs as in the runs ({chosen.law.kappa:.3g} x 6ND); the same data mixture, tokenizer and schedule",
-        "intervals: 95% bootstrap percentiles of the law; they do not hold the error of the form itself",
+        "intervals: 95% percentiles of the law; "
+        + (
+            "they hold a smooth error of the form as far as its residuals show one"
+            if "model_error" in entry
+            else "they do not hold the error of the form itself"
+        ),
         f"noise between runs {chosen.noise:.2%} of the loss, from the fit's residuals",
     ]
     if request.efficiency:

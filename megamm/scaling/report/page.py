@@ -62,7 +62,7 @@ def render_page(
 <header><h1>{escape(study.name)}</h1><div class="subtitle">Scaling study of native multimodal models</div>
 <nav aria-label="Contents">{links}</nav></header>
 <main><div class="verdict" role="note" aria-label="Verdict">{verdict}</div>{_tiles(study)}{body}</main>
-<footer>Losses are cross entropies in nats per text token. Brackets hold 95% intervals, from resampled runs.</footer>
+<footer>Losses are cross entropies in nats per text token. Brackets hold 95% intervals.</footer>
 <script>{SORT}</script></body></html>
 """
 
