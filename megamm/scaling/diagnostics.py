@@ -68,7 +68,7 @@ def warnings_of(fit: Fit, partners: Sequence[RunTable] = ()) -> list[str]:
 def identification(fit: Fit, partners: Sequence[RunTable] = ()) -> list[str]:
     """Whether the runs determine the law at all; ``partners`` as for warnings_of."""
     found = []
-    low, high = fit.percentiles(fit.resampled)["a"]
+    low, high = fit.noise_intervals["a"]
     if high - low > WIDE_INTERVAL:
         found.append(
             f"exponents are not identified: the 95% interval of a by noise alone, {low:.3f} to {high:.3f}, is wider "
@@ -140,7 +140,7 @@ def _starts(fit: Fit, shared: bool) -> list[str]:
 def _bend(fit: Fit) -> list[str]:
     if fit.model_error is None or fit.model_error.probability <= BENDS:
         return []
-    (low, high), (below, above) = fit.intervals["a"], fit.percentiles(fit.resampled)["a"]
+    (low, high), (below, above) = fit.intervals["a"], fit.noise_intervals["a"]
     return [
         f"neighbouring runs err together: the surface departs from the form by {fit.model_error.sd:.2%} of the loss "
         f"(probability {fit.model_error.probability:.2f}); with it the 95% interval of a is {low:.3f} to {high:.3f}, "
@@ -149,13 +149,13 @@ def _bend(fit: Fit) -> list[str]:
 
 
 def _stability(fit: Fit) -> list[str]:
-    found = drop_warnings(fit.checks.get("drop_k", []), fit.intervals)
+    found = drop_warnings(fit.checks.get("drop_k", []), fit.noise_intervals)
     if fit.holdout.get("a_drift_in_half_widths", 0) > 1:
         found.append(
             f"held out: a is {fit.holdout['a_without']:.3f} without the runs of largest FLOPs and "
-            f"{fit.holdout['a_with']:.3f} with them, apart by more than the half-width of its interval"
+            f"{fit.holdout['a_with']:.3f} with them, apart by more than the half-width of its interval by noise alone"
         )
-    resampled = fit.percentiles(fit.resampled)
+    resampled = fit.noise_intervals
     for name, (low, high) in fit.checks.get("profile_intervals", {}).items():
         width = resampled[name][1] - resampled[name][0]
         if low is None or high is None:

@@ -81,9 +81,14 @@ class Fit:
     @property
     def intervals(self) -> dict[str, list[float]]:
         """95% percentile intervals of every parameter and exponent."""
-        return self.percentiles(self.draws)
+        return self._percentiles(self.draws)
 
-    def percentiles(self, draws: np.ndarray) -> dict[str, list[float]]:
+    @property
+    def noise_intervals(self) -> dict[str, list[float]]:
+        """The same by resampling alone: what a change must exceed to be more than noise."""
+        return self._percentiles(self.resampled)
+
+    def _percentiles(self, draws: np.ndarray) -> dict[str, list[float]]:
         """95% percentile intervals of every parameter and exponent over ``draws`` (R, 5)."""
         values = dict(zip(laws.PARAMETERS, draws.T)) | laws.exponents(draws, self.flops_range, self.kappa)
         tail = 50 * (1 - LEVEL)
@@ -109,6 +114,7 @@ class Fit:
             "gradient_norm": self.gradient_norm,
             "condition_number": self.condition_number,
             "intervals": self.intervals,
+            "noise_intervals": self.noise_intervals,
             "standard_errors": dict(zip(laws.PARAMETERS, self.resampled.std(axis=0, ddof=1).tolist())),
             "exponents": self.exponents,
             "kappa": self.kappa,
@@ -282,7 +288,7 @@ def hold_out(fit: Fit) -> dict[str, Any]:
 
     Held back: the highest fifth of the runs by FLOPs, together with any run tied with them. A loss may be
     predicted to 1% while the exponent of the allocation drifts by far more: ``a_drift`` is without minus with
-    them, ``a_drift_in_half_widths`` the same in half-widths of the interval of a.
+    them, ``a_drift_in_half_widths`` the same in half-widths of the interval of a by noise alone.
     """
     table = fit.table
     held = largest_runs(table)
@@ -325,7 +331,7 @@ def hold_out_entry(fit: Any, held: np.ndarray, error: np.ndarray, a_without: flo
     }
     if a_without is None:
         return found
-    low, high = fit.intervals["a"]
+    low, high = fit.noise_intervals["a"]
     drift = a_without - fit.exponents["a"]
     return found | {
         "a_without": a_without,

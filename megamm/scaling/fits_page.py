@@ -59,9 +59,11 @@ def _constants(fit: Fit, entry: dict[str, Any]) -> list[str]:
     profile = entry.get("profile_intervals", {})
     rows = []
     for name, value in {**entry["parameters"], **entry["exponents"]}.items():
+        others = (entry.get("noise_intervals", {}), joint, profile)
         cells = [MEANINGS.get(name, name), f"{value:.5g}", interval(entry["intervals"][name])]
-        rows.append([*cells, interval(joint.get(name)), interval(profile.get(name))])
-    lines = table(["quantity", "value", "95% interval", "joint 95%", "profile likelihood 95%"], rows)
+        rows.append([*cells, *(interval(ends.get(name)) for ends in others)])
+    head = ["quantity", "value", "95% interval", "by noise alone", "joint 95%", "profile likelihood 95%"]
+    lines = table(head, rows)
     if "law" in entry:
         law, at = entry["law"]["parameters"], entry["law"]["at"]
         where = ", ".join(
@@ -118,7 +120,7 @@ def _held_out(fit: Fit) -> str:
         f"{result['rule']}, up to {result['compute_ratio']:.3g} times the compute of the rest; mean relative error of "
         f"their loss {result['relative_error_loss']:.2%}; a {result['a_without']:.4f} without them, "
         f"{result['a_with']:.4f} with them: a drift of {result['a_drift_in_half_widths']:.2g} half-widths of its "
-        "interval"
+        "interval by noise alone"
     )
 
 

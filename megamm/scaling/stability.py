@@ -29,7 +29,7 @@ def drop_table(fit: Fit) -> list[dict[str, Any]]:
     plan = drop_plan(fit.table, fit.loss_column, MIN_RUNS_HOLDOUT)
     best, objective = _refit(fit, np.stack([weights for *_, weights in plan]))
     values = dict(zip(laws.PARAMETERS, best.T)) | laws.exponents(best, fit.flops_range, fit.kappa)
-    return drop_rows(plan, fit.table, {name: values[name] for name in SHOWN}, objective, fit.intervals)
+    return drop_rows(plan, fit.table, {name: values[name] for name in SHOWN}, objective, fit.noise_intervals)
 
 
 def drop_plan(table: RunTable, loss_column: str, least: int) -> list[tuple[str, int, np.ndarray]]:
@@ -90,7 +90,7 @@ def drop_warnings(rows: list[dict[str, Any]], intervals: dict[str, list[float]])
             runs = "run" if row["k"] == 1 else f"{row['k']} runs"
             found.append(
                 f"unstable: without the {runs} of {row['dropped']}, {name} moves from {rows[0][name]:.4f} to "
-                f"{row[name]:.4f}, out of its interval {low:.4f} to {high:.4f}"
+                f"{row[name]:.4f}, out of its interval {low:.4f} to {high:.4f} by noise alone"
             )
     return found
 

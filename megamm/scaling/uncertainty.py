@@ -91,7 +91,7 @@ def profile_intervals(fit: Fit) -> dict[str, list[float | None]]:
     problem = fit_problem(fit.table, fit.loss_column)
     theta = np.clip(problem.to_theta(fit.parameters), *problem.bounds)
     allowed = _allowed_rise(fit)
-    intervals = fit.percentiles(fit.resampled)  # where to search: the width that noise alone gives
+    intervals = fit.noise_intervals
     found = {}
     for name, index in (("E", 0), ("alpha", 2), ("beta", 4)):
         grid = _grid(theta[index], intervals[name], problem.bounds[0][index], problem.bounds[1][index], POINTS)

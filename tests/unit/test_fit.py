@@ -71,7 +71,7 @@ def test_chinchilla_bootstrap(chinchilla_fit):
     errors = chinchilla_fit.to_json()["standard_errors"]
     for name, published in PUBLISHED_ERRORS.items():
         assert errors[name] == pytest.approx(published, rel=0.03), name
-    assert chinchilla_fit.percentiles(chinchilla_fit.resampled)["a"] == pytest.approx((0.4805, 0.5562), abs=0.004)
+    assert chinchilla_fit.noise_intervals["a"] == pytest.approx((0.4805, 0.5562), abs=0.004)
 
 
 def test_no_other_minimiser_improves_on_the_optimum(chinchilla, chinchilla_fit):

@@ -100,6 +100,11 @@ class FormFit:
         tail = 50 * (1 - LEVEL)
         return {name: np.percentile(x, [tail, 100 - tail]).tolist() for name, x in draws.items()}
 
+    @property
+    def noise_intervals(self) -> dict[str, list[float]]:
+        """Those by resampling alone, which are all there are: the draws hold no error of the form."""
+        return self.intervals
+
     def to_json(self) -> dict[str, Any]:
         """The entry of `fits.json`: as that of the plain law, and ``law``, the plain law at typical conditions."""
         found = self.law_of(self.parameters)
@@ -211,7 +216,7 @@ def drop_table(fit: FormFit) -> list[dict[str, Any]]:
     law = fit.law_of(parameters)
     if law is not None:
         values["a"] = law[0][:, 4] / (law[0][:, 2] + law[0][:, 4])
-    return drop_rows(plan, fit.table, values, objective, fit.intervals)
+    return drop_rows(plan, fit.table, values, objective, fit.noise_intervals)
 
 
 def descend_all(problem: FormProblem, starts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

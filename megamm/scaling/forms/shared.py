@@ -156,7 +156,7 @@ class _Dropping:
         """The drop-k table of one group: its own E, the exponents of all."""
         alpha, beta = self.parameters[:, 0], self.parameters[:, 1]
         values = {"E": self.parameters[:, 2 + 3 * g], "alpha": alpha, "beta": beta, "a": beta / (alpha + beta)}
-        return drop_rows(self.plan, self.table, values, self.objective, fit.intervals)
+        return drop_rows(self.plan, self.table, values, self.objective, fit.noise_intervals)
 
 
 def _measured(

@@ -12,7 +12,7 @@ OUTSIDE = 0.02
 
 def form_warnings(fit: FormFit) -> list[str]:
     """All warnings about ``fit``, the gravest kinds first."""
-    unstable = drop_warnings(fit.extras["drop_k"], fit.intervals)
+    unstable = drop_warnings(fit.extras["drop_k"], fit.noise_intervals)
     measured = [*coverage(fit), *bootstrap(fit)]
     return [*_identification(fit), *unstable, *_mixture(fit), *_holdout(fit), *measured, *outliers(fit)]
 
