@@ -101,34 +101,40 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `fits.json`."""
-        params, tokens = self.table.numbers("params"), self.table.numbers("tokens")
         return {
             "group": self.group,
             "form": self.form,
-            "objective_name": OBJECTIVE,
-            "loss_column": self.loss_column,
-            "n_runs": len(self.table),
             "parameters": dict(zip(laws.PARAMETERS, self.parameters.tolist())),
-            "objective": self.objective,
             "starts": {"total": self.starts_total, "at_optimum": self.starts_at_optimum},
-            "gradient_norm": self.gradient_norm,
-            "condition_number": self.condition_number,
-            "intervals": self.intervals,
             "noise_intervals": self.noise_intervals,
             "standard_errors": dict(zip(laws.PARAMETERS, self.resampled.std(axis=0, ddof=1).tolist())),
-            "exponents": self.exponents,
-            "kappa": self.kappa,
-            "ranges": {
-                "params": [params.min(), params.max()],
-                "tokens": [tokens.min(), tokens.max()],
-                "flops": list(self.flops_range),
-            },
-            "bootstrap": {"resamples": len(self.draws), "seed": self.seed, "clusters": self.clusters},
             **({} if self.model_error is None else {"model_error": asdict(self.model_error)}),
-            "holdout": self.holdout,
+            **common_entry(self),
             **self.checks,
             "warnings": self.warnings,
         }
+
+
+def common_entry(fit: Any) -> dict[str, Any]:
+    """What the entries in `fits.json` of fits of all forms have alike."""
+    table = fit.table
+    return {
+        "objective_name": OBJECTIVE,
+        "loss_column": fit.loss_column,
+        "n_runs": len(table),
+        "objective": fit.objective,
+        "gradient_norm": fit.gradient_norm,
+        "condition_number": fit.condition_number,
+        "intervals": fit.intervals,
+        "exponents": fit.exponents,
+        "kappa": fit.kappa,
+        "ranges": {
+            **{name: [float(end(table.numbers(name))) for end in (np.min, np.max)] for name in ("params", "tokens")},
+            "flops": list(fit.flops_range),
+        },
+        "bootstrap": {"resamples": len(fit.draws), "seed": fit.seed, "clusters": fit.clusters},
+        "holdout": fit.holdout,
+    }
 
 
 def fit_group(

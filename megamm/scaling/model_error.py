@@ -31,6 +31,8 @@ RANK = 8
 """Components that hold the bend along one of the two."""
 CLIP = 3.0
 """Residuals are cut at this many robust deviations, lest a mistuned run be taken for a bend."""
+LEAST_SPREAD = 0.65
+"""The resampled spread is drawn in no further than to this share: tables of 9 runs would be held for too certain."""
 LEAST = 3
 """Residual degrees of freedom below which nothing is said of a bend."""
 
@@ -88,9 +90,10 @@ def widen(
     own = np.ones(resamples)
     if not shared:
         # The resampled residuals hold the bend as well, and only the share of the noise belongs to resampling. Nor
-        # does all their spread: resampled pairs overstate the variance of p parameters by about n / (n - p).
+        # does all their spread: resampled pairs overstate that of p parameters in small tables, by simulation about
+        # n / (n - p) times (docs/calibration.md).
         share = np.clip(squares / max(residual @ residual, 1e-300), 0.0, 1.0)
-        own = np.sqrt(share * (n - len(theta)) / n)
+        own = np.sqrt(share) * max(1 - len(theta) / n, LEAST_SPREAD)
     moved = np.clip(theta + own[:, None] * (draws - theta) + size[:, None] * bends, *problem.bounds)
     spread = np.sqrt(2) * size  # along both axes
     interval = np.percentile(spread, [2.5, 97.5]).tolist()

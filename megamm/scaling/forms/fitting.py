@@ -12,8 +12,8 @@ from megamm.scaling.fit import (
     AGREE_ABSOLUTE,
     AGREE_RELATIVE,
     LEVEL,
-    OBJECTIVE,
     cluster_labels,
+    common_entry,
     hold_out_entry,
     largest_runs,
     measured_runs,
@@ -111,36 +111,20 @@ class FormFit:
         law = {}
         if found is not None:
             law = {"law": {"at": found[1], "parameters": dict(zip(laws.PARAMETERS, found[0].tolist()))}}
-        params, tokens = self.table.numbers("params"), self.table.numbers("tokens")
         return {
             "group": self.group,
             "form": self.form.name,
             "formula": self.form.formula,
             "source": self.form.source,
-            "objective_name": OBJECTIVE,
-            "loss_column": self.loss_column,
-            "n_runs": len(self.table),
             "parameters": self.values,
             **law,
-            "objective": self.objective,
             "starts": {
                 "total": self.starts_total,
                 "at_optimum": self.starts_at_optimum,
                 "within_1_percent": self.starts_near,
             },
-            "gradient_norm": self.gradient_norm,
-            "condition_number": self.condition_number,
-            "intervals": self.intervals,
             "standard_errors": dict(zip(self.names, self.draws.std(axis=0, ddof=1).tolist())),
-            "exponents": self.exponents,
-            "kappa": self.kappa,
-            "ranges": {
-                "params": [params.min(), params.max()],
-                "tokens": [tokens.min(), tokens.max()],
-                "flops": list(self.flops_range),
-            },
-            "bootstrap": {"resamples": len(self.draws), "seed": self.seed, "clusters": self.clusters},
-            "holdout": self.holdout,
+            **common_entry(self),
             **self.extras,
             "warnings": self.warnings,
         }
