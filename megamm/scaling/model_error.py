@@ -113,6 +113,9 @@ def _linearised(problem: Problem, theta: np.ndarray) -> tuple[np.ndarray, np.nda
     residual = problem.y - prediction
     size = np.sort(np.abs(residual))
     limit = CLIP * 1.4826 * np.median(size[min(len(theta), len(size) - 1) :])
+    low, high = problem.bounds
+    free = (theta > low + 1e-9) & (theta < high - 1e-9)  # what a bound holds, a small bend does not move
+    J = J * free
     left, singular, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
     basis = left[:, singular > 1e-8 * singular[0]]
     return np.linalg.pinv(J, rcond=1e-8), basis, _without(basis, np.clip(residual, -limit, limit))

@@ -75,3 +75,25 @@ def test_a_bend_widens_intervals_but_not_standard_errors():
     assert high - low > 2 * 3.92 * entry["standard_errors"]["E"]
     assert set(entry["model_error"]) == {"probability", "sd", "interval"}
     assert "error of the form: a smooth bend of the surface has probability" in to_markdown([fit])
+
+
+def test_a_parameter_at_its_bound_stays_there():
+    """Where E = 0 a bend cannot lower it; moved as if it could, the others would leave the data behind."""
+    truth = np.array([0.0, 300.0, 0.65, 60.0, 0.33])
+    changes = {"sizes": 4, "lengths": 4, "noise": 0.04}
+    for seed in range(4):
+        table = simulate(Scenario(name="x", **changes), np.random.default_rng(seed), truth)
+        problem = fit_problem(table, "loss")
+        theta = optima(problem)[0][0]
+        if theta[0] == 0:
+            break
+    assert theta[0] == 0
+    draws, error = widen(problem, theta, np.tile(theta, (500, 1)), np.arange(16), np.random.default_rng(0))
+    assert error.probability > 0 and (draws[:, 0] == 0).all() and len(np.unique(draws[:, 2])) > 1
+
+    def log_loss(theta):
+        return np.log(
+            np.exp(theta[:, 1:2] - theta[:, 2:3] * problem.u) + np.exp(theta[:, 3:4] - theta[:, 4:5] * problem.v)
+        )
+
+    assert np.abs(log_loss(draws) - log_loss(theta[None])).max() < 1.0
