@@ -14,10 +14,11 @@ component, lest they be taken for a bend.
 Shapes: n runs, R draws, k columns of a factor; theta (5,) as in megamm.scaling.minimise. Sizes are of log loss.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
+from megamm.scaling import minimise
 from megamm.scaling.design import sensitivities
 from megamm.scaling.minimise import Problem
 
@@ -29,6 +30,8 @@ LENGTH = 0.2
 """Correlation length of the bend as a share of the range of log N and of log D."""
 RANK = 8
 """Components that hold the bend along one of the two."""
+QUADRATIC = 1e3
+"""A Huber delta that no residual of log loss reaches: least squares."""
 CLIP = 3.0
 """Residuals are cut at this many robust deviations, lest a mistuned run be taken for a bend."""
 LEAST_SPREAD = 0.65
@@ -70,7 +73,7 @@ def widen(
         clusters: (n,) int, which unit of the bootstrap each run belongs to.
     """
     n, resamples = len(problem.y), len(draws)
-    influence, basis, residual = _linearised(problem, theta)
+    basis, residual = _free_residual(problem, theta)
     degrees = n - basis.shape[1]
     if degrees < LEAST:
         return draws, ModelError()
@@ -86,7 +89,7 @@ def widen(
     picks = rng.choice(len(found), size=resamples, p=weights / weights.sum())
     squares = np.array([h.squares for h in found])[picks]
     size = np.array([h.ratio for h in found])[picks] * np.sqrt(squares / rng.chisquare(degrees, resamples))
-    bends = rng.standard_normal((resamples, bend.shape[1])) @ (influence @ bend).T
+    bends = size[:, None] * (rng.standard_normal((resamples, bend.shape[1])) @ bend.T)
     own = np.ones(resamples)
     if not shared:
         # The resampled residuals hold the bend as well, and only the share of the noise belongs to resampling. Nor
@@ -94,31 +97,52 @@ def widen(
         # n / (n - p) times (docs/calibration.md).
         share = np.clip(squares / max(residual @ residual, 1e-300), 0.0, 1.0)
         own = np.sqrt(share) * max(1 - len(theta) / n, LEAST_SPREAD)
-    moved = np.clip(theta + own[:, None] * (draws - theta) + size[:, None] * bends, *problem.bounds)
+    moved = np.clip(theta + own[:, None] * (draws - theta), *problem.bounds)
+    moved[size > 0] = follow(problem, moved[size > 0], bends[size > 0])
     spread = np.sqrt(2) * size  # along both axes
     interval = np.percentile(spread, [2.5, 97.5]).tolist()
     return moved, ModelError(probability=float((size > 0).mean()), sd=float(spread.mean()), interval=interval)
 
 
-def _linearised(problem: Problem, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How offsets of log loss move theta (5, n), a basis of what it can follow (n, p), and residuals free of it (n,).
+@dataclass(kw_only=True)
+class _Targets(Problem):
+    """Log losses that differ from problem to problem: ``evaluate`` is given them (b, n) in place of weights."""
+
+    def evaluate(self, theta: np.ndarray, weights: np.ndarray, delta: float) -> tuple[np.ndarray, ...]:
+        return minimise.evaluate(replace(self, y=weights), theta, np.ones((1, weights.shape[1])), delta)
+
+
+def follow(problem: Problem, draws: np.ndarray, bends: np.ndarray) -> np.ndarray:
+    """Least-squares fits (R, 5) to the laws of ``draws`` (R, 5), each with its bend (R, n) of log loss added.
+
+    A fit and no linear map: in small tables directions are flat, and E may be at zero.
+    """
+    targets = _Targets(**{f.name: getattr(problem, f.name) for f in fields(Problem)})
+    return minimise.minimise(targets, draws, _log_law(problem, draws) + bends, delta=QUADRATIC)[0]
+
+
+def _log_law(problem: Problem, theta: np.ndarray) -> np.ndarray:
+    """Log loss (R, n) by the laws ``theta`` (R, 5)."""
+    E, a, alpha, b, beta = theta.T[:, :, None]
+    return np.log(E + np.exp(a - alpha * problem.u) + np.exp(b - beta * problem.v))
+
+
+def _free_residual(problem: Problem, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An orthonormal basis of what theta can follow (n, p), and the residuals free of it (n,).
 
     Residuals are cut at CLIP robust deviations; those of least absolute deviations pass through as many runs as there
     are parameters, so that these are left out of the deviation.
     """
     n, d = np.exp(problem.u + problem.mean_log_n), np.exp(problem.v + problem.mean_log_d)
-    J = sensitivities(problem, theta[None], n, d)[0]
-    E, a, alpha, b, beta = theta
-    prediction = np.log(E + np.exp(a - alpha * problem.u) + np.exp(b - beta * problem.v))
-    residual = problem.y - prediction
+    low, high = problem.bounds
+    inside = (theta > low + 1e-9) & (theta < high - 1e-9)  # what a bound holds follows nothing
+    J = sensitivities(problem, theta[None], n, d)[0] * inside
+    residual = problem.y - _log_law(problem, theta[None])[0]
     size = np.sort(np.abs(residual))
     limit = CLIP * 1.4826 * np.median(size[min(len(theta), len(size) - 1) :])
-    low, high = problem.bounds
-    free = (theta > low + 1e-9) & (theta < high - 1e-9)  # what a bound holds, a small bend does not move
-    J = J * free
     left, singular, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
     basis = left[:, singular > 1e-8 * singular[0]]
-    return np.linalg.pinv(J, rcond=1e-8), basis, _without(basis, np.clip(residual, -limit, limit))
+    return basis, _without(basis, np.clip(residual, -limit, limit))
 
 
 def _without(basis: np.ndarray, x: np.ndarray) -> np.ndarray:
