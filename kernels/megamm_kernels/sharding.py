@@ -240,31 +240,30 @@ def _vocabulary_dimension(weight: DTensor) -> int | None:
     return None
 
 
-for _op, _rule in (
-    (torch.ops.megamm.place_features, place_features_rule),
-    (torch.ops.megamm.sort_by_expert, sort_by_expert_rule),
-    (torch.ops.megamm.gather_copies, gather_copies_rule),
-    (torch.ops.megamm.sum_copies, sum_copies_rule),
-    (torch.ops.megamm.sum_copies_backward, sum_copies_backward_rule),
-    (torch.ops.megamm.grouped_linear, grouped_linear_rule),
-    (torch.ops.megamm.grouped_linear_backward, grouped_linear_backward_rule),
-):
-    register_sharding(_op.default)(_rule)
-
+_RULES = {
+    "place_features": place_features_rule,
+    "sort_by_expert": sort_by_expert_rule,
+    "gather_copies": gather_copies_rule,
+    "sum_copies": sum_copies_rule,
+    "sum_copies_backward": sum_copies_backward_rule,
+    "grouped_linear": grouped_linear_rule,
+    "grouped_linear_backward": grouped_linear_backward_rule,
+}
 if dispatch.HAS_TRITON:
-    for _op, _rule in (
-        (torch.ops.megamm.rms_norm_gpu, rms_norm_rule),
-        (torch.ops.megamm.add_rms_norm_gpu, add_rms_norm_rule),
-        (torch.ops.megamm.rms_norm_backward_gpu, rms_norm_backward_rule),
-        (torch.ops.megamm.swiglu_gpu, swiglu_rule),
-        (torch.ops.megamm.swiglu_backward_gpu, swiglu_backward_rule),
-        (torch.ops.megamm.interval_attention_gpu, interval_attention_rule),
-        (torch.ops.megamm.interval_attention_backward_gpu, interval_attention_backward_rule),
-        (torch.ops.megamm.qk_norm_rope_gpu, qk_norm_rope_rule),
-        (torch.ops.megamm.qk_norm_rope_backward_gpu, qk_norm_rope_backward_rule),
-        (torch.ops.megamm.multimodal_embedding_gpu, multimodal_embedding_rule),
-        (torch.ops.megamm.multimodal_patch_embedding_gpu, multimodal_patch_embedding_rule),
-        (torch.ops.megamm.embedding_table_backward_gpu, embedding_table_backward_rule),
-        (torch.ops.megamm.patch_projection_backward_gpu, patch_projection_backward_rule),
-    ):
-        register_sharding(_op.default)(_rule)
+    _RULES |= {
+        "rms_norm_gpu": rms_norm_rule,
+        "add_rms_norm_gpu": add_rms_norm_rule,
+        "rms_norm_backward_gpu": rms_norm_backward_rule,
+        "swiglu_gpu": swiglu_rule,
+        "swiglu_backward_gpu": swiglu_backward_rule,
+        "interval_attention_gpu": interval_attention_rule,
+        "interval_attention_backward_gpu": interval_attention_backward_rule,
+        "qk_norm_rope_gpu": qk_norm_rope_rule,
+        "qk_norm_rope_backward_gpu": qk_norm_rope_backward_rule,
+        "multimodal_embedding_gpu": multimodal_embedding_rule,
+        "multimodal_patch_embedding_gpu": multimodal_patch_embedding_rule,
+        "embedding_table_backward_gpu": embedding_table_backward_rule,
+        "patch_projection_backward_gpu": patch_projection_backward_rule,
+    }
+for _name, _rule in _RULES.items():
+    register_sharding(getattr(torch.ops.megamm, _name).default)(_rule)

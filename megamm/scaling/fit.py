@@ -91,8 +91,7 @@ class Fit:
     def _percentiles(self, draws: np.ndarray) -> dict[str, list[float]]:
         """95% percentile intervals of every parameter and exponent over ``draws`` (R, 5)."""
         values = dict(zip(laws.PARAMETERS, draws.T)) | laws.exponents(draws, self.flops_range, self.kappa)
-        tail = 50 * (1 - LEVEL)
-        return {name: np.percentile(x, [tail, 100 - tail]).tolist() for name, x in values.items()}
+        return percentile_intervals(values)
 
     @property
     def residuals(self) -> np.ndarray:
@@ -113,6 +112,12 @@ class Fit:
             **self.checks,
             "warnings": self.warnings,
         }
+
+
+def percentile_intervals(draws: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """95% percentile interval of each quantity over its draws (R,)."""
+    tail = 50 * (1 - LEVEL)
+    return {name: np.percentile(x, [tail, 100 - tail]).tolist() for name, x in draws.items()}
 
 
 def common_entry(fit: Any) -> dict[str, Any]:

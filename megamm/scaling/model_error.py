@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from megamm.scaling import minimise
+from megamm.scaling import laws, minimise
 from megamm.scaling.design import sensitivities
 from megamm.scaling.minimise import Problem
 
@@ -123,8 +123,12 @@ def follow(problem: Problem, draws: np.ndarray, bends: np.ndarray) -> np.ndarray
 
 def _log_law(problem: Problem, theta: np.ndarray) -> np.ndarray:
     """Log loss (R, n) by the laws ``theta`` (R, 5)."""
-    E, a, alpha, b, beta = theta.T[:, :, None]
-    return np.log(E + np.exp(a - alpha * problem.u) + np.exp(b - beta * problem.v))
+    return np.log(laws.predict(problem.to_parameters(theta), *_runs(problem)))
+
+
+def _runs(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """N and D of the runs, (n,) each."""
+    return np.exp(problem.u + problem.mean_log_n), np.exp(problem.v + problem.mean_log_d)
 
 
 def _free_residual(problem: Problem, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,10 +137,9 @@ def _free_residual(problem: Problem, theta: np.ndarray) -> tuple[np.ndarray, np.
     Residuals are cut at CLIP robust deviations; those of least absolute deviations pass through as many runs as there
     are parameters, so that these are left out of the deviation.
     """
-    n, d = np.exp(problem.u + problem.mean_log_n), np.exp(problem.v + problem.mean_log_d)
     low, high = problem.bounds
     inside = (theta > low + 1e-9) & (theta < high - 1e-9)  # what a bound holds follows nothing
-    J = sensitivities(problem, theta[None], n, d)[0] * inside
+    J = sensitivities(problem, theta[None], *_runs(problem))[0] * inside
     residual = problem.y - _log_law(problem, theta[None])[0]
     size = np.sort(np.abs(residual))
     limit = CLIP * 1.4826 * np.median(size[min(len(theta), len(size) - 1) :])

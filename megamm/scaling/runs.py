@@ -14,6 +14,7 @@ Columns beyond these are kept, so that a fit can be grouped by them.
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -176,6 +177,21 @@ def check_rows(table: RunTable) -> RunTable:
 def is_number(column: str) -> bool:
     """Whether a column holds numbers that are checked."""
     return column in POSITIVE + NOT_NEGATIVE or column == "loss" or column.startswith("loss_")
+
+
+def parse_record(where: str, text: str) -> dict[str, Any]:
+    """The JSON object on a line of a log.
+
+    Raises:
+        InputError: not JSON, or no object.
+    """
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error}); remove the damaged line") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object; remove the damaged line")
+    return record
 
 
 def parse_number(where: str, column: str, value: Any) -> float | None:

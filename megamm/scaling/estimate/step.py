@@ -138,11 +138,11 @@ def estimate(
     """
     assumptions = assumptions or Assumptions()
     assumptions.check()
+    rank_rows, passes = micro_batches(config, world_size)
     _check(config, world_size)
     model, rows = config.model, config.train.batch_rows
     positions = rows * config.data.row_length
     counts = count_parameters(model)
-    rank_rows, passes = micro_batches(config, world_size)
     # All rows of the rank's share, in passes; a short last one is a part of a pass.
     full_passes = rows / world_size / rank_rows
     groups = operations(model, rank_rows * config.data.row_length, stats, SIZES[config.train.dtype])
@@ -178,7 +178,6 @@ def estimate(
 
 
 def _check(config: Config, world_size: int) -> None:
-    micro_batches(config, world_size)
     if config.parallel.data not in (None, world_size):
         raise InputError(f"--world-size: {world_size}, but parallel.data is {config.parallel.data}")
     if config.train.dtype != "bfloat16":

@@ -11,12 +11,12 @@ from megamm.scaling import laws, minimise
 from megamm.scaling.fit import (
     AGREE_ABSOLUTE,
     AGREE_RELATIVE,
-    LEVEL,
     cluster_labels,
     common_entry,
     hold_out_entry,
     largest_runs,
     measured_runs,
+    percentile_intervals,
     resample,
 )
 from megamm.scaling.forms import FORMS
@@ -97,8 +97,7 @@ class FormFit:
         found = self.law_of(self.draws)
         if found is not None:
             draws |= laws.exponents(found[0], self.flops_range, self.kappa)
-        tail = 50 * (1 - LEVEL)
-        return {name: np.percentile(x, [tail, 100 - tail]).tolist() for name, x in draws.items()}
+        return percentile_intervals(draws)
 
     @property
     def noise_intervals(self) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from megamm.errors import InputError
-from megamm.scaling.runs import COLUMNS, LOSS_COLUMNS, REQUIRED, is_number, parse_number
+from megamm.scaling.runs import COLUMNS, LOSS_COLUMNS, REQUIRED, is_number, parse_number, parse_record
 
 COPIED = ("params_vision", "tokens_vision", "flops_exact")
 """Columns of the table, beside those of `runs.csv`, that result.json holds."""
@@ -83,13 +83,7 @@ def _metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.endswith("\n"):  # cut short by a kill
             continue
         where = f"{path}: line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON ({error}); remove the damaged line") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: expected a JSON object; remove the damaged line")
-        yield where, record
+        yield where, parse_record(where, line)
 
 
 def _read(path: Path) -> dict[str, Any]:

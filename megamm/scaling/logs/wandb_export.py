@@ -18,6 +18,7 @@ from typing import Any
 from megamm.errors import InputError
 from megamm.scaling.logs.curve import Curve, name_of
 from megamm.scaling.logs.names import flatten, key_of, number, whole
+from megamm.scaling.runs import parse_record
 
 TEXTS = ("run", "state", "architecture", "mixture")
 CURVES = ("train_loss", "tokens", "lr", "flops", "flops_exact")
@@ -56,15 +57,8 @@ def read_wandb(path: Path, mapping: dict[str, str] | None = None) -> list[Curve]
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for i, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}: line {i}: not JSON ({error}); remove the damaged line") from error
-            if not isinstance(record, dict):
-                raise InputError(f"{path}: line {i}: expected a JSON object")
-            yield i, record
+            if line.strip():
+                yield i, parse_record(f"{path}: line {i}", line)
 
 
 def _csv_rows(path: Path, reader: csv.DictReader) -> list[tuple[int, dict[str, Any]]]:
