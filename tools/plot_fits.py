@@ -2,7 +2,6 @@
 """Draw fits for a paper: frontiers with bands, residuals against N, D and C, correlations, hold-out (PNG and PDF)."""
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -10,8 +9,8 @@ from rich.console import Console
 from megamm.errors import InputError, exit_on_error
 from megamm.files import check_out
 from megamm.scaling.accounting import group_column, recount, runs_of
-from megamm.scaling.compare import read_laws
 from megamm.scaling.fit_plots import colours, group_of
+from megamm.scaling.fits_file import read_fits_file, read_laws
 from megamm.scaling.plots import fit_charts, write_charts
 from megamm.scaling.runs import read_runs
 
@@ -28,8 +27,7 @@ def main() -> None:
         table, laws = read_runs(arguments.runs), read_laws(arguments.fits, arguments.loss)
         if not laws:
             raise InputError(f"{arguments.fits}: no fit of {arguments.loss} whose frontier can be drawn")
-        entries = json.loads((arguments.fits / "fits.json").read_text(encoding="utf-8"))["fits"]
-        by_group = {e["group"]: e for e in entries if e.get("loss_column", "loss") == arguments.loss}
+        by_group = {f.group: f.entry for f in read_fits_file(arguments.fits) if f.loss_column == arguments.loss}
         column, palette, groups = group_column(table, set(laws)), colours(list(laws)), []
         for name, law in laws.items():
             runs = runs_of(table, column, name, arguments.loss)

@@ -6,10 +6,7 @@ runs' ``flops`` counted (for late fusion its encoder too), through the group's k
 groups were resampled independently; those of fits with shared exponents belong together row by row.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -141,44 +138,6 @@ class Comparison:
     """Share of the resamples in which the lead changes within the range."""
     extrapolated: bool
     """Whether the range leaves that of either group's runs."""
-
-
-def key_of(group: str, loss_column: str = "loss") -> str:
-    """Key of a fit's draws in bootstrap.npz: the group, followed by the column if that is not ``loss``."""
-    return group if loss_column == "loss" else f"{group}/{loss_column}"
-
-
-def read_laws(folder: Path | str, loss_column: str = "loss") -> dict[str, Law]:
-    """The laws of one loss column by group, from the output folder of fit_scaling_laws.py.
-
-    Fits of other forms than E + A/N^alpha + B/D^beta have no frontier of that shape and are passed over.
-
-    Raises:
-        InputError: fits.json or bootstrap.npz is missing or not as written by that tool.
-    """
-    folder = Path(folder)
-    path = folder / "fits.json"
-    if not path.exists():
-        raise InputError(f"{path}: not found; run tools/fit_scaling_laws.py again with --out {folder}")
-    try:
-        fits = json.loads((folder / "fits.json").read_text(encoding="utf-8"))["fits"]
-        found = {}
-        with np.load(folder / "bootstrap.npz", allow_pickle=False) as draws:
-            for fit in fits:
-                if fit.get("loss_column", "loss") != loss_column or not set(laws.PARAMETERS) <= set(fit["parameters"]):
-                    continue
-                found[fit["group"]] = Law(
-                    name=fit["group"],
-                    parameters=np.array([fit["parameters"][name] for name in laws.PARAMETERS], float),
-                    draws=draws[key_of(fit["group"], loss_column)],
-                    kappa=fit["kappa"],
-                    flops_range=tuple(fit["ranges"]["flops"]),
-                    form=fit.get("form", CHINCHILLA),
-                    warnings=[str(text) for text in fit.get("warnings", [])],
-                )
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise InputError(f"{folder}: no readable fits ({error}); run tools/fit_scaling_laws.py again") from error
-    return found
 
 
 def compare(first: Law, second: Law, flops_range: tuple[float, float] | None = None) -> Comparison:

@@ -21,9 +21,9 @@ from megamm.scaling.compare import (
     common_range,
     crossover_sentence,
     gain_at,
-    read_laws,
     verdict,
 )
+from megamm.scaling.fits_file import read_laws
 from megamm.scaling.runs import RunTable
 from megamm.scaling.units import power
 

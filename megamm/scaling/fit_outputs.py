@@ -1,7 +1,7 @@
 """Fit every group of a table and write the folder of results.
 
 The folder holds `fits.json` (the contract), `fits.md` (the same for people), `bootstrap.npz` (per fit the
-draws behind its intervals, a float64 array (R, 5) of E, A, alpha, B, beta; keys by compare.key_of; for a form of
+draws behind its intervals, a float64 array (R, 5) of E, A, alpha, B, beta; keys by fits_file.key_of; for a form of
 megamm.scaling.forms (R, P) of its own parameters under `key@form` and of the plain law it implies under
 `key@form/law`; no pickled objects) and plots.
 """
@@ -17,10 +17,10 @@ from megamm.errors import InputError
 from megamm.files import atomic_path, write_text
 from megamm.scaling import laws
 from megamm.scaling.charts import to_pdf, to_png
-from megamm.scaling.compare import key_of
 from megamm.scaling.diagnostics import examine
 from megamm.scaling.fit import MIN_RUNS, Fit, fit_group
 from megamm.scaling.fit_plots import colours, fitted_group
+from megamm.scaling.fits_file import digest, key_of
 from megamm.scaling.fits_page import to_markdown
 from megamm.scaling.forms import FORMS
 from megamm.scaling.forms.fitting import FormFit, fit_form
@@ -107,11 +107,12 @@ def write_fits(folder: Path | str, fits: list[Fit | FormFit]) -> list[Path]:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; --out names a folder")
-    document = json.dumps({"fits": [fit.to_json() for fit in fits]}, indent=2, allow_nan=False)
     page = to_markdown(fits)
     plots = draw_plots(fits)
     draws = io.BytesIO()
     np.savez(draws, **{key: array for fit in fits for key, array in _draws_of(fit).items()})
+    document = {"fits": [fit.to_json() for fit in fits], "bootstrap_sha256": digest(draws.getvalue())}
+    document = json.dumps(document, indent=2, allow_nan=False)
     for name, content in {**plots, "bootstrap.npz": draws.getvalue()}.items():
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)

@@ -16,9 +16,10 @@ from scipy.optimize import brentq, minimize_scalar
 from megamm.errors import InputError
 from megamm.scaling import conventions, laws
 from megamm.scaling.accounting import cost_of
-from megamm.scaling.compare import Law, compare, crossover_sentence, gain_at, read_laws, verdict
+from megamm.scaling.compare import Law, compare, crossover_sentence, gain_at, verdict
 from megamm.scaling.compare_outputs import compare_fits, to_json, to_markdown
 from megamm.scaling.fit_outputs import fit_table, write_fits
+from megamm.scaling.fits_file import read_laws
 from megamm.scaling.runs import RunTable, check_rows, read_runs, write_runs
 
 ROOT = Path(__file__).parents[2]

@@ -16,9 +16,9 @@ from scipy.optimize import approx_fprime, minimize, nnls
 from megamm.errors import InputError
 from megamm.scaling import fit as fitting
 from megamm.scaling import laws, minimise
-from megamm.scaling.compare import read_laws
 from megamm.scaling.diagnostics import warnings_of
 from megamm.scaling.fit_outputs import fit_table
+from megamm.scaling.fits_file import read_laws
 from megamm.scaling.runs import RunTable, check_rows, read_runs
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ import pytest
 
 from megamm.errors import InputError
 from megamm.files import check_out
-from megamm.scaling.compare import read_laws
 from megamm.scaling.fit_outputs import fit_table, write_fits
+from megamm.scaling.fits_file import read_laws
 from megamm.scaling.plan.inputs import read_fits
 from megamm.scaling.runs import read_runs
 

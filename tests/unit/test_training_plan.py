@@ -447,7 +447,7 @@ def test_fits_of_another_form(tmp_path, table):
 
 
 def test_unreadable_fits(tmp_path, folder):
-    with pytest.raises(InputError, match="no readable fits"):
+    with pytest.raises(InputError, match=r"fits\.json: not found"):
         read_fits(tmp_path)
     (tmp_path / "fits.json").write_text((folder / "fits.json").read_text())
     with pytest.raises(InputError, match="no readable fits"):

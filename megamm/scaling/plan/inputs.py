@@ -1,17 +1,17 @@
 """What a plan is made from: the request, the fitted laws, and numbers with their intervals."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from megamm.config import ModelConfig
 from megamm.errors import InputError
 from megamm.scaling import laws
-from megamm.scaling.compare import Law, key_of
+from megamm.scaling.compare import Law
+from megamm.scaling.fit import OBJECTIVE
+from megamm.scaling.fits_file import read_fits_file
 from megamm.scaling.plan.hardware import Efficiency, Gpu
 from megamm.scaling.plan.tradeoffs import repeated_loss
 from megamm.scaling.runs import RunTable
@@ -118,49 +118,26 @@ def read_fits(path: Path | str, loss_column: str = "loss") -> tuple[list[Fitted]
     A fit of another form is taken by the plain law that it comes down to, where it states one.
 
     Raises:
-        InputError: a file is missing or unlike what fit_scaling_laws.py writes, or no fit can be planned with.
+        InputError: no fit can be planned with; see also fits_file.read_fits_file.
     """
-    path = Path(path)
-    path = path / "fits.json" if path.is_dir() else path
-    found, left_out = [], []
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["fits"]
-        with np.load(path.parent / "bootstrap.npz", allow_pickle=False) as draws:
-            for entry in entries:
-                if entry.get("loss_column", "loss") != loss_column:
-                    continue
-                key = key_of(entry["group"], loss_column)
-                plain = "law" in entry
-                parameters = entry["law"]["parameters"] if plain else entry["parameters"]
-                if tuple(parameters) != laws.PARAMETERS or entry["objective_name"] != "huber_log":
-                    left_out.append(
-                        f"group {entry['group']}: form {entry['form']} comes down to no law in N and D alone"
-                    )
-                    continue
-                found.append(_fitted(path, entry, parameters, draws[f"{key}@{entry['form']}/law" if plain else key]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path}: no readable fits ({error}); run tools/fit_scaling_laws.py again") from error
+    fits, found, left_out = read_fits_file(path), [], []
+    for fit in fits:
+        if fit.loss_column != loss_column:
+            continue
+        if fit.entry["objective_name"] != OBJECTIVE:
+            left_out.append(
+                f"group {fit.group}: objective_name is {fit.entry['objective_name']}; the noise between runs can be "
+                f"told from {OBJECTIVE} only"
+            )
+        elif fit.law is None:
+            left_out.append(f"group {fit.group}: form {fit.entry['form']} comes down to no law in N and D alone")
+        else:
+            found.append(Fitted(law=fit.law, entry=fit.entry))
     if not found:
-        columns = sorted({entry.get("loss_column", "loss") for entry in entries})
+        columns = sorted({fit.loss_column for fit in fits})
         reason = "; ".join(left_out) or f"it has {', '.join(columns) or 'no fits'}"
         raise InputError(f"{path}: no usable fit of column {loss_column!r}: {reason}")
     return found, left_out
-
-
-def _fitted(path: Path, entry: dict[str, Any], parameters: dict[str, float], draws: np.ndarray) -> Fitted:
-    law = Law(
-        name=entry["group"],
-        parameters=np.array(list(parameters.values()), float),
-        draws=np.asarray(draws, float),
-        kappa=float(entry["kappa"]),
-        flops_range=tuple(entry["ranges"]["flops"]),
-        form=str(entry.get("form", "")),
-    )
-    if not (np.isfinite(law.parameters).all() and (law.parameters[1:] > 0).all()):
-        raise InputError(f"{path}: group {law.name}: a parameter is not a finite number above zero")
-    if law.draws.ndim != 2 or law.draws.shape[1] != len(laws.PARAMETERS):
-        raise InputError(f"{path.parent / 'bootstrap.npz'}: group {law.name}: expected draws of shape (R, 5)")
-    return Fitted(law=law, entry=entry)
 
 
 def measured(value: float, draws: np.ndarray) -> dict[str, Any]:

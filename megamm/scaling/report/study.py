@@ -14,8 +14,9 @@ import numpy as np
 from megamm.config import read_yaml
 from megamm.errors import InputError
 from megamm.scaling.accounting import group_column, recount, runs_of
-from megamm.scaling.compare import Law, read_laws
+from megamm.scaling.compare import Law
 from megamm.scaling.conventions import FACTS, MissingFactError
+from megamm.scaling.fits_file import read_laws
 from megamm.scaling.runs import RunTable, read_runs
 
 BLIND = "text"

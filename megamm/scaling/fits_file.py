@@ -1,0 +1,239 @@
+"""`fits.json` and `bootstrap.npz` read back and checked: every tool that takes fits takes them from here.
+
+`fit_outputs.write_fits` writes them. A file made by hand or edited is as welcome as a written one, so that each field
+that a reader relies on is checked here, once, and an error names the file, the group, the field and what was expected.
+"""
+
+import hashlib
+import io
+import json
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from megamm.errors import InputError
+from megamm.scaling import laws
+from megamm.scaling.compare import Law
+
+FIX = "run tools/fit_scaling_laws.py again"
+HIGHEST_LOSS = 1e6
+"""Above that a law gives no loss of a language model; one below zero it never gives."""
+
+
+@dataclass(kw_only=True)
+class FitEntry:
+    """One fit of the file."""
+
+    entry: dict[str, Any]
+    """As in fits.json, with ``loss_column``, ``warnings`` and ``holdout`` also where the file leaves them out."""
+    law: Law | None
+    """The law in N and D: the fit itself, or what another form says it comes down to; None where it says nothing."""
+
+    @property
+    def group(self) -> str:
+        return self.entry["group"]
+
+    @property
+    def loss_column(self) -> str:
+        return self.entry["loss_column"]
+
+
+def key_of(group: str, loss_column: str = "loss") -> str:
+    """Key of a fit's draws in bootstrap.npz: the group, followed by the column if that is not ``loss``."""
+    return group if loss_column == "loss" else f"{group}/{loss_column}"
+
+
+def digest(draws: bytes) -> str:
+    """What fits.json keeps of bootstrap.npz as ``bootstrap_sha256``, so that no two fits are mixed."""
+    return hashlib.sha256(draws).hexdigest()
+
+
+def read_fits_file(path: Path | str) -> list[FitEntry]:
+    """Every fit in ``path``, a fits.json or its folder, with the draws in bootstrap.npz beside it.
+
+    Raises:
+        InputError: a file is missing, unreadable or of other fits, or a field is not what it has to be.
+    """
+    path = Path(path)
+    path = path / "fits.json" if path.is_dir() else path
+    if not path.exists():
+        raise InputError(f"{path}: not found; {FIX} with --out {path.parent}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: no readable fits ({_one_line(error)}); {FIX}") from error
+    fits = document.get("fits") if isinstance(document, dict) else None
+    if not isinstance(fits, list):
+        raise InputError(f"{path}: fits: expected a list of fits, found {_short(fits)}; {FIX}")
+    draws = _read_draws(path.with_name("bootstrap.npz"), path, document.get("bootstrap_sha256"))
+    found: dict[tuple[str, str], FitEntry] = {}
+    for number, raw in enumerate(fits, 1):
+        entry = _check_entry(raw, path, number)
+        key = entry["group"], entry["loss_column"]
+        if key in found:
+            raise InputError(f"{path}: group {key[0]}: {key[1]} is fitted twice; remove one of the two entries")
+        found[key] = FitEntry(entry=entry, law=_law(entry, path, draws))
+    return list(found.values())
+
+
+def read_laws(path: Path | str, loss_column: str = "loss") -> dict[str, Law]:
+    """The laws of one loss column by group; fits of forms with further variables are passed over.
+
+    Raises:
+        InputError: see read_fits_file.
+    """
+    fits = read_fits_file(path)
+    return {f.group: f.law for f in fits if f.loss_column == loss_column and f.law is not None and "law" not in f.entry}
+
+
+def _read_draws(path: Path, fits: Path, expected: Any) -> dict[str, np.ndarray]:
+    """All arrays of bootstrap.npz; ``expected`` is the digest in fits.json, None in a file that has none."""
+    try:
+        content = path.read_bytes()
+        if not content.startswith(b"PK"):
+            raise ValueError("not an npz archive")
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            draws = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: no readable fits ({_one_line(error)}); {FIX}") from error
+    if expected is not None and expected != digest(content):
+        raise InputError(f"{path}: holds the draws of other fits than {fits}; copy both files of one fit, or {FIX}")
+    return draws
+
+
+# ----------------------------------------------------------------------------------------------------- fields
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_positive, value)) and value[0] <= value[1]
+
+
+def _is_holdout(value: Any) -> bool:
+    """Null, a reason why there is none, or the errors of the runs held out."""
+    if value is None or (isinstance(value, dict) and "relative_errors" not in value):
+        return True
+    if not isinstance(value, dict):
+        return False
+    runs, errors = value.get("runs"), value["relative_errors"]
+    lists = isinstance(runs, list) and isinstance(errors, list) and len(runs) == len(errors)
+    return lists and all(map(_is_number, [*errors, value.get("a_with"), value.get("a_without")]))
+
+
+def _is_law(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name, {}), dict) for name in ("parameters", "at"))
+
+
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "loss_column": ("the name of a column", _is_name),
+    "form": ("the name of a form", _is_name),
+    "objective_name": ("the name of an objective", _is_name),
+    "n_runs": ("a whole number above zero", lambda x: _is_positive(x) and isinstance(x, int)),
+    "objective": ("a number of zero or more", lambda x: _is_number(x) and x >= 0),
+    "kappa": ("a number above zero", _is_positive),
+    "parameters": ("a mapping of names to numbers", lambda x: isinstance(x, dict)),
+    "ranges": ("a mapping", lambda x: isinstance(x, dict)),
+    **{
+        f"ranges.{name}": ("two numbers above zero, the lower first", _is_range)
+        for name in ("params", "tokens", "flops")
+    },
+    "law": ("a mapping with the parameters of a law", _is_law),
+    "warnings": ("a list of texts", lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x)),
+    "holdout": ("runs with as many relative_errors, a_with and a_without, or null", _is_holdout),
+}
+
+
+def _check_entry(raw: Any, path: Path, number: int) -> dict[str, Any]:
+    """The entry with its defaults filled in."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: fit {number}: expected a mapping, found {_short(raw)}; {FIX}")
+    if not _is_name(raw.get("group")):
+        raise InputError(f"{path}: fit {number}: group: expected a name, found {_short(raw.get('group'))}; {FIX}")
+    entry = {"loss_column": "loss", "warnings": [], "holdout": None} | raw
+    for name, (expected, holds) in FIELDS.items():
+        section, _, key = name.rpartition(".")
+        value = (entry[section] if section else entry).get(key)
+        if not holds(value) and not (name == "law" and "law" not in entry):
+            raise InputError(f"{path}: group {raw['group']}: {name}: expected {expected}, found {_short(value)}; {FIX}")
+    return entry
+
+
+def _law(entry: dict[str, Any], path: Path, draws: dict[str, np.ndarray]) -> Law | None:
+    """The law in N and D with its draws, checked; parameters are taken by name."""
+    where, plain = f"{path}: group {entry['group']}", "law" not in entry
+    section = "parameters" if plain else "law.parameters"
+    values = entry["parameters"] if plain else entry["law"].get("parameters", {})
+    if plain and entry["form"] not in laws.FORMS and set(values) != set(laws.PARAMETERS):
+        return None
+    for name in laws.PARAMETERS:
+        value = values.get(name)
+        if not (_is_number(value) and (value > 0 or (name == "E" and value == 0))):
+            expected = "a number of zero or more" if name == "E" else "a number above zero"
+            raise InputError(f"{where}: {section}.{name}: expected {expected}, found {_short(value)}; {FIX}")
+    parameters, ranges = np.array([values[name] for name in laws.PARAMETERS], float), entry["ranges"]
+    loss = laws.predict(parameters, np.array([ranges["params"][1]]), np.array([ranges["tokens"][1]]))[0]
+    if not 0 < loss < HIGHEST_LOSS:
+        raise InputError(
+            f"{where}: {section}: expected a loss above 0 and below {HIGHEST_LOSS:.0e} at the largest runs, "
+            f"found {loss:.3g}; {FIX}"
+        )
+    key = key_of(entry["group"], entry["loss_column"])
+    return Law(
+        name=entry["group"],
+        parameters=parameters,
+        draws=_check_draws(draws, key if plain else f"{key}@{entry['form']}/law", path.with_name("bootstrap.npz")),
+        kappa=float(entry["kappa"]),
+        flops_range=tuple(map(float, ranges["flops"])),
+        form=entry["form"],
+        warnings=list(entry["warnings"]),
+    )
+
+
+def _check_draws(draws: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
+    """The array under ``key``, (R, 5) with R of at least 2."""
+    if key not in draws:
+        raise InputError(f"{path}: array {key!r}: not found, {path.name} has {', '.join(draws) or 'none'}; {FIX}")
+    values = draws[key]
+    if values.dtype.kind not in "fiu" or values.ndim != 2 or values.shape[1] != len(laws.PARAMETERS):
+        raise InputError(
+            f"{path}: array {key!r}: expected numbers of shape (R, 5), found {values.dtype} {values.shape}; {FIX}"
+        )
+    if len(values) < 2:
+        raise InputError(f"{path}: array {key!r}: expected at least 2 draws, found {len(values)}; {FIX}")
+    if not (np.isfinite(values).all() and (values[:, 0] >= 0).all() and (values[:, 1:] > 0).all()):
+        raise InputError(
+            f"{path}: array {key!r}: expected finite numbers, A, alpha, B and beta above zero, E not below; {FIX}"
+        )
+    return values.astype(float)
+
+
+def _short(value: Any) -> str:
+    """A value as JSON has it, cut short."""
+    if value is None:
+        return "nothing"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
