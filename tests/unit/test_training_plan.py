@@ -20,7 +20,7 @@ from megamm.scaling.compare import Law
 from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.flops import count_parameters
 from megamm.scaling.plan.hardware import GPUS, bill, find_gpu, read_mfu, stated_mfu
-from megamm.scaling.plan.inputs import Request, read_fits
+from megamm.scaling.plan.inputs import HUBER_DELTA, Request, losses_at, read_fits
 from megamm.scaling.plan.outputs import to_markdown, train_values, write_plan
 from megamm.scaling.plan.proposal import budget_flops, make_plan
 from megamm.scaling.plan.sizes import nearest_model, peak_lr
@@ -86,9 +86,25 @@ def test_plan_is_the_optimum_of_the_fit(fits):
         assert low < best[name]["value"] < high
     truth = laws.optimum(EARLY, np.array([1e23]))[0][0]
     assert best["params"]["interval"][0] < truth < best["params"]["interval"][1]
-    narrow, wide = (np.ptp(plan["model"][key]["interval"]) for key in ("loss", "loss_of_one_run"))
-    assert narrow < wide
+    law, run = (plan["model"][key]["interval"] for key in ("loss", "loss_of_one_run"))
+    assert run[0] < law[0] and law[1] < run[1]
     assert early.noise == pytest.approx(0.003, rel=0.35)
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-3, 1e-2])
+def test_noise_widens_at_both_ends_whatever_the_draws(fits, noise):
+    """Draws with gaps between them, over which percentiles jump; with no spread of the law it is the normal's own."""
+    objective = fits[0].entry["n_runs"] * HUBER_DELTA * (0.798 * noise * np.sqrt(20 / 25) - HUBER_DELTA / 2)
+    for spread in (0.0, 0.05):
+        draws = EARLY * np.exp(np.outer(spread * np.round(np.random.default_rng(0).standard_normal(200)), [1, 0, 0, 0, 0]))
+        fitted = replace(fits[0], law=replace(fits[0].law, parameters=EARLY, draws=draws))
+        fitted.entry = fitted.entry | {"objective": max(0.0, objective)}
+        found = losses_at(fitted, 1e9, 2e10)
+        law, run = found["loss"], found["loss_of_one_run"]
+        assert run["interval"][0] < law["interval"][0] <= law["interval"][1] < run["interval"][1]
+    flat = losses_at(replace(fitted, law=replace(fitted.law, draws=np.tile(EARLY, (20, 1)))), 1e9, 2e10)
+    ends = np.log(np.array(flat["loss_of_one_run"]["interval"]) / flat["loss"]["value"])
+    assert ends == pytest.approx([-1.96 * fitted.noise, 1.96 * fitted.noise])
 
 
 def test_the_fits_that_lose_are_distrusted_too(fits):
