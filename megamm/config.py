@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 
+MAX_DEPTH = 10_000
+"""Blocks; the deepest transformers trained have a thousand."""
+
+
 @dataclass(kw_only=True)
 class VisionConfig:
     """The image encoder of a late-fusion model."""
@@ -74,11 +78,18 @@ class ModelConfig:
         for name in ("width", "depth", "hidden_multiple"):
             if getattr(self, name) < 1:
                 found.append(f"model.{name}: {getattr(self, name)} is not positive")
-        if self.head_dim is not None and (self.head_dim % 2 or self.width % self.head_dim):
+        optional = {name: getattr(self, name) for name in ("head_dim", "vocab_size", "image_size", "patch_size")}
+        optional |= {f"vision.{name}": value for name, value in vars(self.vision).items()}
+        below = [name for name, value in optional.items() if value is not None and value < 1]
+        found += [f"model.{name}: {optional[name]} is not positive" for name in below]
+        for name, depth in (("depth", self.depth), ("vision.depth", self.vision.depth or 0)):
+            if depth > MAX_DEPTH:
+                found.append(f"model.{name}: {depth} is above {MAX_DEPTH} blocks")
+        if self.head_dim is not None and "head_dim" not in below and (self.head_dim % 2 or self.width % self.head_dim):
             found.append(f"model.head_dim: {self.head_dim} must be even and divide model.width {self.width}")
         if self.head_dim is None and self.width % 8:
             found.append(f"model.width: {self.width} is not a multiple of 8; change it or set model.head_dim")
-        if self.image_size and self.patch_size and self.image_size % self.patch_size:
+        if self.image_size and self.patch_size and not below and self.image_size % self.patch_size:
             found.append(f"model.patch_size: {self.patch_size} does not divide model.image_size {self.image_size}")
         return found
 
@@ -123,8 +134,8 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if self.row_length < 8:
-            found.append(f"data.row_length: {self.row_length} is below 8")
+        if not 8 <= self.row_length < 2**31:
+            found.append(f"data.row_length: {self.row_length} is not between 8 and 2147483647 (positions are int32)")
         for name, source in self.sources.items():
             if not source.weight > 0:
                 found.append(f"data.sources.{name}.weight: {source.weight} is not positive")
@@ -420,6 +431,8 @@ def _known_leaves(cls: type, values: dict, prefix: list[str], problems: list[str
             leaves.extend(_known_leaves(nested, value, path, problems))
         elif nested and value is None:
             continue
+        elif dataclasses.is_dataclass(hints[key]):
+            problems.append(f"{'.'.join(path)}: expected a mapping of settings, found {value!r}")
         else:
             leaves.append((path, value))
     return leaves

@@ -14,7 +14,7 @@ from rich.console import Console
 from megamm.errors import InputError, exit_on_error
 from megamm.files import check_out
 from megamm.scaling.accounting import ACCOUNTINGS
-from megamm.scaling.compare import crossover_sentence, verdict
+from megamm.scaling.compare import check_flops, crossover_sentence, verdict
 from megamm.scaling.compare_outputs import compare_fits, write_comparison
 from megamm.scaling.runs import read_runs
 
@@ -36,6 +36,8 @@ def main() -> None:
         "--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="FLOPs (default: where both groups have runs)"
     )
     arguments = parser.parse_args()
+    for end in arguments.range or ():
+        check_flops(end, "--range")
     check_out(arguments.out, folder=True)
     with Console(stderr=True).status("comparing"):
         report = compare_fits(
@@ -66,6 +68,7 @@ def _flops(text: str) -> float:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"--at: {text.strip()!r} is not a number of FLOPs above zero")
+    check_flops(value, "--at")
     return value
 
 

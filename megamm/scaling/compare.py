@@ -16,6 +16,8 @@ from megamm.scaling.fit import LEVEL, Fit
 
 POINTS = 256
 CHINCHILLA, SHARED = "chinchilla", "shared"
+PLAUSIBLE = (1e9, 1e32)
+"""FLOPs between which a training run can lie: seconds on a phone, a million times the largest of 2026."""
 NOT_SEPARABLE = "not separable at 95%"
 
 
@@ -171,6 +173,13 @@ def compare(first: Law, second: Law, flops_range: tuple[float, float] | None = N
         crossing_share=float((np.diff(np.sign(resampled), axis=1) != 0).any(axis=1).mean()),
         extrapolated=low < both[0] * (1 - 1e-9) or high > both[1] * (1 + 1e-9),
     )
+
+
+def check_flops(flops: float, option: str) -> None:
+    """Raise InputError where no training run can have as many FLOPs."""
+    if not PLAUSIBLE[0] <= flops <= PLAUSIBLE[1]:
+        low, high = (f"{end:.0e}".replace("+", "") for end in PLAUSIBLE)
+        raise InputError(f"{option}: {flops:g} FLOPs are not those of a training run, {low} to {high}")
 
 
 def common_range(first: Law, second: Law) -> tuple[float, float]:

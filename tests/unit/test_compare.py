@@ -284,6 +284,9 @@ def test_tool_writes_the_comparison(fitted, tmp_path):
         (["--groups", "early,mid"], "--groups: early,mid: give two different ones of early, late"),
         (["--at", "lots"], "--at: 'lots' is not a number of FLOPs above zero"),
         (["--range", "1e20", "1e19"], "is empty"),
+        (["--range", "1e20", "inf"], "--range: inf FLOPs are not those of a training run"),
+        (["--range", "1e-300", "1e300"], "--range: 1e-300 FLOPs are not those of a training run, 1e09 to 1e32"),
+        (["--at", "1e300"], "--at: 1e+300 FLOPs are not those of a training run"),
         (["--loss", "loss_text"], "fits of loss_text for no group"),
     ],
 )

@@ -93,3 +93,21 @@ def test_command_line_contract(tmp_path):
     assert bad.returncode == 2 and "did you mean 'width'?" in bad.stderr
     shown = run("--help")
     assert shown.returncode == 0 and "--optimizer.lr" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"head_dim": 0}}, "model.head_dim: 0 is not positive"),
+        ({"model": {"vocab_size": 0, "patch_size": 0}}, "model.vocab_size: 0 is not positive"),
+        ({"model": {"vision": {"width": -5}}}, "model.vision.width: -5 is not positive"),
+        ({"model": {"depth": 1_000_000}}, "model.depth: 1000000 is above 10000 blocks"),
+        ({"model": {"vision": 3}}, "model.vision: expected a mapping of settings, found 3"),
+        ({"model": 3}, "model: expected a mapping of settings, found 3"),
+        ({"data": {"row_length": 10**11}}, "data.row_length: 100000000000 is not between 8 and 2147483647"),
+    ],
+)
+def test_sizes_that_no_model_has(values, message):
+    with pytest.raises(InputError) as caught:
+        build(Config, {"train": {"steps": 5}} | values)
+    assert message in str(caught.value)

@@ -96,7 +96,8 @@ def test_noise_widens_at_both_ends_whatever_the_draws(fits, noise):
     """Draws with gaps between them, over which percentiles jump; with no spread of the law it is the normal's own."""
     objective = fits[0].entry["n_runs"] * HUBER_DELTA * (0.798 * noise * np.sqrt(20 / 25) - HUBER_DELTA / 2)
     for spread in (0.0, 0.05):
-        draws = EARLY * np.exp(np.outer(spread * np.round(np.random.default_rng(0).standard_normal(200)), [1, 0, 0, 0, 0]))
+        steps = np.round(np.random.default_rng(0).standard_normal(200))
+        draws = EARLY * np.exp(np.outer(spread * steps, [1, 0, 0, 0, 0]))
         fitted = replace(fits[0], law=replace(fits[0].law, parameters=EARLY, draws=draws))
         fitted.entry = fitted.entry | {"objective": max(0.0, objective)}
         found = losses_at(fitted, 1e9, 2e10)
@@ -153,12 +154,38 @@ def test_budgets_are_one_another(fits):
     h100 = find_gpu("H100")
     law = fits[0].law
     common = {"gpus": [h100], "prices": [2.0], "efficiency": stated_mfu(0.4)}
-    assert budget_flops(Request(gpu_hours=1000, **common), law) == pytest.approx(1000 * 3600 * 989e12 * 0.4)
-    assert budget_flops(Request(money=2000, **common), law) == pytest.approx(1000 * 3600 * 989e12 * 0.4)
-    priced = Request(money=1e5, prep_rate=1e6, cpu_price=0.05, **common)
+    h100_hour = 3600 * 989e12 * 0.4
+    # Pilot and branched cool-downs are paid for too: 3% and 0.2 x (10% + 25%) of the full run.
+    assert budget_flops(Request(gpu_hours=1000, **common), law) == pytest.approx(1000 * h100_hour / 1.1)
+    assert budget_flops(Request(money=2000, **common), law) == pytest.approx(1000 * h100_hour / 1.1)
+    priced = Request(money=1e5, prep_rate=1e6, cpu_price=0.05, pilot_share=0.0, **common)
     flops = budget_flops(priced, law)
     tokens = laws.optimum(law.parameters, np.array([flops]), law.kappa)[1][0]
-    assert flops / (3600 * 989e12 * 0.4) * 2 + tokens / 1e6 * 0.05 == pytest.approx(1e5, rel=1e-6)
+    assert 1.07 * flops / h100_hour * 2 + tokens / 1e6 * 0.05 == pytest.approx(1e5, rel=1e-6)
+
+
+@pytest.mark.parametrize("amount", np.geomspace(1e2, 1e7, 26))
+def test_all_stages_are_paid_from_the_budget(fits, amount):
+    """Also where the mid run becomes due, which is a step in what a plan costs."""
+    common = {"gpus": [GPUS["h100"]], "efficiency": stated_mfu(0.4), "group": "early"}
+    for more, spent in (
+        ({"gpu_hours": amount}, lambda plan: sum(stage["gpu_hours"] for stage in plan["stages"])),
+        (
+            {"money": amount, "prices": [2.0], "prep_rate": 1e9, "cpu_price": 0.05},
+            lambda plan: sum(stage["money"] for stage in plan["stages"]) + plan["data_preparation"]["money"],
+        ),
+    ):
+        plan = make_plan(Request(**common, **more), fits)
+        assert 0.85 < spent(plan) / amount < 1.001
+        assert plan["total"]["share_of_budget"] == pytest.approx(spent(plan) / amount)
+
+
+def test_what_comes_on_top_of_the_flops_of_a_run_is_told(fits):
+    """--flops is the run's own compute, so that N* and D* are those at C; the page says what else is spent."""
+    plan = make_plan(Request(flops=1e23), fits)
+    assert plan["optimum"]["flops"] == 1e23 and plan["total"]["flops"] > 1.1e23
+    assert "come on top of the budget" in to_markdown(plan)
+    assert not any(text.startswith("over the budget") for text in plan["warnings"])
 
 
 def test_bill():
@@ -167,6 +194,50 @@ def test_bill():
     assert found.money == pytest.approx(300) and found.money_interval is None
     assert found.megawatt_hours == pytest.approx(100 * 400 * 1.5 / 1e6)
     assert found.state_bytes_per_gpu == 4e9
+    assert found.days_interval is None and found.megawatt_hours_interval is None
+    measured = replace(stated_mfu(0.5), interval=(0.4, 0.6))
+    ranged = bill(GPUS["a100"], measured, 312e12 * 0.5 * 3600 * 100, 1e9, num_gpus=4, price=3.0, pue=1.5)
+    for name in ("gpu_hours", "days", "money", "megawatt_hours"):
+        value = getattr(ranged, name)
+        assert value == getattr(found, name)
+        assert getattr(ranged, f"{name}_interval") == pytest.approx((value / 1.2, value / 0.8))
+
+
+def test_every_cost_on_the_page_has_an_interval_or_says_why_not(fits):
+    request = Request(flops=1e24, gpus=[GPUS["h100"]], prices=[2.0], efficiency=stated_mfu(0.4))
+    page = to_markdown(make_plan(request, fits))
+    assert "(exact by assumption)" in page and "taken as exact: hours, days, money, MWh have no interval" in page
+    ranged = replace(request, efficiency=replace(request.efficiency, interval=(0.3, 0.5)))
+    plan = make_plan(ranged, fits)
+    page = to_markdown(plan)
+    row = next(line for line in page.splitlines() if line.startswith("| h100 |"))
+    assert row.count("[") == 4 and "as exact" not in page and "exact by" not in page
+    assert all(stage["money_interval"][0] < stage["money"] < stage["money_interval"][1] for stage in plan["stages"])
+    assert page.count("] money") == len(plan["stages"]) + 1
+
+
+def test_what_the_trainer_cannot_do_is_warned_of(fits):
+    """Tensor parallelism is not in train.yaml; rates are known for widths of 800 to 5120."""
+    wide = make_plan(Request(flops=1e25, tensor_parallel=8), fits)
+    assert any(text.startswith("layout: megamm.train has no tensor parallelism") for text in wide["warnings"])
+    assert any(text.startswith("learning rate: 0.00024 is that of") for text in wide["warnings"])
+    assert any("depth 24 at every size" in text and "flat beyond" in text for text in wide["assumptions"])
+    narrow = make_plan(Request(flops=1e21), fits)
+    assert not any(text.startswith(("layout", "learning rate")) for text in narrow["warnings"])
+
+
+def test_the_page_stays_a_page(fits):
+    """With everything asked for and ten warnings of the fit; plan.json keeps each in full."""
+    told = [f"unstable: without the {k} runs of highest loss, beta moves from 0.36 to 0.32" for k in range(9)]
+    told = [replace(f, entry=f.entry | {"warnings": [*told, "held out: a is 0.574"]}) for f in fits]
+    gpus = [GPUS[name] for name in ("h100", "b200", "mi300x")]
+    asked = {"served_tokens": 1e13, "unique_tokens": 5e11, "prep_rate": 1e9, "cpu_price": 0.05, "tensor_parallel": 8}
+    request = Request(money=3e6, gpus=gpus, prices=[2.5, 5.0, 2.0], efficiency=stated_mfu(0.4), **asked)
+    plan = make_plan(request, told)
+    page = to_markdown(plan)
+    assert sum(any(letter.isalnum() for letter in word) for word in page.split()) <= 650
+    assert "- from the fit (in full in fits.md): unstable (9); held out" in page
+    assert sum(text.startswith("from the fit: unstable") for text in plan["warnings"]) == 9
 
 
 def test_mfu_from_a_log(tmp_path):
@@ -335,6 +406,25 @@ def test_a_break_even_out_of_range_says_on_which_side(fits, worth, a, llm_tokens
     assert f"Native is {words} from 1e+08 to 1e+15 tokens, break-even [{end}, {end}]" in to_markdown(plan)
 
 
+def test_a_break_even_that_may_lie_out_of_range_is_not_called_everywhere(fits):
+    """Its interval reaches into the range, where native is then behind."""
+    entry = {
+        "tokens": None,
+        "tokens_range": "above",
+        "interval": [4.08e13, None],
+        "interval_range": ["within", "above"],
+    }
+    entry |= {"native_ahead": "below", "status": "everywhere", "draws_agree": 1.0}
+    plan = make_plan(Request(flops=1e22), fits)
+    plan["transfer"] = {
+        "status": "fitted",
+        "negligible_gain": 1e-4,
+        "break_even_tokens": {"pretraining_counted": entry},
+    }
+    told = "Native is no worse below the break-even, above 1e+15 tokens [4.08e+13, above 1e+15]"
+    assert told in to_markdown(plan) and "anywhere" not in to_markdown(plan)
+
+
 # -------------------------------------------------------------------------------------------- stages and files
 
 
@@ -424,6 +514,9 @@ def test_a_plan_from_poor_fits_is_whole(tmp_path):
         assert any("not identified" in text for text in plan["warnings"])
 
 
+CHEAP = {"gpus": [GPUS["h100"]], "prices": [2.0], "efficiency": stated_mfu(0.4)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -437,6 +530,14 @@ def test_a_plan_from_poor_fits_is_whole(tmp_path):
         ({"flops": 1e20, "tensor_parallel": 3}, "--num-gpus"),
         ({"flops": 1e20, "pilot_share": 2.0}, "--pilot-share"),
         ({"flops": 1e20, "unique_tokens": float("nan")}, "--unique-tokens"),
+        ({"flops": 1e20, "served_tokens": -1.0}, "--inference-tokens: -1"),
+        ({"flops": 1e20, "pue": 0.5}, "--pue: 0.5 is below 1"),
+        ({"flops": 1e20, "cpu_price": 0.05}, "--cpu-price: needs --prep-rate"),
+        ({"flops": 1.0}, "--flops: 1 FLOPs are not those of a training run, 1e09 to 1e32"),
+        ({"flops": 1e60}, "--flops: 1e[+]60 FLOPs"),
+        (CHEAP | {"money": 1e-9}, "--money: .* FLOPs are not those"),
+        (CHEAP | {"money": 10.0, "prep_rate": 1.0, "cpu_price": 1e9}, "--money: 10 is used up by the preparation"),
+        (CHEAP | {"money": 10.0, "prep_rate": 1e-9, "cpu_price": 1.0}, "--money: 10 is used up by the preparation"),
     ],
 )
 def test_bad_requests(fits, changes, message):
@@ -497,7 +598,7 @@ def test_mfu_from_an_estimate(folder, tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     low, high = plan["efficiency"]["interval"]
     assert low < plan["efficiency"]["mfu"] < high and "estimated" in plan["efficiency"]["source"]
-    assert plan["budget"]["flops"]["interval"] == pytest.approx([x * 989e12 * 3600 * 1e5 for x in (low, high)])
+    assert plan["budget"]["flops"]["interval"] == pytest.approx([x * 989e12 * 3600 * 1e5 / 1.2 for x in (low, high)])
     assert "estimated for 2.75e+08 parameters on 64 ranks of h100" in (tmp_path / "plan.md").read_text()
     for more, match in (([], "--mfu-from-estimate: needs --gpu"), (["--gpu=h100", "--num-gpus=7"], "of the 7 ranks")):
         bad = subprocess.run([*command, *more], capture_output=True, text=True, env=env)

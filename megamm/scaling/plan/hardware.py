@@ -150,9 +150,11 @@ class Bill:
     gpu_hours: float
     gpu_hours_interval: tuple[float, float] | None
     days: float
+    days_interval: tuple[float, float] | None
     money: float | None
     money_interval: tuple[float, float] | None
     megawatt_hours: float
+    megawatt_hours_interval: tuple[float, float] | None
     state_bytes_per_gpu: float
     least_gpus: int
 
@@ -170,19 +172,26 @@ def bill(
     def hours(mfu: float) -> float:
         return flops / (gpu.peak_flops * mfu) / 3600
 
-    interval = None
-    if efficiency.interval is not None:
-        interval = hours(efficiency.interval[1]), hours(efficiency.interval[0])
-    used = hours(efficiency.mfu)
+    used, ends = hours(efficiency.mfu), efficiency.interval and tuple(hours(mfu) for mfu in efficiency.interval[::-1])
+
+    def of_hours(factor: float | None) -> tuple[float | None, tuple[float, float] | None]:
+        """What is ``factor`` times the hours, with its interval."""
+        return None if factor is None else used * factor, ends and factor and (ends[0] * factor, ends[1] * factor)
+
+    (days, days_interval), (cost, cost_interval), (energy, energy_interval) = (
+        of_hours(factor) for factor in (1 / num_gpus / 24, price, gpu.power * pue / 1e6)
+    )
     return Bill(
         gpu=gpu.name,
         num_gpus=num_gpus,
         gpu_hours=used,
-        gpu_hours_interval=interval,
-        days=used / num_gpus / 24,
-        money=None if price is None else used * price,
-        money_interval=None if price is None or interval is None else (interval[0] * price, interval[1] * price),
-        megawatt_hours=used * gpu.power * pue / 1e6,
+        gpu_hours_interval=ends,
+        days=days,
+        days_interval=days_interval,
+        money=cost,
+        money_interval=cost_interval,
+        megawatt_hours=energy,
+        megawatt_hours_interval=energy_interval,
         state_bytes_per_gpu=16 * params / num_gpus,
         least_gpus=max(1, math.ceil(16 * params / (0.6 * gpu.memory))),
     )

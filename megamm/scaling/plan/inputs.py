@@ -19,17 +19,17 @@ from megamm.scaling.runs import RunTable
 HUBER_DELTA = 1e-3
 NORMAL_95 = 1.96
 """95% of a normal lie within as many standard deviations."""
-POSITIVE = (
-    "flops",
-    "gpu_hours",
-    "money",
-    "served_tokens",
-    "unique_tokens",
-    "prep_rate",
-    "cpu_price",
-    "llm_tokens",
-    "pue",
-)
+POSITIVE = {
+    "flops": "--flops",
+    "gpu_hours": "--gpu-hours",
+    "money": "--money",
+    "served_tokens": "--inference-tokens",
+    "unique_tokens": "--unique-tokens",
+    "prep_rate": "--prep-rate",
+    "cpu_price": "--cpu-price",
+    "llm_tokens": "--llm-tokens",
+}
+"""Fields of a request that are finite and above zero where they are given, and their options."""
 
 
 @dataclass(kw_only=True)
@@ -71,10 +71,14 @@ class Request:
         given = [name for name in ("flops", "gpu_hours", "money") if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError("give exactly one budget: --flops, --gpu-hours or --money")
-        for name in POSITIVE:
+        for name, option in POSITIVE.items():
             value = getattr(self, name)
             if value is not None and not (np.isfinite(value) and value > 0):
-                raise InputError(f"--{name.replace('_', '-')}: {value:g} is not a finite number above zero")
+                raise InputError(f"{option}: {value:g} is not a finite number above zero")
+        if not 1 <= self.pue < np.inf:
+            raise InputError(f"--pue: {self.pue:g} is below 1, which is a data centre without any loss of power")
+        if self.cpu_price is not None and self.prep_rate is None:
+            raise InputError("--cpu-price: needs --prep-rate, the tokens that one CPU-hour prepares")
         if given[0] != "flops" and not (self.gpus and self.efficiency):
             raise InputError(
                 f"--{given[0].replace('_', '-')}: needs --gpu, and --mfu, --run-logs or --mfu-from-estimate"

@@ -2,18 +2,22 @@
 
 import copy
 import dataclasses
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megamm.config import Config, ParallelConfig, build, merge
+from megamm.config import Config, build, merge
 from megamm.errors import InputError
 from megamm.files import write_json, write_text
 from megamm.scaling.plan.inputs import Request
-from megamm.scaling.plan.sizes import Buildable, peak_lr
+from megamm.scaling.plan.sizes import TENSOR_IN_CONFIG, Buildable
 from megamm.scaling.plan.transfer import SPAN
 
+KIND_WORDS = 4
+"""Of a long warning of a fit, on the page."""
 BATCH_ROWS = 2048
 FEWEST_STEPS = 2000
 WARMUP_STEPS = 1000
@@ -71,12 +75,11 @@ def train_values(plan: dict[str, Any], model: Buildable, request: Request, base:
     values = {
         "model": shape,
         "data": {"row_length": row_length},
-        "optimizer": {"lr": peak_lr(config.width)},
+        "optimizer": {"lr": plan["model"]["peak_lr"]},
         "schedule": {"warmup_steps": min(WARMUP_STEPS, max(1, steps // 20))},
         "train": train,
     }
-    known = {f.name for f in dataclasses.fields(ParallelConfig)}
-    if request.tensor_parallel > 1 and "tensor" in known:
+    if request.tensor_parallel > 1 and TENSOR_IN_CONFIG:
         values["parallel"] = {"tensor": request.tensor_parallel}
     result = copy.deepcopy(base)
     (result.get("train") or {}).pop("steps", None)
@@ -89,15 +92,14 @@ def train_values(plan: dict[str, Any], model: Buildable, request: Request, base:
 def to_markdown(plan: dict[str, Any]) -> str:
     """The plan on one page."""
     budget, best, model = plan["budget"], plan["optimum"], plan["model"]
-    units = {"flops": "FLOPs", "gpu_hours": "GPU-hours", "money": "money"}
     lines = [
-        f"# Training plan: {budget['amount']:.4g} {units[budget['given']]}",
+        f"# Training plan: {_budget(budget)}",
         "",
         f"Group **{plan['group']}**, {plan['loss_column']} in nats per token; 95% intervals in brackets.",
         "",
         "| | compute-optimal | buildable model |",
         "| --- | --- | --- |",
-        f"| training FLOPs | {best['flops']:.3g}{_ends(budget['flops']['interval'])} | {best['flops']:.3g} |",
+        f"| FLOPs of the full run | {best['flops']:.3g}{_ends(budget['flops']['interval'])} | the same |",
         f"| parameters | {_big(best['params'])} | {model['params']:.4g} (exact count) |",
         f"| tokens | {_big(best['tokens'])} | {model['tokens']:.4g} |",
         f"| loss, by the law | {_loss(best['loss'])} | {_loss(model['loss'])} |",
@@ -110,11 +112,34 @@ def to_markdown(plan: dict[str, Any]) -> str:
         + (" Not to be trained as it is: see the warnings." if plan["no_train_config"] else ""),
         "",
     ]
-    lines += _choices(plan) + _hardware(plan) + _tradeoffs(plan) + _stages(plan["stages"])
+    lines += _choices(plan) + _hardware(plan) + _tradeoffs(plan) + _stages(plan)
     lines += ["## Assumptions", "", *(f"- {_escape(text)}" for text in plan["assumptions"]), ""]
     if plan["warnings"]:
-        lines += ["## Warnings", "", *(f"- {_escape(text)}" for text in plan["warnings"]), ""]
+        lines += ["## Warnings", "", *(f"- {_escape(text)}" for text in _folded(plan["warnings"])), ""]
     return "\n".join(lines)
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    if budget["given"] == "flops":
+        return f"{budget['amount']:.4g} FLOPs"
+    return f"{_amount(budget['amount'])} {budget['given'].replace('_hours', '-hours').replace('gpu', 'GPU')}"
+
+
+def _folded(warnings: list[str]) -> list[str]:
+    """Warnings with those of a fit in one line, by the words that each begins with: fits.md has them in full."""
+    found, kinds = [], {}
+    for text in warnings:
+        source, _, said = text.partition(": ")
+        if not source.startswith("from the fit"):
+            found.append(text)
+            continue
+        kind = re.split(r"[:;,=]", said)[0].split()
+        short = " ".join(kind) if len(kind) <= KIND_WORDS else f"{' '.join(kind[:KIND_WORDS])} ..."
+        kinds.setdefault(source, Counter())[short] += 1
+    for source, of_source in kinds.items():
+        listed = "; ".join(kind if times == 1 else f"{kind} ({times})" for kind, times in of_source.items())
+        found.append(f"{source} (in full in fits.md): {listed}")
+    return found
 
 
 def _choices(plan: dict[str, Any]) -> list[str]:
@@ -129,18 +154,17 @@ def _hardware(plan: dict[str, Any]) -> list[str]:
     if not plan["hardware"]:
         return []
     efficiency = plan["efficiency"]
-    source = f"at an MFU of {efficiency['mfu']:.1%}{_ends(efficiency['interval'])}, {_escape(efficiency['source'])}"
-    lines = [f"## Time, money, energy of the training run, {source}", ""]
+    exact = "" if efficiency["interval"] else " (exact by assumption)"
+    lines = [f"## The full run at an MFU of {efficiency['mfu']:.1%}{_ends(efficiency['interval'])}{exact}", ""]
     lines += [
         "| GPU | GPU-hours | days | money | MWh | least GPUs for the state |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for b in plan["hardware"]:
-        money = "no price given" if b["money"] is None else f"{_amount(b['money'])}{_ends(b['money_interval'])}"
+        money = "no price given" if b["money"] is None else _cost(b, "money")
         lines.append(
-            f"| {b['gpu']} | {_amount(b['gpu_hours'])}{_ends(b['gpu_hours_interval'])} "
-            f"| {_amount(b['days'])} on {b['num_gpus']} | {money} | {_amount(b['megawatt_hours'])} "
-            f"| {b['least_gpus']} |"
+            f"| {b['gpu']} | {_cost(b, 'gpu_hours')} | {_cost(b, 'days')} on {b['num_gpus']} | {money} "
+            f"| {_cost(b, 'megawatt_hours')} | {b['least_gpus']} |"
         )
     return [*lines, ""]
 
@@ -152,9 +176,7 @@ def _tradeoffs(plan: dict[str, Any]) -> list[str]:
         lines += [
             f"- **Serving {serving['served_tokens']:.3g} tokens**: cheapest for the same loss is N "
             f"{_big(best['params'])} on {_big(best['tokens'])} tokens; it saves {_percent(best['saved'])} of training "
-            "plus serving. Total FLOPs by size: "
-            + "; ".join(f"{row['share_of_optimum']:.0%} of N*: {_big(row['total'])}" for row in serving["table"])
-            + ".",
+            "and serving.",
         ]
     if repeated := plan["repeated_data"]:
         if repeated["short"]:
@@ -190,11 +212,12 @@ def _transfer(entry: dict[str, Any]) -> str:
         ends = ", ".join(_token_bound(*end) for end in zip(value["interval"], value["interval_range"]))
         certain = "" if value["draws_agree"] >= 0.975 else f"; the side in only {value['draws_agree']:.0%} of draws"
         middle = _token_bound(value["tokens"], value["tokens_range"])
-        where = {
-            "break-even": f"no worse {value['native_ahead']} {middle} tokens",
-            "everywhere": f"no worse anywhere from {SPAN[0]:.0e} to {SPAN[1]:.0e} tokens, break-even",
-            "nowhere": f"worse everywhere from {SPAN[0]:.0e} to {SPAN[1]:.0e} tokens, break-even",
-        }[value["status"]]
+        where = f"no worse {value['native_ahead']} {middle} tokens"
+        if value["interval_range"] == [value["tokens_range"]] * 2 and value["status"] != "break-even":
+            worse = {"everywhere": "no worse anywhere", "nowhere": "worse everywhere"}[value["status"]]
+            where = f"{worse} from {SPAN[0]:.0e} to {SPAN[1]:.0e} tokens, break-even"
+        elif value["tokens"] is None:  # the draws do not agree that it lies out of range
+            where = f"no worse {value['native_ahead']} the break-even, {middle} tokens"
         found.append(f"Native is {where} [{ends}] ({labels[key]}{certain}).")
     return " ".join(found)
 
@@ -205,18 +228,39 @@ def _token_bound(tokens: float | None, where: str) -> str:
     return f"below {SPAN[0]:.0e}" if where == "below" else f"above {SPAN[1]:.0e}"
 
 
-def _stages(stages: list[dict[str, Any]]) -> list[str]:
-    total = sum(stage["flops"] for stage in stages)
-    lines = [f"## Stages ({total:.3g} FLOPs in all)", ""]
-    for i, stage in enumerate(stages, 1):
-        runs = ", ".join(f"{run['params']:.3g} on {run['tokens']:.3g}" for run in stage["runs"])
-        cost = "" if stage["gpu_hours"] is None else f", {_amount(stage['gpu_hours'])} GPU-hours"
-        cost += "" if stage["money"] is None else f", {_amount(stage['money'])} money"
+def _stages(plan: dict[str, Any]) -> list[str]:
+    total, given = plan["total"], plan["budget"]["given"]
+    within = f"{total['share_of_budget']:.1%} of the budget"
+    if given == "flops":
+        within = "pilot, mid run and branched cool-downs come on top of the budget, which is the full run's"
+    lines = [f"## Stages: {total['flops']:.3g} FLOPs{_costs(total)} in all, {within}", ""]
+    for i, stage in enumerate(plan["stages"], 1):
+        runs = stage["runs"]
+        sizes = " to ".join(f"{x:.3g}" for x in sorted({f([r["params"] for r in runs]) for f in (min, max)}))
+        tokens = " to ".join(f"{x:.3g}" for x in sorted({f([r["tokens"] for r in runs]) for f in (min, max)}))
+        number = "" if len(runs) == 1 else f"{len(runs)} runs, "
         lines += [
-            f"{i}. **{stage['stage'].capitalize()}** ({stage['flops']:.3g} FLOPs{cost}): {runs} tokens.",
-            f"   Prediction: {stage['prediction']}. Decides: {stage['decides']}. Stop rule: {stage['stop_rule']}.",
+            f"{i}. **{stage['stage'].capitalize()}** ({stage['flops']:.3g} FLOPs{_costs(stage)}): {number}{sizes} "
+            f"parameters on {tokens} tokens. {_first_upper(stage['prediction'])}. Decides {stage['decides']}. "
+            f"{_first_upper(stage['stop_rule'])}.",
         ]
     return [*lines, ""]
+
+
+def _first_upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _costs(entry: dict[str, Any]) -> str:
+    """Money, or GPU-hours where no price is known, with its interval; nothing without a GPU."""
+    if entry["gpu_hours"] is None:
+        return ""
+    return f", {_cost(entry, 'gpu_hours')} GPU-hours" if entry["money"] is None else f", {_cost(entry, 'money')} money"
+
+
+def _cost(entry: dict[str, Any], name: str) -> str:
+    ends = entry[f"{name}_interval"]
+    return _amount(entry[name]) + ("" if ends is None else f" [{_amount(ends[0])}, {_amount(ends[1])}]")
 
 
 def _ends(interval: list[float] | tuple[float, float] | None, form: str = ".3g") -> str:

@@ -12,11 +12,11 @@ from scipy.optimize import brentq
 
 from megamm.errors import InputError
 from megamm.scaling import laws
-from megamm.scaling.compare import Law, compare, verdict
+from megamm.scaling.compare import Law, check_flops, compare, verdict
 from megamm.scaling.plan.hardware import bill
 from megamm.scaling.plan.inputs import BUILT, Fitted, Request, default_model, losses_at, measured
-from megamm.scaling.plan.sizes import Buildable, nearest_model
-from megamm.scaling.plan.stages import propose_stages
+from megamm.scaling.plan.sizes import PEAK_LR, TENSOR_IN_CONFIG, Buildable, nearest_model, peak_lr
+from megamm.scaling.plan.stages import MID_SHARE, price, propose_stages, stages_share
 from megamm.scaling.plan.tradeoffs import repeated_optimum, serving_optimum, serving_table
 from megamm.scaling.plan.transfer import (
     FORM,
@@ -29,6 +29,7 @@ from megamm.scaling.plan.transfer import (
     runs_of_group,
 )
 
+BUDGETS = {"flops": "--flops", "gpu_hours": "--gpu-hours", "money": "--money"}
 FAR = 10.0
 """Extrapolation in compute that is warned of."""
 OFF_BUDGET = 0.1
@@ -79,13 +80,14 @@ def make_plan(request: Request, fits: list[Fitted]) -> dict[str, Any]:
         "stages": propose_stages(request, chosen, flops, model, tokens),
         "no_train_config": _not_buildable(request, law, model, flops, tokens),
     }
+    plan["total"] = _total(request, plan)
     plan["warnings"] = _warnings(chosen, plan, request) + [
         f"from the fit of {other.law.name}, compared: {text}"
         for other in fits
         if other is not chosen
         for text in other.entry.get("warnings", [])
     ]
-    plan["assumptions"] = _assumptions(chosen, request)
+    plan["assumptions"] = _assumptions(chosen, request, plan)
     plan["build"] = model
     return plan
 
@@ -99,6 +101,9 @@ def _choose(request: Request, fits: list[Fitted]) -> tuple[Fitted, float, list[d
     if request.group is not None and request.group not in named:
         raise InputError(f"--group: {request.group!r} has no fit; known: {', '.join(named)}")
     budgets = {name: budget_flops(request, fitted.law) for name, fitted in named.items()}
+    option = next(option for field, option in BUDGETS.items() if getattr(request, field) is not None)
+    for flops in budgets.values():
+        check_flops(flops, option)
     losses = {name: float(fitted.law.frontier(np.array([budgets[name]]))[0]) for name, fitted in named.items()}
     name = request.group or min(losses, key=losses.get)
     chosen, flops = named[name], budgets[name]
@@ -119,28 +124,49 @@ def _choose(request: Request, fits: list[Fitted]) -> tuple[Fitted, float, list[d
 
 
 def budget_flops(request: Request, law: Law) -> float:
-    """Training FLOPs that the budget buys; money pays for the preparation of the tokens first, where it is priced."""
+    """Training FLOPs of the full run: as stated, or what the hours or the money leave for it.
+
+    Hours and money pay for every stage, and money for the preparation of the tokens, where that is priced. At a tenth
+    of the compute measured the full run grows so large that a mid run is due (stages.MID_SHARE): where a budget pays
+    for the full run without it but not with it, the full run stays at that size.
+
+    Raises:
+        InputError: the budget does not pay for the tokens of the smallest run.
+    """
     if request.flops is not None:
         return request.flops
     rate = request.gpus[0].peak_flops * request.efficiency.mfu * 3600
-    if request.gpu_hours is not None:
-        return request.gpu_hours * rate
-    price = request.prices[0]
-    if not (request.prep_rate and request.cpu_price):
-        return request.money / price * rate
+    most = request.gpu_hours * rate if request.money is None else request.money / request.prices[0] * rate
+    jump = law.flops_range[1] / MID_SHARE * (1 - 1e-9)
+    without = _affordable(request, law, most, rate, stages_share(law, 0.0, request.pilot_share))
+    if without <= jump:
+        return without
+    return max(jump, _affordable(request, law, most, rate, stages_share(law, np.inf, request.pilot_share)))
+
+
+def _affordable(request: Request, law: Law, most: float, rate: float, share: float) -> float:
+    """FLOPs of a full run that, times ``share`` and with its tokens prepared, take all of the budget of ``most``."""
+    if request.money is None or not (request.prep_rate and request.cpu_price):
+        return most / share
 
     def left(log_flops: float) -> float:
         flops = np.exp(log_flops)
         tokens = float(laws.optimum(law.parameters, np.array([flops]), law.kappa)[1][0])
         unique = min(tokens, request.unique_tokens or np.inf)
-        return np.log(flops / rate * price + unique / request.prep_rate * request.cpu_price) - np.log(request.money)
+        prepared = unique / request.prep_rate * request.cpu_price
+        return np.log(share * flops / rate * request.prices[0] + prepared) - np.log(request.money)
 
-    top = np.log(request.money / price * rate)
-    return float(np.exp(brentq(left, top - 60, top)))
+    top = np.log(most / share)
+    if left(top - 30) > 0:
+        raise InputError(
+            f"--money: {request.money:g} is used up by the preparation of the tokens at --cpu-price "
+            f"{request.cpu_price:g} and --prep-rate {request.prep_rate:g}; give more, or leave --cpu-price out"
+        )
+    return float(np.exp(brentq(left, top - 30, top + 1e-9)))
 
 
 def _budget(request: Request, flops: float) -> dict[str, Any]:
-    given = next(name for name in ("flops", "gpu_hours", "money") if getattr(request, name) is not None)
+    given = next(name for name in BUDGETS if getattr(request, name) is not None)
     entry = {"given": given, "amount": getattr(request, given), "flops": {"value": flops, "interval": None}}
     if given != "flops" and request.efficiency.interval:
         entry["flops"]["interval"] = [flops * end / request.efficiency.mfu for end in request.efficiency.interval]
@@ -156,6 +182,7 @@ def _model_entry(model: Buildable, request: Request) -> dict[str, Any]:
         "depth": config.depth,
         "head_dim": config.head_dim,
         "heads": config.width // config.head_dim,
+        "peak_lr": peak_lr(config.width),
         "vision_width": config.vision.width if config.architecture == "late" else None,
         "layout": {"tensor": request.tensor_parallel, "data": request.num_gpus // request.tensor_parallel},
     }
@@ -170,8 +197,8 @@ def _not_buildable(request: Request, law: Law, model: Buildable, flops: float, t
     found = []
     if request.model is None and law.name not in BUILT:
         found.append(
-            f"group {law.name} is none of the architectures that are built here ({', '.join(BUILT)}), the model shown "
-            "is an early-fusion stand-in; give its shape by --base-config"
+            f"group {law.name} is none of the architectures built here ({', '.join(BUILT)}), the model shown an "
+            "early-fusion stand-in; give its shape by --base-config"
         )
     least, most = 6 * model.counts.decoder * tokens, 6 * model.params * tokens
     if flops < (1 - OFF_BUDGET) * least or flops > (1 + OFF_BUDGET) * most:
@@ -226,6 +253,18 @@ def _preparation(request: Request, tokens: float) -> dict[str, Any]:
     return entry
 
 
+def _total(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
+    """All stages together and, in money, the preparation of the tokens with them; what of the budget that takes."""
+    flops = sum(stage["flops"] for stage in plan["stages"])
+    entry = {"flops": flops} | price(request, flops)
+    prepared = plan["data_preparation"]["money"] or 0.0
+    if entry["money"] is not None:
+        entry["money"] += prepared
+        entry["money_interval"] = entry["money_interval"] and [end + prepared for end in entry["money_interval"]]
+    given = plan["budget"]["given"]
+    return entry | {"share_of_budget": entry[given] / plan["budget"]["amount"]}
+
+
 def _hardware(request: Request, flops: float, params: float) -> list[dict[str, Any]]:
     prices = request.prices or [None] * len(request.gpus)
     return [
@@ -270,6 +309,10 @@ def _warnings(chosen: Fitted, plan: dict[str, Any], request: Request) -> list[st
         best = repeated["best_split"]["params"]["value"]
     if not 0.9 < built / best < 1.1:
         found.append(f"the nearest buildable model has {built / best:.2f} times the optimal parameters")
+    total, given = plan["total"], plan["budget"]["given"]
+    if given != "flops" and total["share_of_budget"] > 1.001:
+        found.append(f"over the budget: all stages with the preparation take {total['share_of_budget']:.3g} times it")
+    found += _model_warnings(plan["model"])
     for entry in plan["hardware"]:
         if entry["least_gpus"] > request.num_gpus:
             found.append(f"{request.num_gpus} {entry['gpu']} cannot hold the training state; {entry['least_gpus']} can")
@@ -279,6 +322,22 @@ def _warnings(chosen: Fitted, plan: dict[str, Any], request: Request) -> list[st
         found += [f"efficiency: {text}" for text in _efficiency_warnings(request, built)]
     found += [f"transfer law: {text}" for text in plan["transfer"].get("warnings", [])]
     return found + [f"from the fit: {text}" for text in chosen.entry.get("warnings", [])]
+
+
+def _model_warnings(model: dict[str, Any]) -> list[str]:
+    """What megamm.train cannot do of the layout, and a learning rate beyond those known."""
+    found, widths = [], (min(PEAK_LR), max(PEAK_LR))
+    if model["layout"]["tensor"] > 1 and not TENSOR_IN_CONFIG:
+        found.append(
+            f"layout: megamm.train has no tensor parallelism so far: tensor {model['layout']['tensor']} is not in "
+            "train.yaml, each rank computes whole layers"
+        )
+    if not widths[0] <= model["width"] <= widths[1]:
+        found.append(
+            f"learning rate: {model['peak_lr']:g} is that of the nearest width known ({widths[0]} to {widths[1]}): "
+            "tune it"
+        )
+    return found
 
 
 def _efficiency_warnings(request: Request, params: float) -> list[str]:
@@ -292,27 +351,28 @@ def _efficiency_warnings(request: Request, params: float) -> list[str]:
     return found
 
 
-def _assumptions(chosen: Fitted, request: Request) -> list[str]:
-    entry = chosen.entry
+def _assumptions(chosen: Fitted, request: Request, plan: dict[str, Any]) -> list[str]:
+    entry, model = chosen.entry, plan["model"]
     at = ", ".join(f"{name} {value}" for name, value in entry.get("law", {}).get("at", {}).items())
     found = [
         f"law {entry['form']}{f' at {at}' if at else ''} of group {chosen.law.name}, {entry['n_runs']} runs up to "
         f"{chosen.law.flops_range[1]:.2g} FLOPs; it holds at the budget",
         f"FLOPs as in the runs ({chosen.law.kappa:.3g} x 6ND); the same data mixture, tokenizer and schedule",
-        "intervals: 95% percentiles of the law; "
-        + (
-            "they hold a smooth error of the form as far as its residuals show one"
-            if "model_error" in entry
-            else "they do not hold the error of the form itself"
-        ),
-        f"noise between runs {chosen.noise:.2%} of the loss, from the fit's residuals",
+        "intervals: 95% percentiles of the law, "
+        + ("with the error of its form that residuals show" if "model_error" in entry else "without error of its form")
+        + f"; noise between runs {chosen.noise:.2%} of the loss, from residuals",
     ]
+    found.append(
+        f"depth {model['depth']} at every size; peak learning rate by width as in arXiv 2504.07951 (depth 24, widths "
+        f"{min(PEAK_LR)} to {max(PEAK_LR)}, flat beyond)"
+    )
     if request.efficiency:
-        found.append(f"MFU {request.efficiency.mfu:.1%} ({request.efficiency.source}), the same on every GPU")
+        exact = "" if request.efficiency.interval else "; taken as exact: hours, days, money, MWh have no interval"
+        found.append(f"MFU {request.efficiency.mfu:.1%} ({request.efficiency.source}) on every GPU{exact}")
     if request.gpus:
-        found.append(f"energy: board power at all hours times a PUE of {request.pue:g}")
+        found.append(f"energy: board power times a PUE of {request.pue:g}")
     if request.served_tokens:
-        found.append("serving costs 2N FLOPs a token and as much per FLOP as training")
+        found.append("serving costs 2N FLOPs a token, each as dear as in training")
     if request.unique_tokens:
         found.append("worth of repeated tokens: constants of arXiv 2305.16264, measured on text")
     return found

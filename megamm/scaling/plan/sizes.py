@@ -2,11 +2,11 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from megamm.config import ModelConfig
+from megamm.config import ModelConfig, ParallelConfig
 from megamm.errors import InputError
 from megamm.model.sizes import resolve_model
 from megamm.scaling.flops import ParameterCounts, count_parameters
@@ -14,6 +14,8 @@ from megamm.scaling.flops import ParameterCounts, count_parameters
 PEAK_LR = {800: 1.5e-3, 1088: 1.5e-3, 1632: 5e-4, 2208: 4.2e-4, 2624: 4e-4, 3232: 3.5e-4, 5120: 2.4e-4}
 """Peak learning rate by width at depth 24 (arXiv 2504.07951, table of early-fusion models)."""
 MAX_WIDTH = 65536
+TENSOR_IN_CONFIG = any(f.name == "tensor" for f in fields(ParallelConfig))
+"""Whether megamm.train knows tensor parallelism."""
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,9 @@ import numpy as np
 
 from megamm.errors import InputError
 from megamm.scaling import laws
+from megamm.scaling.compare import Law
 from megamm.scaling.design import Ladder, candidate_grid, log_params_at, propose
+from megamm.scaling.plan.hardware import bill
 from megamm.scaling.plan.inputs import Fitted, Request, default_model, losses_at
 from megamm.scaling.plan.sizes import Buildable, nearest_model
 from megamm.scaling.plan.tradeoffs import repeated_optimum
@@ -21,6 +23,12 @@ RATIOS = (1.0, 500.0)
 """Tokens per parameter of the pilot's runs: those usual in ladders, where laws were seen to hold."""
 
 
+def stages_share(law: Law, flops: float, pilot_share: float) -> float:
+    """FLOPs of all stages, at most, over the ``flops`` of the full run: pilot, mid run, branched cool-downs with it."""
+    mid = MID_SHARE if MID_SHARE * flops > law.flops_range[1] else 0.0
+    return 1 + pilot_share + mid + COOLDOWN * sum(CHECKS)
+
+
 def propose_stages(
     request: Request, chosen: Fitted, flops: float, model: Buildable, tokens: float
 ) -> list[dict[str, Any]]:
@@ -28,15 +36,18 @@ def propose_stages(
     stages = [stage for stage in (_pilot(request, chosen, flops), _mid(request, chosen, flops)) if stage]
     stages.append(_full(request, chosen, flops, model, tokens))
     for stage in stages:
-        stage |= _price(request, stage["flops"])
+        stage |= price(request, stage["flops"])
     return stages
 
 
-def _price(request: Request, flops: float) -> dict[str, float | None]:
+def price(request: Request, flops: float) -> dict[str, Any]:
+    """GPU-hours and money of ``flops`` on the first GPU, with the intervals of the MFU; None without GPU or price."""
+    names = ("gpu_hours", "gpu_hours_interval", "money", "money_interval")
     if not request.gpus:
-        return {"gpu_hours": None, "money": None}
-    hours = flops / (request.gpus[0].peak_flops * request.efficiency.mfu * 3600)
-    return {"gpu_hours": hours, "money": hours * request.prices[0] if request.prices else None}
+        return dict.fromkeys(names)
+    per_hour = request.prices[0] if request.prices else None
+    found = bill(request.gpus[0], request.efficiency, flops, 0.0, num_gpus=1, price=per_hour, pue=request.pue)
+    return {name: getattr(found, name) for name in names}
 
 
 def _runs_so_far(request: Request, chosen: Fitted) -> tuple[np.ndarray, np.ndarray, str]:
@@ -83,16 +94,17 @@ def _pilot(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | N
     template = request.model or default_model(law.name)
     spread = np.percentile(decision(law.draws), [2.5, 97.5])
     factor, width = float(np.exp(spread[1] - spread[0])), runs[-1].width
-    built = [(nearest_model(run.params, template), run.tokens) for run in runs]
+    # Each run keeps its FLOPs where its model is rounded to one that can be built: the pilot keeps to its share.
+    models = [nearest_model(run.params, template) for run in runs]
+    built = [(m, run.params * run.tokens / m.params) for m, run in zip(models, runs)]
     return {
         "stage": "pilot ladder",
         "runs": [{"width": m.config.width, "params": m.params, "tokens": d} for m, d in built],
         "flops": float(sum(6 * law.kappa * m.params * d for m, d in built)),
         "prediction": f"the 95% interval of N* shrinks from a factor of {factor:.3g} to {factor**width:.3g} ({basis})",
         "interval_width_ratio": width,
-        "decides": "the size of the model: N* is taken anew from the refit, and the group where several compete",
-        "stop_rule": "stop if the refit's N* leaves the interval above, or its law is not identified: "
-        "the form or the tuning is wrong at these sizes",
+        "decides": "the size of the model, by a refit, and the group where several compete",
+        "stop_rule": "stop if the refit's N* leaves the interval above, or its law is not identified",
     }
 
 
@@ -112,12 +124,11 @@ def _mid(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | Non
         "stage": "mid run",
         "runs": [{"width": model.config.width, "params": model.params, "tokens": tokens}],
         "flops": budget,
-        "prediction": f"loss {losses['loss']['value']:.4f} [{low:.4f}, {high:.4f}] for one run",
+        "prediction": f"loss {losses['loss']['value']:.4f} [{low:.4f}, {high:.4f}]",
         "loss_of_one_run": losses["loss_of_one_run"],
-        "decides": "whether the law, the layout and the MFU hold one factor of ten below the full run",
-        "stop_rule": f"above {high:.4f}: do not start the full run, look for a fault in tuning or data and refit; "
-        f"below {low:.4f}: refit with it first, N* moves; "
-        "MFU below the one assumed: the budget buys fewer FLOPs, plan again",
+        "decides": "whether law, layout and MFU hold at a tenth of the full run",
+        "stop_rule": f"above {high:.4f}: find the fault in tuning or data first; below {low:.4f}: refit first; "
+        "MFU below the one assumed: plan again",
     }
 
 
@@ -129,7 +140,7 @@ def _full(request: Request, chosen: Fitted, flops: float, model: Buildable, toke
         checks.append({"tokens": share * tokens, "loss_of_one_run": interval})
     extra = COOLDOWN * sum(CHECKS) * flops
     rule = "; ".join(
-        f"at {c['tokens']:.3g} tokens [{c['loss_of_one_run'][0]:.4f}, {c['loss_of_one_run'][1]:.4f}]" for c in checks
+        f"at {c['tokens']:.3g} [{c['loss_of_one_run'][0]:.4f}, {c['loss_of_one_run'][1]:.4f}]" for c in checks
     )
     return {
         "stage": "full run",
@@ -139,5 +150,5 @@ def _full(request: Request, chosen: Fitted, flops: float, model: Buildable, toke
         "prediction": f"loss {final['value']:.4f} [{final['interval'][0]:.4f}, {final['interval'][1]:.4f}]",
         "decides": f"the model; {extra / flops:.0%} of its FLOPs go to cool-downs branched off at "
         f"{' and '.join(f'{share:.0%}' for share in CHECKS)} of the tokens",
-        "stop_rule": f"pause where a branched cool-down ends above its interval: {rule}",
+        "stop_rule": f"pause where a cool-down ends above its interval, by tokens: {rule}",
     }
