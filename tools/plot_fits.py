@@ -10,7 +10,7 @@ from megamm.errors import InputError, exit_on_error
 from megamm.files import check_out
 from megamm.scaling.accounting import group_column, recount, runs_of
 from megamm.scaling.fit_plots import colours, group_of
-from megamm.scaling.fits_file import read_fits_file, read_laws
+from megamm.scaling.fits_file import check_runs, read_plain_fits
 from megamm.scaling.plots import fit_charts, write_charts
 from megamm.scaling.runs import read_runs
 
@@ -24,17 +24,15 @@ def main() -> None:
     arguments = parser.parse_args()
     check_out(arguments.out, folder=True)
     with Console(stderr=True).status("drawing"):
-        table, laws = read_runs(arguments.runs), read_laws(arguments.fits, arguments.loss)
-        if not laws:
+        table, fits = read_runs(arguments.runs), read_plain_fits(arguments.fits, arguments.loss)
+        if not fits:
             raise InputError(f"{arguments.fits}: no fit of {arguments.loss} whose frontier can be drawn")
-        by_group = {f.group: f.entry for f in read_fits_file(arguments.fits) if f.loss_column == arguments.loss}
-        column, palette, groups = group_column(table, set(laws)), colours(list(laws)), []
-        for name, law in laws.items():
+        column, palette, groups = group_column(table, set(fits)), colours(list(fits)), []
+        for name, fit in fits.items():
             runs = runs_of(table, column, name, arguments.loss)
-            if not len(runs):
-                raise InputError(f"{arguments.runs}: column {arguments.loss}: no run of {name}; give the fitted table")
-            law, _ = recount(law, runs, "counted")
-            groups.append(group_of(law, runs, arguments.loss, by_group[name], name=name, colour=palette[name]))
+            check_runs(fit, runs, arguments.fits)
+            law, _ = recount(fit.law, runs, "counted")
+            groups.append(group_of(law, runs, arguments.loss, fit.entry, name=name, colour=palette[name]))
         written = write_charts(arguments.out, fit_charts(groups, arguments.loss))
     print(f"-> {', '.join(str(path) for path in written)}")
 

@@ -17,13 +17,12 @@ from megamm.scaling.compare import (
     Comparison,
     Crossover,
     Gain,
-    Law,
     common_range,
     crossover_sentence,
     gain_at,
     verdict,
 )
-from megamm.scaling.fits_file import read_laws
+from megamm.scaling.fits_file import FitEntry, check_runs, read_plain_fits
 from megamm.scaling.runs import RunTable
 from megamm.scaling.units import power
 
@@ -65,12 +64,13 @@ def compare_fits(
     Raises:
         InputError: no fits, a group that is not there, or runs that are not those of the fits.
     """
-    laws = read_laws(folder, loss_column)
-    first, second = _pair(laws, groups, folder, loss_column)
-    column = group_column(table, set(laws))
-    tables = tuple(runs_of(table, column, law.name, loss_column) for law in (first, second))
-    for law, runs in zip((first, second), tables):
-        _check_runs(law, runs, table.path, folder)
+    fits = read_plain_fits(folder, loss_column)
+    pair = _pair(fits, groups, folder, loss_column)
+    column = group_column(table, set(fits))
+    tables = tuple(runs_of(table, column, fit.group, loss_column) for fit in pair)
+    for fit, runs in zip(pair, tables):
+        check_runs(fit, runs, folder)
+    first, second = (fit.law for fit in pair)
     accounted, notes = compare_accountings(first, second, tables, flops_range)
     gains = {}
     for one in accounted:
@@ -92,26 +92,18 @@ def compare_fits(
     )
 
 
-def _pair(laws: dict[str, Law], groups: Sequence[str] | None, folder: Path | str, column: str) -> tuple[Law, Law]:
-    names = list(laws)
+def _pair(
+    fits: dict[str, FitEntry], groups: Sequence[str] | None, folder: Path | str, column: str
+) -> tuple[FitEntry, FitEntry]:
+    names = list(fits)
     if groups is None:
         groups = ("early", "late") if {"early", "late"} <= set(names) else names
         if len(groups) != 2:
             raise InputError(f"{folder}: fits of {column} for {', '.join(names) or 'no group'}; give two with --groups")
-    missing = [name for name in groups if name not in laws]
+    missing = [name for name in groups if name not in fits]
     if len(groups) != 2 or missing or groups[0] == groups[1]:
         raise InputError(f"--groups: {','.join(groups)}: give two different ones of {', '.join(names) or 'none'}")
-    return laws[groups[0]], laws[groups[1]]
-
-
-def _check_runs(law: Law, runs: RunTable, path: str, folder: Path | str) -> None:
-    """The table must be the one that was fitted: same FLOPs range."""
-    flops = runs.numbers("flops")
-    if not len(runs) or not np.allclose([flops.min(), flops.max()], law.flops_range, rtol=1e-6):
-        raise InputError(
-            f"{path}: column flops: the runs of {law.name} are not those that {folder} was fitted to; "
-            "run tools/fit_scaling_laws.py again"
-        )
+    return fits[groups[0]], fits[groups[1]]
 
 
 # -------------------------------------------------------------------------------------------------- writing

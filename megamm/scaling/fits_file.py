@@ -20,6 +20,7 @@ import numpy as np
 from megamm.errors import InputError
 from megamm.scaling import laws
 from megamm.scaling.compare import Law
+from megamm.scaling.runs import RunTable
 
 FIX = "run tools/fit_scaling_laws.py again"
 HIGHEST_LOSS = 1e6
@@ -82,14 +83,40 @@ def read_fits_file(path: Path | str) -> list[FitEntry]:
     return list(found.values())
 
 
-def read_laws(path: Path | str, loss_column: str = "loss") -> dict[str, Law]:
-    """The laws of one loss column by group; fits of forms with further variables are passed over.
+def read_plain_fits(path: Path | str, loss_column: str = "loss") -> dict[str, FitEntry]:
+    """The fits of one loss column by group; those of forms with further variables are passed over.
 
     Raises:
         InputError: see read_fits_file.
     """
-    fits = read_fits_file(path)
-    return {f.group: f.law for f in fits if f.loss_column == loss_column and f.law is not None and "law" not in f.entry}
+    fits = (fit for fit in read_fits_file(path) if fit.loss_column == loss_column)
+    return {fit.group: fit for fit in fits if fit.law is not None and "law" not in fit.entry}
+
+
+def read_laws(path: Path | str, loss_column: str = "loss") -> dict[str, Law]:
+    """The laws of read_plain_fits."""
+    return {group: fit.law for group, fit in read_plain_fits(path, loss_column).items()}
+
+
+def check_runs(fit: FitEntry, runs: RunTable, path: Path | str) -> None:
+    """Check that ``runs``, those of the group that have the loss, are the ones that ``fit`` of ``path`` was fitted to.
+
+    Raises:
+        InputError: another number of runs, or another range of parameters, tokens or FLOPs.
+    """
+    where = f"{runs.path}: the runs of {fit.group} are not those that {path} was fitted to"
+    if len(runs) != fit.entry["n_runs"]:
+        raise InputError(
+            f"{where}: {len(runs)} with {fit.loss_column}, expected {fit.entry['n_runs']}; give the fitted table, or "
+            f"{FIX}"
+        )
+    for column in ("params", "tokens", "flops"):
+        values, expected = runs.numbers(column), fit.entry["ranges"][column]
+        if not np.allclose([values.min(), values.max()], expected, rtol=1e-6):
+            raise InputError(
+                f"{where}: column {column}: {values.min():.4g} to {values.max():.4g}, expected {expected[0]:.4g} to "
+                f"{expected[1]:.4g}; give the fitted table, or {FIX}"
+            )
 
 
 def _read_draws(path: Path, fits: Path, expected: Any) -> dict[str, np.ndarray]:

@@ -258,8 +258,8 @@ def test_crossover_sentences():
     assert re.search(r"none within range.*\(\d+% of the resamples cross in it\)", crossover_sentence(unsure))
 
 
-def tool(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "compare_groups.py"), *map(str, arguments)]
+def tool(*arguments, name: str = "compare_groups") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
@@ -298,5 +298,15 @@ def test_tool_refuses(fitted, tmp_path, options, message):
 
 def test_runs_must_be_those_of_the_fits(fitted, tmp_path):
     write_runs(tmp_path / "runs.csv", ladder("early", BASE) + ladder("late", BASE, encoder=0.3))
-    with pytest.raises(InputError, match=r"column flops: the runs of late are not those that"):
+    with pytest.raises(InputError, match=r"the runs of late are not those that .*: column flops: "):
         compare_fits(fitted / "fits", read_runs(tmp_path / "runs.csv"))
+
+
+@pytest.mark.parametrize("tool_name", ["compare_groups", "plot_fits"])
+def test_a_fitted_run_must_not_be_missing(fitted, tmp_path, tool_name):
+    """One from the middle of the ladder, so that the ranges stay."""
+    early, late = ladder("early", BASE), ladder("late", BASE, encoder=0.2)
+    write_runs(tmp_path / "runs.csv", [*early[:17], *early[18:], *late])
+    done = tool(fitted / "fits", "--runs", tmp_path / "runs.csv", "--out", tmp_path / "out", name=tool_name)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "the runs of early are not those that" in done.stderr and "34 with loss, expected 35" in done.stderr
