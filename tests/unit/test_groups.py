@@ -8,6 +8,7 @@ from megamm.scaling.accounting import runs_of
 from megamm.scaling.fit_outputs import fit_table
 from megamm.scaling.groups import native_groups, native_runs
 from megamm.scaling.isoflop import fit_isoflop_table
+from megamm.scaling.next_runs import Request, plan_runs
 from megamm.scaling.runs import RunTable, check_rows
 
 LAW = np.array([1.9, 420.0, 0.30, 1500.0, 0.335])
@@ -79,5 +80,8 @@ def test_a_group_left_small_says_why(table):
     assert len(told) == 1 and "late has 1 runs" in told[0] and "1 runs with init llm" in told[0]
 
 
-def test_comparisons_leave_them_out(table):
+def test_comparisons_and_proposals_leave_them_out(table):
     assert len(runs_of(table, None, "all")) == 16
+    plan = plan_runs(table, Request(budget=1e21, resamples=20, max_runs=2))
+    assert plan["groups"]["all"]["n_runs"] == 16
+    assert any(text.startswith(f"from the fit of all: {LINE}") for text in plan["warnings"])
