@@ -14,6 +14,7 @@ from megamm.errors import InputError
 from megamm.scaling import conventions
 from megamm.scaling.compare import Comparison, Law, compare
 from megamm.scaling.fit import distinct
+from megamm.scaling.groups import native_runs
 from megamm.scaling.runs import RunTable
 
 ACCOUNTINGS = {
@@ -119,8 +120,6 @@ def group_column(table: RunTable, groups: set[str]) -> str | None:
 
 
 def runs_of(table: RunTable, column: str | None, group: str, loss_column: str = "loss") -> RunTable:
-    """The runs that a law of ``group`` was fitted to: those of the group that have the loss."""
-    measured = np.isfinite(table.numbers(loss_column))
-    return table.select(
-        bool(seen) and (column is None or str(row.get(column)) == group) for row, seen in zip(table.rows, measured)
-    )
+    """The runs that a law of ``group`` was fitted to: those of the group that are native and have the loss."""
+    runs, _ = native_runs(table.select(column is None or str(row.get(column)) == group for row in table.rows))
+    return runs.select(np.isfinite(runs.numbers(loss_column)))

@@ -24,6 +24,10 @@ PRIOR = np.array([2.0, 5.0, 0.5, 5.0, 0.5])
 """Standard deviations of a weak normal prior on theta, which keeps M invertible for the poorest ladders."""
 NEGLIGIBLE = 1e-3
 """A design stops growing where no run shrinks the expected interval by this share."""
+FORM_DOMINATES = (
+    "most of the interval is the bend of the form: more runs among those so far will not narrow it, only larger runs "
+    "or another form"
+)
 
 Decision = Callable[[np.ndarray], np.ndarray]
 """A scalar of the law: parameters (..., 5) to (...)."""
@@ -74,7 +78,10 @@ class Ladder:
 
 @dataclass(kw_only=True)
 class Proposal:
-    """A run to make; ``width`` is the expected width of the decision's interval after it over that before all."""
+    """A run to make; ``width`` is the expected width by noise of the decision's interval after it over that before all.
+
+    See :func:`narrowed` for the whole interval.
+    """
 
     group: str
     params: float
@@ -208,6 +215,30 @@ def candidate_grid(
     n, d = (x.ravel() for x in np.meshgrid(n, d, indexing="ij"))
     keep = (6 * kappa * n * d <= max_flops * (1 + 1e-9)) & (d / n >= ratios[0]) & (d / n <= ratios[1])
     return n[keep], d[keep]
+
+
+def ratio_range(params: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """Lowest and highest tokens per parameter of runs (n,), with 1% to spare for rounding."""
+    ratios = tokens / params
+    return float(ratios.min() * 0.99), float(ratios.max() * 1.01)
+
+
+def narrowed(noise_left: float, noise_share: float) -> float:
+    """Width of an interval after runs that leave ``noise_left`` of its width by noise, over that before.
+
+    The squares of the widths by noise and by the error of the form add up, and the second stays: runs within reach of
+    those so far see the same bend.
+
+    Args:
+        noise_share: width by noise alone over that of the whole interval.
+    """
+    share = min(noise_share, 1.0) ** 2
+    return float(np.sqrt(1 - share * (1 - noise_left**2)))
+
+
+def form_dominates(noise_share: float) -> bool:
+    """Whether over half of the squared width is the error of the form; see :func:`narrowed`."""
+    return noise_share**2 < 0.5
 
 
 def noise_of(residuals: np.ndarray, parameters: int = len(laws.PARAMETERS)) -> float:

@@ -42,7 +42,7 @@ def examine(fit: Fit) -> None:
 def extrapolation(flops: float, flops_range: tuple[float, float]) -> str | None:
     """A warning where ``flops`` is more than ten times the largest measured compute, else None."""
     ratio = flops / flops_range[1]
-    if ratio <= FAR:
+    if ratio <= FAR * (1 + 1e-9):  # ten times is the default of some tools, and rounding is no extrapolation
         return None
     return f"extrapolation: {flops:.3g} FLOPs are {ratio:.0f} times the largest run, {flops_range[1]:.3g}"
 
@@ -57,7 +57,7 @@ def warnings_of(fit: Fit, partners: Sequence[RunTable] = ()) -> list[str]:
         *identification(fit, partners),
         *bounds(fit),
         *_starts(fit, shared=bool(partners)),
-        *_bend(fit),
+        *bend(fit),
         *_stability(fit),
         *_design(fit),
         *bootstrap(fit),
@@ -137,7 +137,8 @@ def _starts(fit: Fit, shared: bool) -> list[str]:
     return found
 
 
-def _bend(fit: Fit) -> list[str]:
+def bend(fit: Fit) -> list[str]:
+    """A smooth departure of the surface from the form, where one is likely."""
     if fit.model_error is None or fit.model_error.probability <= BENDS:
         return []
     (low, high), (below, above) = fit.intervals["a"], fit.noise_intervals["a"]

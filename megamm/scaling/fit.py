@@ -123,6 +123,7 @@ def percentile_intervals(draws: dict[str, np.ndarray]) -> dict[str, list[float]]
 def common_entry(fit: Any) -> dict[str, Any]:
     """What the entries in `fits.json` of fits of all forms have alike."""
     table = fit.table
+    ratios = table.numbers("tokens") / table.numbers("params")
     return {
         "objective_name": OBJECTIVE,
         "loss_column": fit.loss_column,
@@ -136,6 +137,7 @@ def common_entry(fit: Any) -> dict[str, Any]:
         "ranges": {
             **{name: [float(end(table.numbers(name))) for end in (np.min, np.max)] for name in ("params", "tokens")},
             "flops": list(fit.flops_range),
+            "tokens_per_param": [float(ratios.min()), float(ratios.max())],
         },
         "bootstrap": {"resamples": len(fit.draws), "seed": fit.seed, "clusters": fit.clusters},
         "holdout": fit.holdout,

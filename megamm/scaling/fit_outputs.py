@@ -28,6 +28,7 @@ from megamm.scaling.forms.shared import NAME as SHARED
 from megamm.scaling.forms.shared import examine_shared, fit_shared
 from megamm.scaling.forms.simplex import mixture_entry
 from megamm.scaling.forms.warnings import form_warnings
+from megamm.scaling.groups import native_groups
 from megamm.scaling.plots import frontiers, residuals
 from megamm.scaling.runs import RunTable
 
@@ -45,8 +46,8 @@ def fit_table(
 ) -> list[Fit | FormFit]:
     """Fit each group of ``table``.
 
-    Groups are the values of ``group_by``; by default of ``architecture`` where every run has one, else one
-    group named `all`. ``losses`` names a column, several with commas, or `all` for ``loss`` and each
+    Groups are those of groups.native_groups: runs that started from a trained model are left out, which is the first
+    of the group's warnings. ``losses`` names a column, several with commas, or `all` for ``loss`` and each
     ``loss_*`` that at least 5 runs of the group have.
     Beside a group of 5 runs or more, smaller ones (baselines) are not fitted but told to ``left_out``.
 
@@ -57,40 +58,52 @@ def fit_table(
     """
     if form not in (*laws.FORMS, *FORMS):
         raise InputError(f"--form: {form!r} is unknown; known: {', '.join((*laws.FORMS, *FORMS))}")
-    if group_by is None and any(row.get("architecture") for row in table.rows):
-        group_by = "architecture"
-    groups = table.groups(group_by)
+    groups, initialised = native_groups(table, group_by)
     every = losses == "all"
     columns = table.loss_columns if every else [name.strip() for name in losses.split(",")]
     if any(len(runs) >= MIN_RUNS for runs in groups.values()):
         for group in [group for group, runs in groups.items() if len(runs) < MIN_RUNS]:
-            left_out(f"group {group} has {len(groups.pop(group))} runs, fewer than {MIN_RUNS}: not fitted")
+            text = f"group {group} has {len(groups.pop(group))} runs, fewer than {MIN_RUNS}: not fitted"
+            left_out("; ".join([text, *initialised[group]]))
     options = {"resamples": resamples, "seed": seed}
+    fits = []
     if form == SHARED:
         enough = [c for c in columns if not every or all(_measured(runs, c) >= MIN_RUNS for runs in groups.values())]
-        fits = []
         for column in enough:
             progress(f"fitting {', '.join(groups)}, {column}")
             fits += examine_shared(fit_shared(groups, loss_column=column, **options))
-        return fits
+    else:
+        for group, runs in groups.items():
+            few = [c for c in columns if every and c != "loss" and _measured(runs, c) < MIN_RUNS]
+            kept = [column for column in columns if column not in few]
+            fits += _fit_columns(runs, group, kept, form, options, progress)
+    for fit in fits:
+        fit.warnings[:0] = initialised[fit.group]
+    return fits
+
+
+def _fit_columns(
+    runs: RunTable,
+    group: str,
+    columns: list[str],
+    form: str,
+    options: dict[str, int],
+    progress: Callable[[str], None],
+) -> list[Fit | FormFit]:
+    """The fits of one group, one per loss column, with their warnings."""
     fits = []
-    for group, runs in groups.items():
-        of_group = []
-        for column in columns:
-            if every and column != "loss" and _measured(runs, column) < MIN_RUNS:
-                continue
-            progress(f"fitting {group}, {column}")
-            if form in FORMS:
-                fit = fit_form(runs, form, group=group, loss_column=column, **options)
-                fit.warnings += form_warnings(fit)
-            else:
-                fit = fit_group(runs, group=group, loss_column=column, form=form, **options)
-                examine(fit)
-            of_group.append(fit)
-        targets = [fit for fit in of_group if fit.loss_column != "loss"]
-        if len(targets) > 1 and "optimal_mixture" in targets[0].__dict__.get("extras", {}):
-            of_group[0].extras["optimal_mixture_of_losses"] = mixture_entry(targets)
-        fits += of_group
+    for column in columns:
+        progress(f"fitting {group}, {column}")
+        if form in FORMS:
+            fit = fit_form(runs, form, group=group, loss_column=column, **options)
+            fit.warnings += form_warnings(fit)
+        else:
+            fit = fit_group(runs, group=group, loss_column=column, form=form, **options)
+            examine(fit)
+        fits.append(fit)
+    targets = [fit for fit in fits if fit.loss_column != "loss"]
+    if len(targets) > 1 and "optimal_mixture" in targets[0].__dict__.get("extras", {}):
+        fits[0].extras["optimal_mixture_of_losses"] = mixture_entry(targets)
     return fits
 
 

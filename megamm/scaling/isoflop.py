@@ -18,6 +18,7 @@ from scipy.interpolate import Akima1DInterpolator
 
 from megamm.errors import InputError
 from megamm.scaling.fit import LEVEL
+from megamm.scaling.groups import native_groups
 from megamm.scaling.runs import RunTable
 
 NOISE = 0.002
@@ -271,15 +272,15 @@ def fit_isoflop_table(
     Raises:
         InputError: see :func:`fit_isoflops`.
     """
-    if group_by is None and any(row.get("architecture") for row in table.rows):
-        group_by = "architecture"
+    groups, initialised = native_groups(table, group_by)
     columns = table.loss_columns if losses == "all" else [name.strip() for name in losses.split(",")]
     fits = []
-    for group, runs in table.groups(group_by).items():
+    for group, runs in groups.items():
         for column in columns:
             progress(f"fitting {group}, {column}")
             options = {"noise": noise, "draws": draws, "seed": seed}
             fits.append(fit_isoflops(runs, group=group, loss_column=column, **options))
+            fits[-1].warnings[:0] = initialised[group]
     return fits
 
 

@@ -13,18 +13,23 @@ from megamm.errors import InputError
 from megamm.files import write_json, write_text
 from megamm.scaling import laws
 from megamm.scaling.design import (
+    FORM_DOMINATES,
     Decision,
     Ladder,
     Proposal,
     allocation_exponent,
     candidate_grid,
+    form_dominates,
     log_params_at,
     loss_at,
+    narrowed,
     noise_of,
     propose,
+    ratio_range,
 )
-from megamm.scaling.diagnostics import bootstrap, bounds, identification
+from megamm.scaling.diagnostics import bend, bootstrap, bounds, coverage, extrapolation, identification
 from megamm.scaling.fit import Fit, fit_group
+from megamm.scaling.groups import native_groups
 from megamm.scaling.runs import RunTable
 
 DECISIONS = {
@@ -79,13 +84,15 @@ def plan_runs(table: RunTable, request: Request, progress: Callable[[str], None]
         InputError: an unknown group or decision, too few runs, or a budget below the cheapest candidate.
     """
     request.check()
-    tables = _groups(table, request)
+    tables, initialised = _groups(table, request)
     fits = []
     for name, runs in tables.items():
         progress(f"fitting {name}")
-        fits.append(
-            fit_group(runs, group=name, loss_column=request.loss_column, resamples=request.resamples, seed=request.seed)
+        fit = fit_group(
+            runs, group=name, loss_column=request.loss_column, resamples=request.resamples, seed=request.seed
         )
+        fit.warnings[:0] = initialised[name]
+        fits.append(fit)
     at = request.at or REACH * max(fit.flops_range[1] for fit in fits)
     progress("choosing runs")
     ladders = [_ladder(fit, _decision(request.decision, at, fit), request) for fit in fits]
@@ -99,24 +106,29 @@ def plan_runs(table: RunTable, request: Request, progress: Callable[[str], None]
         "budget": request.budget,
         "spent": sum(run.flops for run in runs),
         "groups": {fit.group: {"n_runs": len(fit.table), "noise": noise_of(fit.residuals)} for fit in fits},
-        "now": _interval(ladders, fits, 1.0),
-        "predicted": _interval(ladders, fits, runs[-1].width),
-        "interval_width_ratio": runs[-1].width,
+        **_narrowing(ladders, fits, runs[-1].width),
         "runs": [vars(run) for run in runs],
-        "warnings": [f"from the fit of {fit.group}: {text}" for fit in fits for text in _warnings(fit)],
+        "warnings": [
+            f"from the fit of {fit.group}: {text}"
+            for fit in fits
+            for text in _warnings(fit, None if request.decision == "exponent" else at)
+        ],
     }
 
 
-def _warnings(fit: Fit) -> list[str]:
-    """What makes the law at hand a poor guide; diagnostics.examine would refit it many times for the rest."""
-    return [*fit.warnings, *identification(fit), *bounds(fit), *bootstrap(fit)]
+def _warnings(fit: Fit, at: float | None) -> list[str]:
+    """What makes the law at hand a poor guide, to the compute ``at`` if the decision is about one.
+
+    diagnostics.examine would refit it many times for the rest.
+    """
+    far = extrapolation(at, fit.flops_range) if at else None
+    found = [*identification(fit), *bounds(fit), *bend(fit), *coverage(fit), *bootstrap(fit)]
+    return [*fit.warnings, *([far] if far else []), *found]
 
 
-def _groups(table: RunTable, request: Request) -> dict[str, RunTable]:
-    column = request.group_by
-    if column is None and any(row.get("architecture") for row in table.rows):
-        column = "architecture"
-    tables = table.groups(column)
+def _groups(table: RunTable, request: Request) -> tuple[dict[str, RunTable], dict[str, list[str]]]:
+    """The groups asked for, by name, and what was left out of each."""
+    tables, initialised = native_groups(table, request.group_by)
     unknown = [name for name in request.groups or [] if name not in tables]
     if unknown:
         raise InputError(f"--group: {', '.join(unknown)} has no runs; known: {', '.join(tables)}")
@@ -127,7 +139,7 @@ def _groups(table: RunTable, request: Request) -> dict[str, RunTable]:
             f"--group: decision {request.decision} is about {wanted} group{'s' * (wanted > 1)}, there are "
             f"{len(chosen)} ({', '.join(chosen)}); name {'two' if wanted > 1 else 'one'}"
         )
-    return chosen
+    return chosen, initialised
 
 
 def _decision(name: str, at: float, fit: Fit) -> Decision:
@@ -144,8 +156,7 @@ def _ladder(fit: Fit, decision: Decision, request: Request) -> Ladder:
     top_n = request.max_params or max(params.max(), min(best[0][0], 10 * params.max()))
     top_d = request.max_tokens or max(tokens.max(), min(best[1][0], 10 * tokens.max()))
     ends = [(float(min(x.min(), top)), float(top)) for x, top in ((params, top_n), (tokens, top_d))]
-    ratios = request.ratios or ((tokens / params).min() * 0.99, (tokens / params).max() * 1.01)
-    candidates = candidate_grid(*ends, largest, fit.kappa, ratios)
+    candidates = candidate_grid(*ends, largest, fit.kappa, request.ratios or ratio_range(params, tokens))
     return Ladder(
         name=fit.group,
         decision=decision,
@@ -159,31 +170,59 @@ def _ladder(fit: Fit, decision: Decision, request: Request) -> Ladder:
     )
 
 
-def _interval(ladders: list[Ladder], fits: list[Fit], width: float) -> dict[str, Any]:
-    """The decision's value and 95% bootstrap interval, drawn in around the value by ``width``."""
+def _narrowing(ladders: list[Ladder], fits: list[Fit], noise_left: float) -> dict[str, Any]:
+    """The decision's value and 95% intervals now and predicted, of the law and by noise alone.
+
+    ``noise_left`` is what the runs leave of the width by noise; intervals are drawn in around the value.
+    """
     values = [float(ladder.decision(fit.parameters)) for ladder, fit in zip(ladders, fits)]
-    draws = [ladder.decision(fit.draws) for ladder, fit in zip(ladders, fits)]
-    value, spread = values[0], draws[0]
-    if len(ladders) == 2:
-        value, spread = values[0] - values[1], draws[0] - np.random.default_rng(0).permutation(draws[1])
-    ends = value + width * (np.percentile(spread, [2.5, 97.5]) - value)
-    return {"value": value, "interval": ends.tolist()}
+    value = values[0] - sum(values[1:])
+    whole = _spread(ladders, [fit.draws for fit in fits])
+    noise = _spread(ladders, [fit.resampled for fit in fits])
+    share = float(np.ptp(noise) / np.ptp(whole)) if np.ptp(whole) > 0 else 1.0
+    left = narrowed(noise_left, share)
+    later = value + left * (whole - value), value + noise_left * (noise - value)
+    return {
+        "now": {"value": value, "interval": whole.tolist(), "noise_interval": noise.tolist()},
+        "predicted": {"value": value, "interval": later[0].tolist(), "noise_interval": later[1].tolist()},
+        "interval_width_ratio": left,
+        "noise_width_ratio": noise_left,
+        "form_dominates": form_dominates(share),
+    }
+
+
+def _spread(ladders: list[Ladder], draws: list[np.ndarray]) -> np.ndarray:
+    """Ends (2,) of the 95% interval of the decision over ``draws`` (R, 5) of one law or of two independent ones."""
+    found = [ladder.decision(of_law) for ladder, of_law in zip(ladders, draws)]
+    if len(found) == 2:
+        found = [found[0] - np.random.default_rng(0).permutation(found[1])]
+    return np.percentile(found[0], [2.5, 97.5])
 
 
 def to_markdown(plan: dict[str, Any]) -> str:
     """The proposal as a table for people."""
     logarithmic = plan["decision"] == "params"
     show = (lambda x: f"{np.exp(x):.3g}") if logarithmic else (lambda x: f"{x:.4f}")
-    now, later = plan["now"], plan["predicted"]
+    width = "width left, in log N" if logarithmic else "width left"
     lines = [
         f"# Runs to make next, for {plan['meaning']}",
         "",
-        f"At {plan['at_flops']:.3g} FLOPs: {show(now['value'])}, 95% [{show(now['interval'][0])}, "
-        f"{show(now['interval'][1])}] now; predicted [{show(later['interval'][0])}, {show(later['interval'][1])}] "
-        f"after {plan['spent']:.3g} FLOPs ({plan['interval_width_ratio']:.0%} of the width"
-        + (" in log N)." if logarithmic else ")."),
+        f"At {plan['at_flops']:.3g} FLOPs: {show(plan['now']['value'])}.",
         "",
-        "| run | group | params | tokens | FLOPs | width left |",
+        f"| 95% interval | now | predicted after {plan['spent']:.3g} FLOPs | {width} |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, kind, left in (
+        ("with the error of the form", "interval", "interval_width_ratio"),
+        ("by noise alone", "noise_interval", "noise_width_ratio"),
+    ):
+        now, later = (f"[{show(x[kind][0])}, {show(x[kind][1])}]" for x in (plan["now"], plan["predicted"]))
+        lines.append(f"| {name} | {now} | {later} | {plan[left]:.0%} |")
+    if plan["form_dominates"]:
+        lines += ["", f"{FORM_DOMINATES[0].upper()}{FORM_DOMINATES[1:]}."]
+    lines += [
+        "",
+        "| run | group | params | tokens | FLOPs | width left by noise |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for i, run in enumerate(plan["runs"], 1):

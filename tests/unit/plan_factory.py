@@ -19,3 +19,14 @@ def make_table(laws_by_name: dict, noise: float = 0.003) -> RunTable:
             for i, (p, t, y) in enumerate(zip(n, d, losses))
         ]
     return check_rows(RunTable(path="made.csv", rows=rows, lines=list(range(2, len(rows) + 2))))
+
+
+def transfer_runs(a: float, b: float, worth: float) -> RunTable:
+    """LLM-initialised runs that EARLY describes with ``worth`` (D/5e10)^a (N/1e9)^b tokens more than they had."""
+    n, d = (x.ravel() for x in np.meshgrid([5e8, 1e9, 2e9], np.geomspace(1e10, 3e11, 6), indexing="ij"))
+    effective = d + worth * (d / 5e10) ** a * (n / 1e9) ** b
+    rows = [
+        {"run": f"llm-{i}", "params": p, "tokens": t, "loss": y, "init": "llm"}
+        for i, (p, t, y) in enumerate(zip(n, d, laws.predict(EARLY, n, effective)))
+    ]
+    return check_rows(RunTable(path="llm.csv", rows=rows, lines=list(range(2, len(rows) + 2))))

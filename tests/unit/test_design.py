@@ -14,10 +14,10 @@ import pytest
 from megamm.errors import InputError
 from megamm.scaling import design, laws, minimise
 from megamm.scaling.calibration import TRUTH
-from megamm.scaling.design import Ladder, candidate_grid, loss_at, propose
+from megamm.scaling.design import Ladder, candidate_grid, form_dominates, loss_at, narrowed, propose
 from megamm.scaling.design_study import compute_ratio, regular_grid, widths
 from megamm.scaling.next_runs import Request, plan_runs, to_markdown
-from megamm.scaling.runs import RunTable, check_rows
+from megamm.scaling.runs import RunTable, check_rows, read_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,6 +110,13 @@ def test_proposals_need_at_most_half_of_the_grid():
     assert result["same ratios"][0][1] < result["grid"][0][1]  # at equal compute
 
 
+def test_runs_narrow_the_noise_and_not_the_bend():
+    assert narrowed(0.5, 1.0) == narrowed(0.5, 1.2) == 0.5  # noise is all there is
+    assert narrowed(0.0, 0.6) == pytest.approx(0.8)  # without any noise the bend is left
+    assert narrowed(1.0, 0.3) == 1.0
+    assert form_dominates(0.7) and not form_dominates(0.72)
+
+
 def test_compute_ratio_reads_off_the_curve():
     budgets = np.array([1.0, 10.0, 100.0])
     proposed = np.array([0.4, 0.2, 0.1])
@@ -144,9 +151,11 @@ def table() -> RunTable:
 def test_every_decision(table, decision):
     groups = None if decision == "difference" else ["late"]
     plan = plan_runs(table, Request(budget=1e21, decision=decision, groups=groups, resamples=60, max_runs=5))
-    now, later = plan["now"]["interval"], plan["predicted"]["interval"]
-    assert now[0] <= later[0] <= later[1] <= now[1]
-    assert (later[1] - later[0]) / (now[1] - now[0]) == pytest.approx(plan["interval_width_ratio"])
+    for kind, ratio in (("interval", "interval_width_ratio"), ("noise_interval", "noise_width_ratio")):
+        now, later = plan["now"][kind], plan["predicted"][kind]
+        assert now[0] <= later[0] <= later[1] <= now[1]
+        assert (later[1] - later[0]) / (now[1] - now[0]) == pytest.approx(plan[ratio])
+    assert plan["runs"][-1]["width"] == plan["noise_width_ratio"] < plan["interval_width_ratio"] + 1e-12 < 1
     ratios = [run["tokens"] / run["params"] for run in plan["runs"]]
     assert min(ratios) >= 4.9 and max(ratios) <= 81
 
@@ -180,6 +189,36 @@ def test_what_the_runs_do_not_determine_is_told(table, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and "warning from the fit of late: only 3 trunks" in done.stderr
     assert json.loads((tmp_path / "next" / "next_runs.json").read_text())["warnings"] == plan["warnings"]
+
+
+def test_a_bend_is_not_promised_away():
+    """Chinchilla's runs bend: noise is a fifth of the width, and more runs narrow nothing but that fifth."""
+    runs = read_runs(ROOT / "tests" / "data" / "chinchilla_runs.csv")
+    runs = runs.select(runs.numbers("loss") < np.sort(runs.numbers("loss"))[-5])
+    plan = plan_runs(runs, Request(budget=1e21, resamples=100, max_runs=5))
+    assert np.ptp(plan["now"]["noise_interval"]) < 0.5 * np.ptp(plan["now"]["interval"])
+    assert plan["noise_width_ratio"] < 0.97 < 0.985 < plan["interval_width_ratio"] < 1
+    assert any("neighbouring runs err together" in text for text in plan["warnings"])
+    page = to_markdown(plan)
+    assert plan["form_dominates"] and "more runs among those so far will not narrow it" in page
+    assert "| with the error of the form | [" in page and "| by noise alone | [" in page
+
+
+def test_extrapolation_is_told(table):
+    request = {"budget": 1e21, "groups": ["late"], "resamples": 30, "max_runs": 1}
+    far = plan_runs(table, Request(**request, at=1e27))
+    assert any("extrapolation: 1e+27 FLOPs are " in text for text in far["warnings"])
+    for decision in ("params", "exponent"):  # ten times by default; an exponent is about no compute
+        at = 1e27 if decision == "exponent" else None
+        plan = plan_runs(table, Request(**request, decision=decision, at=at))
+        assert not any("extrapolation" in text for text in plan["warnings"])
+
+
+def test_runs_not_cooled_down_are_told(table):
+    for row in table.rows:
+        row["cooled"] = False
+    plan = plan_runs(table, Request(budget=1e21, groups=["late"], resamples=30, max_runs=1))
+    assert any("not cooled down" in text for text in plan["warnings"])
 
 
 def test_fits_without_fault_are_not_warned_of(table):

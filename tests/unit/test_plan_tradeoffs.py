@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plan_factory import EARLY, LATE, make_table
+from plan_factory import EARLY, LATE, make_table, transfer_runs
 
 from megamm.errors import InputError
 from megamm.scaling import laws
@@ -15,7 +15,7 @@ from megamm.scaling.plan.outputs import to_markdown
 from megamm.scaling.plan.proposal import make_plan
 from megamm.scaling.plan.tradeoffs import repeated_loss, repeated_optimum, serving_optimum
 from megamm.scaling.plan.transfer import NOT_FITTED, Transfer, break_even, fit_transfer
-from megamm.scaling.runs import RunTable, check_rows
+from megamm.scaling.runs import RunTable
 
 MUENNIGHOFF = np.array([np.exp(0.6254804), np.exp(6.255414), 0.3526596, np.exp(7.3049974), 0.3526596])
 
@@ -85,16 +85,6 @@ def test_short_data_moves_the_model(fits):
 
 
 # ------------------------------------------------------------------------------------------------ the transfer
-
-
-def transfer_runs(a: float, b: float, worth: float) -> RunTable:
-    n, d = (x.ravel() for x in np.meshgrid([5e8, 1e9, 2e9], np.geomspace(1e10, 3e11, 6), indexing="ij"))
-    effective = d + worth * (d / 5e10) ** a * (n / 1e9) ** b
-    rows = [
-        {"run": f"llm-{i}", "params": p, "tokens": t, "loss": y, "init": "llm"}
-        for i, (p, t, y) in enumerate(zip(n, d, laws.predict(EARLY, n, effective)))
-    ]
-    return check_rows(RunTable(path="llm.csv", rows=rows, lines=list(range(2, len(rows) + 2))))
 
 
 def native_law() -> Law:

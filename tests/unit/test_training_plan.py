@@ -240,19 +240,6 @@ def test_mfu_from_a_log(tmp_path):
 # -------------------------------------------------------------------------------------------- stages and files
 
 
-def test_stages_lead_up_to_the_full_run(fits):
-    plan = make_plan(Request(flops=1e24, gpus=[GPUS["h100"]], prices=[2.0], efficiency=stated_mfu(0.4)), fits)
-    pilot, mid, full = plan["stages"]
-    assert pilot["flops"] < mid["flops"] < full["flops"] and mid["flops"] == pytest.approx(1e23)
-    assert 0 < pilot["interval_width_ratio"] < 1
-    assert all(stage["money"] == pytest.approx(2 * stage["gpu_hours"]) for stage in plan["stages"])
-    assert all(stage["decides"] and stage["stop_rule"] for stage in plan["stages"])
-    ends = [check["loss_of_one_run"][0] for check in full["checks"]]
-    assert ends[0] > ends[1] > plan["model"]["loss_of_one_run"]["interval"][0]
-    assert any("extrapolation" in text for text in plan["warnings"])
-    assert [s["stage"] for s in make_plan(Request(flops=1e21, pilot_share=0.0), fits)["stages"]] == ["full run"]
-
-
 @pytest.mark.parametrize("group", ["early", "late"])
 def test_the_config_trains(fits, tmp_path, group):
     request = Request(flops=1e22, group=group)

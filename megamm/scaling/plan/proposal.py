@@ -88,6 +88,7 @@ def make_plan(request: Request, fits: list[Fitted]) -> dict[str, Any]:
         for text in other.entry.get("warnings", [])
     ]
     plan["assumptions"] = _assumptions(chosen, request, plan)
+    plan["assumptions"] += [text for stage in plan["stages"] for text in stage.get("assumptions", [])]
     plan["build"] = model
     return plan
 

@@ -1,5 +1,6 @@
 """The road to the big run in stages: pilot ladder, mid run, full run; what each decides and when to stop."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,17 @@ import numpy as np
 from megamm.errors import InputError
 from megamm.scaling import laws
 from megamm.scaling.compare import Law
-from megamm.scaling.design import Ladder, candidate_grid, log_params_at, propose
+from megamm.scaling.design import (
+    FORM_DOMINATES,
+    Ladder,
+    candidate_grid,
+    form_dominates,
+    log_params_at,
+    narrowed,
+    propose,
+    ratio_range,
+)
+from megamm.scaling.groups import are_native
 from megamm.scaling.plan.hardware import bill
 from megamm.scaling.plan.inputs import Fitted, Request, default_model, losses_at
 from megamm.scaling.plan.sizes import Buildable, nearest_model
@@ -20,7 +31,9 @@ CHECKS = (0.1, 0.25)
 COOLDOWN = 0.2
 PILOT_RUNS = 10
 RATIOS = (1.0, 500.0)
-"""Tokens per parameter of the pilot's runs: those usual in ladders, where laws were seen to hold."""
+"""Tokens per parameter of the pilot's runs where those of the runs so far are not known: those usual in ladders."""
+EPOCHS = 4.0
+"""Epochs up to which the pilot takes repeated tokens for fresh ones (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 def stages_share(law: Law, flops: float, pilot_share: float) -> float:
@@ -50,19 +63,77 @@ def price(request: Request, flops: float) -> dict[str, Any]:
     return {name: getattr(found, name) for name in names}
 
 
-def _runs_so_far(request: Request, chosen: Fitted) -> tuple[np.ndarray, np.ndarray, str]:
-    """Sizes and lengths of the fit's runs: from the table if given, else a regular grid over their ranges."""
+@dataclass(kw_only=True)
+class _Runs:
+    """The runs of the fit as far as they are known."""
+
+    params: np.ndarray
+    """(n,)"""
+    tokens: np.ndarray
+    ratios: tuple[float, float]
+    """Lowest and highest tokens per parameter that further runs may have."""
+    assumed: str
+    """Where this is from."""
+
+
+def _runs_so_far(request: Request, chosen: Fitted) -> _Runs:
+    """The native runs of the table if given, else a regular grid over the ranges of the fit's."""
     if request.runs is not None:
         table = request.runs
         for column in ("architecture", "mixture"):
             if column in table.columns and any(row.get(column) == chosen.law.name for row in table.rows):
                 table = table.select(row.get(column) == chosen.law.name for row in table.rows)
+        table = table.select(are_native(table, request.init_column))
         if len(table) >= 5:
-            return table.numbers("params"), table.numbers("tokens"), "the runs given"
+            n, d = table.numbers("params"), table.numbers("tokens")
+            return _Runs(params=n, tokens=d, ratios=ratio_range(n, d), assumed="the runs so far are those given")
     ranges, side = chosen.entry["ranges"], max(3, round(chosen.entry["n_runs"] ** 0.5))
     axes = (np.geomspace(*ranges[name], side) for name in ("params", "tokens"))
     n, d = (x.ravel() for x in np.meshgrid(*axes, indexing="ij"))
-    return n, d, f"the runs so far taken as a regular grid of {side} x {side} over their ranges"
+    measured = ranges.get("tokens_per_param")
+    return _Runs(
+        params=n,
+        tokens=d,
+        ratios=tuple(measured or RATIOS),
+        assumed=f"the runs so far are a regular grid of {side} x {side} over their ranges"
+        + ("" if measured else " (their tokens per parameter are not known; --runs tells them)"),
+    )
+
+
+def _candidates(
+    runs: _Runs, request: Request, chosen: Fitted, budget: float
+) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
+    """Sizes and lengths (m,) that the pilot may have, and what was assumed."""
+    law = chosen.law
+    best = laws.optimum(law.parameters, np.array([budget]), law.kappa)
+    sizes, lengths = (
+        (float(x.min()), float(max(x.max(), y[0]))) for x, y in ((runs.params, best[0]), (runs.tokens, best[1]))
+    )
+    low, high = runs.ratios
+    assumed = [f"pilot ladder: {runs.assumed}; tokens per parameter stay within {low:.3g} to {high:.3g}"]
+    found = candidate_grid(sizes, lengths, budget / 2, law.kappa, runs.ratios)
+    longest = EPOCHS * (request.unique_tokens or np.inf)
+    if longest >= lengths[1]:
+        return found, assumed
+    if longest >= lengths[0]:
+        short = candidate_grid(sizes, (lengths[0], longest), budget / 2, law.kappa, runs.ratios)
+        if len(short[0]):
+            rule = f"pilot ladder: at most {EPOCHS:g} epochs of the unique tokens, which count as fresh ones"
+            return short, [*assumed, rule]
+    rule = f"pilot ladder: no run fits into {EPOCHS:g} epochs of the unique tokens; repeated ones count as fresh"
+    return found, [*assumed, rule]
+
+
+def _noise_share(chosen: Fitted) -> float:
+    """Width of the interval of N* by noise alone over that of the whole, taken from that of the exponent a.
+
+    Far from the runs N* is as uncertain as its exponent. Forms whose draws are noise alone say nothing of it.
+    """
+    noise = chosen.entry.get("noise_intervals", {}).get("a")
+    whole = chosen.entry.get("intervals", {}).get("a")
+    if not (noise and whole) or whole[1] <= whole[0]:
+        return 1.0
+    return min((noise[1] - noise[0]) / (whole[1] - whole[0]), 1.0)
 
 
 def _pilot(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | None:
@@ -70,18 +141,17 @@ def _pilot(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | N
     law, budget = chosen.law, request.pilot_share * flops
     if budget <= 0:
         return None
-    params, tokens, basis = _runs_so_far(request, chosen)
-    best = laws.optimum(law.parameters, np.array([budget]), law.kappa)
-    ends = [(float(x.min()), float(max(x.max(), y[0]))) for x, y in ((params, best[0]), (tokens, best[1]))]
+    so_far = _runs_so_far(request, chosen)
+    grid, assumed = _candidates(so_far, request, chosen, budget)
     decision = log_params_at(flops, law.kappa)
     ladder = Ladder(
         name=law.name,
         decision=decision,
-        params=params,
-        tokens=tokens,
+        params=so_far.params,
+        tokens=so_far.tokens,
         draws=law.draws[:100],
         noise=chosen.noise,
-        candidate_params=(grid := candidate_grid(*ends, budget / 2, law.kappa, RATIOS))[0],
+        candidate_params=grid[0],
         candidate_tokens=grid[1],
         kappa=law.kappa,
     )
@@ -92,8 +162,9 @@ def _pilot(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | N
     if not runs:
         return None
     template = request.model or default_model(law.name)
+    share, noise_left = _noise_share(chosen), runs[-1].width
     spread = np.percentile(decision(law.draws), [2.5, 97.5])
-    factor, width = float(np.exp(spread[1] - spread[0])), runs[-1].width
+    width, left = float(spread[1] - spread[0]), narrowed(noise_left, share)
     # Each run keeps its FLOPs where its model is rounded to one that can be built: the pilot keeps to its share.
     models = [nearest_model(run.params, template) for run in runs]
     built = [(m, run.params * run.tokens / m.params) for m, run in zip(models, runs)]
@@ -101,8 +172,12 @@ def _pilot(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | N
         "stage": "pilot ladder",
         "runs": [{"width": m.config.width, "params": m.params, "tokens": d} for m, d in built],
         "flops": float(sum(6 * law.kappa * m.params * d for m, d in built)),
-        "prediction": f"the 95% interval of N* shrinks from a factor of {factor:.3g} to {factor**width:.3g} ({basis})",
-        "interval_width_ratio": width,
+        "prediction": f"the 95% interval of N* shrinks from a factor of {np.exp(width):.3g} to "
+        f"{np.exp(left * width):.3g}, by noise alone from a factor of {np.exp(share * width):.3g} to "
+        f"{np.exp(noise_left * share * width):.3g}" + (f"; {FORM_DOMINATES}" if form_dominates(share) else ""),
+        "interval_width_ratio": left,
+        "noise_width_ratio": noise_left,
+        "assumptions": assumed,
         "decides": "the size of the model, by a refit, and the group where several compete",
         "stop_rule": "stop if the refit's N* leaves the interval above, or its law is not identified",
     }

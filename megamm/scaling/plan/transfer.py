@@ -16,6 +16,7 @@ from scipy.optimize import least_squares
 
 from megamm.errors import InputError
 from megamm.scaling.compare import Law
+from megamm.scaling.groups import NATIVE
 from megamm.scaling.plan.inputs import BUILT
 from megamm.scaling.runs import RunTable
 
@@ -24,7 +25,7 @@ FORM = "L = E + A/N^alpha + B/(D + k D^a N^b)^beta (Hernandez et al. 2021, arXiv
 MIN_RUNS = 4
 SPAN = (1e8, 1e15)
 """Tokens between which a break-even is looked for."""
-LLM, NATIVE = ("llm", "true", "1", "yes"), ("native", "scratch", "false", "0", "no", "")
+LLM = ("llm", "true", "1", "yes")
 
 
 @dataclass(kw_only=True)

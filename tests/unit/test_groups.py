@@ -1,0 +1,87 @@
+"""Runs that started from a trained model: no tool may count them among the native ones, nor drop them silently."""
+
+import numpy as np
+import pytest
+
+from megamm.scaling import laws
+from megamm.scaling.accounting import runs_of
+from megamm.scaling.fit_outputs import fit_table
+from megamm.scaling.groups import native_groups, native_runs
+from megamm.scaling.isoflop import fit_isoflop_table
+from megamm.scaling.next_runs import Request, plan_runs
+from megamm.scaling.runs import RunTable, check_rows
+
+LAW = np.array([1.9, 420.0, 0.30, 1500.0, 0.335])
+LINE = "9 runs with init llm were left out of the law of native runs: line 2 (run llm-0), "
+
+
+def rows_of(name: str, gain: float, sizes: int, **columns) -> list[dict]:
+    """Budgets of four sizes around the optimum, losses lower by the share ``gain``."""
+    flops = np.repeat(np.geomspace(1e18, 1e21, sizes), sizes)
+    n = laws.optimum(LAW, flops)[0] * np.tile(np.geomspace(0.3, 3, sizes), sizes)
+    losses = laws.predict(LAW, n, flops / (6 * n)) * (1 - gain)
+    losses *= np.exp(0.002 * np.random.default_rng(0).standard_normal(len(n)))
+    return [
+        {"run": f"{name}-{i}", "params": p, "tokens": c / (6 * p), "loss": y} | columns
+        for i, (p, c, y) in enumerate(zip(n, flops, losses))
+    ]
+
+
+def made(*parts: list[dict]) -> RunTable:
+    rows = [row for part in parts for row in part]
+    return check_rows(RunTable(path="made.csv", rows=rows, lines=list(range(2, len(rows) + 2))))
+
+
+@pytest.fixture
+def table() -> RunTable:
+    """16 native runs, of which half say so, after 9 that started from an LLM."""
+    native = rows_of("native", 0.0, 4)
+    for row in native[::2]:
+        row["init"] = "native"
+    return made(rows_of("llm", 0.1, 3, init="llm"), native)
+
+
+def test_only_native_runs_are_kept_and_the_others_named(table):
+    native, lines = native_runs(table)
+    assert all(name.startswith("native") for name in native.names) and len(native) == 16
+    assert len(lines) == 1 and lines[0].startswith(LINE)
+    assert native_runs(native) == (native, [])
+
+
+def test_a_group_without_native_runs_is_kept_and_told(table):
+    """Grouped by init, or named apart, they have a law of their own."""
+    for row in table.rows:
+        row["init"] = row.get("init") or "native"
+    groups, lines = native_groups(table, "init")
+    assert {name: len(runs) for name, runs in groups.items()} == {"llm": 9, "native": 16}
+    assert lines == {"llm": ["all 9 runs have init llm: this is no law of native runs"], "native": []}
+
+
+def test_fits_and_profiles_leave_them_out(table):
+    native = native_runs(table)[0]
+    for form in ("chinchilla", "mixture-exponential"):
+        options = {"form": form, "resamples": 10}
+        if form != "chinchilla":
+            for row, share in zip(table.rows, np.linspace(0.2, 0.8, len(table))):
+                row["share_text"], row["share_code"] = share, 1 - share
+        both, alone = fit_table(table, **options)[0], fit_table(native, **options)[0]
+        assert len(both.table) == 16 and both.warnings[0].startswith(LINE)
+        np.testing.assert_array_equal(both.parameters, alone.parameters)
+    profiles = fit_isoflop_table(table, draws=20)[0]
+    assert len(profiles.table) == 16 and profiles.warnings[0].startswith(LINE)
+
+
+def test_a_group_left_small_says_why(table):
+    for row in table.rows:
+        row["architecture"] = "late" if row["run"] in ("llm-0", "native-0") else "early"
+    told = []
+    fits = fit_table(table, resamples=10, left_out=told.append)
+    assert [fit.group for fit in fits] == ["early"]
+    assert len(told) == 1 and "late has 1 runs" in told[0] and "1 runs with init llm" in told[0]
+
+
+def test_comparisons_and_proposals_leave_them_out(table):
+    assert len(runs_of(table, None, "all")) == 16
+    plan = plan_runs(table, Request(budget=1e21, resamples=20, max_runs=2))
+    assert plan["groups"]["all"]["n_runs"] == 16
+    assert any(text.startswith(f"from the fit of all: {LINE}") for text in plan["warnings"])
