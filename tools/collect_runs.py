@@ -14,9 +14,9 @@ from rich.console import Console
 
 from megamm.errors import InputError, exit_on_error
 from megamm.files import check_out
-from megamm.scaling.collect import LOSSES, Options, collect, parse_facts, read_facts, suspected_duplicates
+from megamm.scaling.collect import LOSSES, Options, collect, parse_facts, read_facts
 from megamm.scaling.conventions import COLUMN, CONVENTIONS, conversion_lines
-from megamm.scaling.runs import write_runs
+from megamm.scaling.runs import suspected_duplicates, write_runs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +79,7 @@ def main() -> None:
         print(f"left out: {line}", file=sys.stderr)
     for line in conversion_lines(rows):
         print(f"convention: {line}", file=sys.stderr)
-    for line in suspected_duplicates(rows):
+    for line in suspected_duplicates(rows, [row["run"] for row in rows]):
         print(f"note: {line}", file=sys.stderr)
     unknown = sum(row.get("cooled") is None for row in rows)
     if unknown:

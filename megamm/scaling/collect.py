@@ -20,7 +20,7 @@ from megamm.scaling.logs.run_dirs import intermediate_rows, row_of_result
 from megamm.scaling.logs.tensorboard_events import MARK, has_events, read_events
 from megamm.scaling.logs.torchtitan import read_torchtitan
 from megamm.scaling.logs.wandb_export import read_wandb
-from megamm.scaling.runs import is_number, parse_number, read_runs
+from megamm.scaling.runs import check_one_loss, is_number, parse_number, read_runs
 
 TEXT_LOGS = (".log", ".out", ".txt", ".jsonl", ".ndjson")
 """Endings of the files that are tried as logs inside a folder."""
@@ -112,7 +112,7 @@ def collect(
         raise InputError(f"no finished run in {', '.join(map(str, paths))}{first}")
     _check_facts(options, rows)
     rows = _count(rows, places, options)
-    _check_one_loss(rows, places)
+    check_one_loss(rows, places)
     return rows, list(dict.fromkeys(left_out))
 
 
@@ -200,7 +200,7 @@ def _add_curves(found: Collected, curves: list[Curve], options: Options) -> None
 
 def _read_table(path: Path, options: Options) -> Collected:
     """A file already in the form of `runs.csv`."""
-    table = read_runs(path, one_convention=False)  # the rows can still be converted
+    table = read_runs(path, comparable=False)  # rows can still be converted, or left out
     found = Collected()
     for row, line in zip(table.rows, table.lines):
         name = row.get("run") or f"{path.stem}-{line}"
@@ -222,34 +222,10 @@ def _count(rows: list[dict[str, Any]], places: list[str], options: Options) -> l
             labelled.append(conventions.label(row))
         except conventions.MissingFactError as error:
             raise InputError(f"{place}: column {error} is missing to count FLOPs; give it with --facts") from error
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
     conventions.check_one_convention(labelled, places)
     return labelled
-
-
-def _check_one_loss(rows: list[dict[str, Any]], places: list[str]) -> None:
-    """Validation and training losses do not belong into one table."""
-    first: tuple[str, str] | None = None
-    for row, place in zip(rows, places):
-        kind = row.get("measured_on")
-        if kind is None:
-            continue
-        first = first or (kind, place)
-        if kind != first[0]:
-            raise InputError(
-                f"{place}: column loss: from {kind}, but {first[1]} has it from {first[0]}; take one with --loss"
-            )
-
-
-def suspected_duplicates(rows: list[dict[str, Any]]) -> list[str]:
-    """A line per pair of rows of different names whose params, tokens and loss agree to the last digit."""
-    seen: dict[tuple, str] = {}
-    lines = []
-    for row in rows:
-        key = (row["params"], row["tokens"], row["loss"])
-        if key in seen:
-            lines.append(f"runs {seen[key]} and {row['run']} have the same params, tokens and loss: one run twice?")
-        seen.setdefault(key, row["run"])
-    return lines
 
 
 def _check_facts(options: Options, rows: list[dict[str, Any]]) -> None:

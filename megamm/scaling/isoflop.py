@@ -18,7 +18,7 @@ from scipy.interpolate import Akima1DInterpolator
 
 from megamm.errors import InputError
 from megamm.scaling.fit import LEVEL
-from megamm.scaling.runs import RunTable
+from megamm.scaling.runs import RunTable, table_warnings
 
 NOISE = 0.002
 """Standard deviation of a loss between seeds, nats: the value of Porian et al. for losses below e^3."""
@@ -324,7 +324,7 @@ def _parabola_exponent(profiles: list[Profile]) -> float | None:
 
 
 def _warnings(fit: IsoFlopFit) -> list[str]:
-    found = []
+    found = table_warnings(fit.table)
     if len(fit.used) < FEW_BUDGETS:
         found.append(f"only {len(fit.used)} budgets have a minimum: the exponents are rough below {FEW_BUDGETS}")
     for profile in fit.profiles:

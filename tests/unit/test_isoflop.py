@@ -57,6 +57,13 @@ def test_planted_law_gives_its_closed_form():
     assert fit.warnings == []
 
 
+def test_uncooled_and_intermediate_runs_are_told():
+    factors = np.geomspace(0.1, 10, 9)
+    for columns, expected in (({"cooled": "false"}, "not cooled down"), ({"checkpoint": "intermediate"}, "intermed")):
+        found = fit_isoflops(made(np.geomspace(1e18, 1e21, 4), factors, **columns), draws=50).warnings
+        assert any("36 of 36 runs" in text and expected in text for text in found)
+
+
 def test_noise_widens_the_interval():
     table = made(np.geomspace(1e18, 1e21, 6), np.geomspace(0.1, 10, 9))
     widths = [np.ptp(fit_isoflops(table, noise=noise).intervals["a"]) for noise in (0.001, 0.004)]

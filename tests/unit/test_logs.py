@@ -85,7 +85,7 @@ def test_megatron_without_validation_gives_the_mean_of_the_last_steps(tmp_path):
     row = collect([megatron_log(tmp_path / "a.log")])[0][0]
     assert row["measured_on"] == "training" and row["loss"] == pytest.approx(4 + 100 / 110, rel=1e-6)
     other = megatron_log(tmp_path / "b.log", validations={100: 3.2})
-    with pytest.raises(InputError, match=r"b\.log: run b: column loss: from validation, but .*a\.log.* --loss"):
+    with pytest.raises(InputError, match=r"b\.log: run b: column measured_on: validation, but .*a\.log.* --loss"):
         collect([tmp_path / "a.log", other])
     rows, _ = collect([tmp_path / "a.log", other], Options(loss="training"))
     assert [r["measured_on"] for r in rows] == ["training"] * 2
