@@ -11,6 +11,7 @@ Shapes: n runs of one budget, m grid points, R noise draws, k budgets.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ EVEN_BUDGET = 0.02
 GRID_PER_RUN = 25
 FLOOR = 0.33
 """Least spread of log N*, as a share of the mean distance of the runs in log N."""
+MOST_DRAWS = 100_000
 MIN_RUNS = 3
 MIN_BUDGETS = 2
 FEW_BUDGETS = 4
@@ -65,6 +67,16 @@ class Profile:
         """(3,): log N*, log D*, log L*, medians over the noise draws."""
         return np.nanmedian(self.draws, axis=0)
 
+    @property
+    def interval(self) -> np.ndarray:
+        """(2, 3): ends of the 95% intervals of N*, D*, L* by ``spread``; NaN without a usable minimum.
+
+        Not percentiles of the draws: where the curve has a kink at a measured size hardly a draw leaves it, and an
+        interval without width would claim to know N* to within less than the distance of the sizes.
+        """
+        half = NormalDist().inv_cdf((1 + LEVEL) / 2) * self.spread
+        return np.exp([self.optimum - half, self.optimum + half])
+
 
 @dataclass(kw_only=True)
 class IsoFlopFit:
@@ -98,7 +110,6 @@ class IsoFlopFit:
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `isoflops.json`."""
-        tail = 50 * (1 - LEVEL)
         budgets = []
         for profile in self.profiles:
             entry: dict[str, Any] = {
@@ -108,7 +119,7 @@ class IsoFlopFit:
                 "params_range": [float(profile.params[0]), float(profile.params[-1])],
             }
             if profile.problem is None:
-                low, high = np.exp(np.nanpercentile(profile.draws, [tail, 100 - tail], axis=0))
+                low, high = profile.interval
                 for i, name in enumerate(QUANTITIES):
                     entry[name] = float(np.exp(profile.optimum[i]))
                     entry[f"{name}_interval"] = [float(low[i]), float(high[i])]
@@ -149,8 +160,8 @@ def fit_isoflops(
     Raises:
         InputError: no such column, too few draws, noise not above zero, or fewer than 2 budgets with a minimum.
     """
-    if draws < 10:
-        raise InputError(f"--draws: {draws} draws cannot give intervals; give at least 10")
+    if not 10 <= draws <= MOST_DRAWS:
+        raise InputError(f"--draws: {draws} is not within 10, fewer give no intervals, and {MOST_DRAWS}")
     if not 0 < noise < 1:
         raise InputError(f"--noise: {noise} is not between 0 and 1 nat")
     if loss_column not in table.loss_columns:
