@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from rich.console import Console
 
+from megamm.arguments import ArgumentParser
 from megamm.errors import InputError, exit_on_error
 from megamm.files import check_out
 from megamm.scaling.collect import LOSSES, Options, collect, parse_facts, read_facts
@@ -19,10 +20,10 @@ from megamm.scaling.conventions import COLUMN, CONVENTIONS, conversion_lines
 from megamm.scaling.runs import suspected_duplicates, write_runs
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ArgumentParser:
     """The command line."""
     counted = "\n".join(f"  {c.name:<13} {c.explained}" for c in CONVENTIONS.values())
-    made = argparse.ArgumentParser(
+    made = ArgumentParser(
         description=__doc__,
         epilog=f"conventions:\n{counted}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
 from megamm.errors import InputError
-from megamm.scaling.fit import LEVEL
+from megamm.scaling.fit import LEVEL, check_draws
 from megamm.scaling.runs import RunTable, table_warnings
 
 NOISE = 0.002
@@ -30,7 +30,6 @@ EVEN_BUDGET = 0.02
 GRID_PER_RUN = 25
 FLOOR = 0.33
 """Least spread of log N*, as a share of the mean distance of the runs in log N."""
-MOST_DRAWS = 100_000
 MIN_RUNS = 3
 MIN_BUDGETS = 2
 FEW_BUDGETS = 4
@@ -158,10 +157,10 @@ def fit_isoflops(
         draws: noise draws behind the intervals.
 
     Raises:
-        InputError: no such column, too few draws, noise not above zero, or fewer than 2 budgets with a minimum.
+        InputError: no such column, a number of draws or a noise out of range, or fewer than 2 budgets with
+            a minimum.
     """
-    if not 10 <= draws <= MOST_DRAWS:
-        raise InputError(f"--draws: {draws} is not within 10, fewer give no intervals, and {MOST_DRAWS}")
+    check_draws("--draws", draws)
     if not 0 < noise < 1:
         raise InputError(f"--noise: {noise} is not between 0 and 1 nat")
     if loss_column not in table.loss_columns:

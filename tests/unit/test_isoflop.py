@@ -175,7 +175,7 @@ def test_groups_and_columns():
         ([1e18, 1e19], [2, 3, 4], {}, "the smallest size"),
         ([1e18, 1e19], [1, 2], {}, "at least 3 sizes"),
         ([1e18, 1e19], [0.5, 1, 2], {"draws": 3}, "--draws"),
-        ([1e18, 1e19], [0.5, 1, 2], {"draws": 100_000_000}, "--draws: 100000000 is not within"),
+        ([1e18, 1e19], [0.5, 1, 2], {"draws": 100_000_000}, "--draws: 100000000 draws cannot give"),
         ([1e18, 1e19], [0.5, 1, 2], {"noise": -1}, "--noise"),
         ([1e18, 1e19], [0.5, 1, 2], {"loss_column": "loss_x"}, "no loss column 'loss_x'"),
     ],
