@@ -65,13 +65,13 @@ def main() -> None:
     arguments = parser().parse_args()
     check_out(arguments.out, folder=False)
     facts = read_facts(arguments.facts) if arguments.facts else {}
-    facts["*"] = parse_facts(dict(_pairs("--set", arguments.set)), "--set")
+    facts["*"] = parse_facts(dict(_pairs("--set", arguments.set, key=0)), "--set")
     options = Options(
         loss=arguments.loss,
         include_uncooled=arguments.include_uncooled,
         include_intermediate=arguments.include_intermediate,
         convention=arguments.flops_convention,
-        mapping={tag: name for name, tag in _pairs("--map", arguments.map)},
+        mapping={tag: name for name, tag in _pairs("--map", arguments.map, key=1)},
         facts=facts,
     )
     with Console(stderr=True).status("reading runs") as status:
@@ -89,12 +89,18 @@ def main() -> None:
     print(f"{len(rows)} runs, counted as {rows[0][COLUMN]} -> {arguments.out}")
 
 
-def _pairs(option: str, values: Iterable[str]) -> list[tuple[str, str]]:
-    pairs = [value.partition("=") for value in values]
-    for name, sign, value in pairs:
+def _pairs(option: str, values: Iterable[str], key: int) -> list[tuple[str, str]]:
+    """Name and value of each NAME=VALUE, of which the part numbered ``key`` may not come twice."""
+    pairs = []
+    for text in values:
+        name, sign, value = text.partition("=")
         if not (name and sign and value):
-            raise InputError(f"{option}: {name}{sign}{value} is not of the form NAME=VALUE")
-    return [(name, value) for name, _, value in pairs]
+            raise InputError(f"{option}: {text} is not of the form NAME=VALUE")
+        pairs.append((name, value))
+    keys = [pair[key] for pair in pairs]
+    for repeated in (k for k in keys if keys.count(k) > 1):
+        raise InputError(f"{option}: {repeated} is given twice; give it once")
+    return pairs
 
 
 if __name__ == "__main__":

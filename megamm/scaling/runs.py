@@ -196,6 +196,26 @@ def parse_record(where: str, text: str) -> dict[str, Any]:
     return record
 
 
+def csv_records(path: Path, reader: csv.DictReader) -> list[tuple[int, dict[str, str]]]:
+    """Line and cells by column of each row of an open CSV file.
+
+    Raises:
+        InputError: not valid CSV, or a row with more or fewer cells than the header.
+    """
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                given = sum(value is not None for value in row.values())
+                wanted = f"{len(reader.fieldnames)} cells as the header has"
+                found = "more" if None in row else str(given)
+                raise InputError(f"{path}: line {reader.line_num}: expected {wanted}, found {found}")
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: not valid CSV ({error})") from error
+    return rows
+
+
 def parse_number(where: str, column: str, value: Any) -> float | None:
     """The number in a cell, None where an optional one is empty; InputError, naming ``where``, if it is bad."""
     if value in (None, ""):

@@ -361,6 +361,8 @@ def test_facts_file(tmp_path):
     for text, message in (
         ("name,params\na,1\n", "line 1: no column run"),
         ("run,params\na,1\na,2\n", "line 3: run a twice"),
+        ("run,params\na,1,7\n", "line 2: expected 2 cells as the header has, found more"),
+        ("run,params\na\n", "line 2: expected 2 cells as the header has, found 1"),
         ("run,params\na,-1\n", r"line 2 \(run a\): column params: -1"),
     ):
         path.write_text(text)
@@ -370,8 +372,28 @@ def test_facts_file(tmp_path):
     with pytest.raises(InputError, match=r"facts\.csv: not UTF-8 text"):
         read_facts(path)
     path.write_text("run,params\na," + "1" * 200_000 + "\n")
-    with pytest.raises(InputError, match=r"facts\.csv: not valid CSV"):
+    with pytest.raises(InputError, match=r"facts\.csv: line 1: not valid CSV"):
         read_facts(path)
+
+
+def test_facts_of_a_run_that_is_not_there_are_told(tmp_path):
+    path = table(tmp_path, "run,params,tokens,loss\na,1e6,1e7,3\n")
+    rows, left_out = collect([path], Options(facts={"a": {"width": "64"}, "A": {"width": "32"}}))
+    assert rows[0]["width"] == "64" and left_out == ["facts of run A: no run of that name was taken in"]
+    with pytest.raises(InputError, match="none of these runs was found: A; found a"):
+        collect([path], Options(facts={"A": {"width": "32"}}))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("--set", "params=1", "--set", "params=2"), "--set: params is given twice"),
+        (("--map", "loss=x", "--map", "lr=x"), "--map: x is given twice"),
+    ],
+)
+def test_one_name_given_twice(tmp_path, given, expected):
+    done = tool(table(tmp_path, "run,params,tokens,loss\na,1e6,1e7,3\n"), "--out", tmp_path / "o.csv", *given)
+    assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_tool_converts_and_shows_it(tmp_path):
