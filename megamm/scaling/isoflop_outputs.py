@@ -7,7 +7,6 @@ from pathlib import Path
 from megamm.files import write_text
 from megamm.scaling.charts import Chart
 from megamm.scaling.fit_plots import isoflop_chart
-from megamm.scaling.fits_page import title
 from megamm.scaling.isoflop import FLOOR, IsoFlopFit
 from megamm.scaling.plots import write_charts
 
@@ -70,5 +69,5 @@ def to_markdown(fits: list[IsoFlopFit]) -> str:
 
 def profile_chart(fits: list[IsoFlopFit]) -> Chart:
     """A row per fit: its profiles beside N* over compute."""
-    charts = [isoflop_chart(fit, "isoflops", title(fit)) for fit in fits]
+    charts = [isoflop_chart(fit, "isoflops") for fit in fits]
     return replace(charts[0], panels=[panel for chart in charts for panel in chart.panels])
