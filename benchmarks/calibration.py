@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Coverage of the 95% intervals over simulated ladders with a known law, as a Markdown table."""
 
-import argparse
 import sys
 import time
 
+from megamm.arguments import ArgumentParser
 from megamm.errors import exit_on_error
 from megamm.scaling.calibration import SCENARIOS, Coverage, cover
 
@@ -30,7 +30,7 @@ def to_markdown(results: list[Coverage], kind: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--simulations", type=int, default=1000)
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="R")
     parser.add_argument("--only", metavar="TEXT", help="only scenarios whose name holds this text")

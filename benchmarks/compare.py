@@ -4,11 +4,11 @@
 How often the simultaneous band holds the whole true difference, and the 95% intervals of gain and crossover the truth.
 """
 
-import argparse
 import sys
 
 import numpy as np
 
+from megamm.arguments import ArgumentParser
 from megamm.errors import exit_on_error
 from megamm.scaling import laws
 from megamm.scaling.calibration import TRUTH, Scenario, simulate
@@ -30,7 +30,7 @@ def crossing(low: float, high: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--simulations", type=int, default=300)
     parser.add_argument("--bootstrap", type=int, default=400, metavar="R")
     parser.add_argument("--seed", type=int, default=0)

@@ -7,11 +7,11 @@ size and length (`same ratios`: and to the grid's tokens per parameter), are the
 their 95% intervals compared at several budgets.
 """
 
-import argparse
 import sys
 
 import numpy as np
 
+from megamm.arguments import ArgumentParser
 from megamm.errors import exit_on_error
 from megamm.scaling import laws
 from megamm.scaling.calibration import TRUTH
@@ -19,7 +19,7 @@ from megamm.scaling.design_study import DECISIONS, compute_ratio, widths
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--simulations", type=int, default=100)
     parser.add_argument("--bootstrap", type=int, default=200, metavar="R")
     parser.add_argument("--noise", type=float, default=0.003, help="sd of log loss between runs (default: %(default)s)")

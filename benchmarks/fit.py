@@ -6,7 +6,6 @@ and their ratio, and the bootstrap's time and standard errors; then the checks o
 and the isoFLOP fits of Porian et al. with 1,000 noise draws.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize
 
+from megamm.arguments import ArgumentParser
 from megamm.scaling import laws, minimise
 from megamm.scaling.fit import cluster_labels, fit_group, resample
 from megamm.scaling.isoflop import fit_isoflops
@@ -47,7 +47,7 @@ def lbfgs(problem: minimise.Problem, starts: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bootstrap", type=int, default=1000)
     arguments = parser.parse_args()

@@ -18,6 +18,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
+from megamm.arguments import ArgumentParser
 from megamm.config import DataConfig, SourceConfig
 from megamm.data import images
 from megamm.data.loader import Loader, build_plan, open_sources
@@ -153,7 +154,7 @@ def loader_table(paths: list[str], row_length: int, seconds: float = 5) -> Table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=[], help="folders written by tools/prepare_data.py")
     parser.add_argument("--rows", nargs="+", type=int, default=[1024, 1280, 2048, 4096], help="row lengths")
     parser.add_argument("--window-tokens", type=int, default=1_000_000)

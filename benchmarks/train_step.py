@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from megamm.arguments import ArgumentParser
 from megamm.config import ModelConfig, OptimizerConfig
 from megamm.data.batch import Batch
 from megamm.data.tokens import BOS, EOS, IGNORE, IMAGE, IMAGE_END
@@ -173,7 +174,7 @@ def compare(first: Contender, second: Contender, batches: list[Batch], rounds: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--width", type=int, default=384)

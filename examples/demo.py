@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megamm.arguments import ArgumentParser
 from megamm.errors import RunError, exit_on_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ def prepare_scenes(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", action="store_true", help="use the data that examples/real_data.sh prepared")
     parser.add_argument("--jobs", type=int, default=JOBS, help="ladders trained at the same time")
     args = parser.parse_args()

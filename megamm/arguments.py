@@ -1,6 +1,14 @@
-"""Types of command-line arguments, for argparse."""
+"""The parser of every command line, and types of its arguments."""
 
 import argparse
+from typing import NoReturn
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but bad arguments end in one line on stderr and exit code 2, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
 
 def not_negative(text: str) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megamm.errors import InputError
+from megamm.errors import InputError, ProblemsError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -346,7 +346,7 @@ def build(cls: type, values: dict, where: str = "config") -> Any:
     """Make a dataclass of settings from nested dictionaries.
 
     Raises:
-        InputError: with every problem in ``values``, a line each.
+        ProblemsError: with every problem in ``values``.
     """
     from jsonargparse import ArgumentError
 
@@ -374,8 +374,7 @@ def build(cls: type, values: dict, where: str = "config") -> Any:
     if config is not None and hasattr(config, "problems"):
         problems.extend(config.problems())
     if problems:
-        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise InputError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in problems))
+        raise ProblemsError(where, problems)
     return config
 
 
@@ -383,13 +382,14 @@ def load(paths: list[Path | str] | Path | str | None, overrides: list[str] | Non
     """Read a training config from YAML and command-line overrides.
 
     Raises:
-        InputError: with every problem, a line each.
+        InputError: a file that cannot be read, or every problem of the settings at once.
     """
     values: dict = {}
-    for path in [paths] if isinstance(paths, (str, Path)) else paths or []:
+    paths = [paths] if isinstance(paths, (str, Path)) else paths or []
+    for path in paths:
         merge(values, read_yaml(path))
     merge(values, parse_overrides(overrides or []))
-    return build(Config, values, where=str(paths or "config"))
+    return build(Config, values, where=", ".join(map(str, paths)) or "config")
 
 
 def make_parser(cls: type = Config, **kwargs) -> "ArgumentParser":

@@ -13,6 +13,15 @@ class InputError(Exception):
     """Bad input: a file, field, setting or row that the user must change. Exit code 2."""
 
 
+class ProblemsError(InputError):
+    """All problems of one file at once: one beside its name, several on a line each below it."""
+
+    def __init__(self, where: str, problems: list[str]):
+        self.problems = problems
+        lines = problems if len(problems) == 1 else [f"{len(problems)} problems", *(f"  {line}" for line in problems)]
+        super().__init__(f"{where}: " + "\n".join(lines))
+
+
 class RunError(Exception):
     """A failure while running on good input (NaN loss, full disk, lost rank). Exit code 1."""
 

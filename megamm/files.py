@@ -15,8 +15,10 @@ def check_out(path: Path | str, *, folder: bool, option: str = "--out") -> None:
     """Check that a folder or a file can be written at ``path``, without making anything: call it before long work.
 
     Raises:
-        InputError: something of another kind is in the way, or the folder it goes to is not writable.
+        InputError: an empty path, something of another kind in the way, or a folder above that is not writable.
     """
+    if not str(path):  # else the working directory
+        raise InputError(f"{option}: no path is given; name a {'folder' if folder else 'file'}")
     path = Path(path)
     if not folder and path.is_dir():
         raise InputError(f"{option}: {path} is a folder; give the path of a file")

@@ -12,17 +12,18 @@ from collections.abc import Iterable
 
 from rich.console import Console
 
+from megamm.arguments import ArgumentParser
 from megamm.errors import InputError, exit_on_error
 from megamm.files import check_out
-from megamm.scaling.collect import LOSSES, Options, collect, parse_facts, read_facts, suspected_duplicates
+from megamm.scaling.collect import LOSSES, Options, collect, parse_facts, read_facts
 from megamm.scaling.conventions import COLUMN, CONVENTIONS, conversion_lines
-from megamm.scaling.runs import write_runs
+from megamm.scaling.runs import suspected_duplicates, write_runs
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ArgumentParser:
     """The command line."""
     counted = "\n".join(f"  {c.name:<13} {c.explained}" for c in CONVENTIONS.values())
-    made = argparse.ArgumentParser(
+    made = ArgumentParser(
         description=__doc__,
         epilog=f"conventions:\n{counted}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -64,13 +65,13 @@ def main() -> None:
     arguments = parser().parse_args()
     check_out(arguments.out, folder=False)
     facts = read_facts(arguments.facts) if arguments.facts else {}
-    facts["*"] = parse_facts(dict(_pairs("--set", arguments.set)), "--set")
+    facts["*"] = parse_facts(dict(_pairs("--set", arguments.set, key=0)), "--set")
     options = Options(
         loss=arguments.loss,
         include_uncooled=arguments.include_uncooled,
         include_intermediate=arguments.include_intermediate,
         convention=arguments.flops_convention,
-        mapping={tag: name for name, tag in _pairs("--map", arguments.map)},
+        mapping={tag: name for name, tag in _pairs("--map", arguments.map, key=1)},
         facts=facts,
     )
     with Console(stderr=True).status("reading runs") as status:
@@ -79,7 +80,7 @@ def main() -> None:
         print(f"left out: {line}", file=sys.stderr)
     for line in conversion_lines(rows):
         print(f"convention: {line}", file=sys.stderr)
-    for line in suspected_duplicates(rows):
+    for line in suspected_duplicates(rows, [row["run"] for row in rows]):
         print(f"note: {line}", file=sys.stderr)
     unknown = sum(row.get("cooled") is None for row in rows)
     if unknown:
@@ -88,12 +89,18 @@ def main() -> None:
     print(f"{len(rows)} runs, counted as {rows[0][COLUMN]} -> {arguments.out}")
 
 
-def _pairs(option: str, values: Iterable[str]) -> list[tuple[str, str]]:
-    pairs = [value.partition("=") for value in values]
-    for name, sign, value in pairs:
+def _pairs(option: str, values: Iterable[str], key: int) -> list[tuple[str, str]]:
+    """Name and value of each NAME=VALUE, of which the part numbered ``key`` may not come twice."""
+    pairs = []
+    for text in values:
+        name, sign, value = text.partition("=")
         if not (name and sign and value):
-            raise InputError(f"{option}: {name}{sign}{value} is not of the form NAME=VALUE")
-    return [(name, value) for name, _, value in pairs]
+            raise InputError(f"{option}: {text} is not of the form NAME=VALUE")
+        pairs.append((name, value))
+    keys = [pair[key] for pair in pairs]
+    for repeated in (k for k in keys if keys.count(k) > 1):
+        raise InputError(f"{option}: {repeated} is given twice; give it once")
+    return pairs
 
 
 if __name__ == "__main__":

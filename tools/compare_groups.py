@@ -11,6 +11,7 @@ import sys
 
 from rich.console import Console
 
+from megamm.arguments import ArgumentParser
 from megamm.errors import InputError, exit_on_error
 from megamm.files import check_out
 from megamm.scaling.accounting import ACCOUNTINGS
@@ -20,7 +21,7 @@ from megamm.scaling.runs import read_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fits", metavar="FITS_DIR", help="folder written by fit_scaling_laws.py")
     parser.add_argument("--runs", required=True, metavar="runs.csv", help="the table that was fitted")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")

@@ -5,6 +5,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+from megamm.arguments import ArgumentParser
 from megamm.config import load
 from megamm.errors import exit_on_error
 from megamm.files import check_out, write_json
@@ -26,7 +27,7 @@ HELP = {
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         epilog="Settings are overridden as in training: --section.key VALUE. Efficiencies are assumptions.",
         allow_abbrev=False,
@@ -46,7 +47,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     arguments, overrides = parse()
-    if arguments.out:
+    if arguments.out is not None:
         check_out(arguments.out, folder=False)
     gpu = find_gpu(arguments.gpu)
     config = load([Path(path) for path in arguments.config], overrides)
@@ -54,7 +55,7 @@ def main() -> None:
     assumptions = Assumptions(**{one.name: getattr(arguments, one.name) for one in fields(Assumptions)})
     found = estimate(config, arguments.world_size, gpu, stats, assumptions)
     efficiency = estimated_efficiency(config, arguments.world_size, gpu, stats, assumptions)
-    if arguments.out:
+    if arguments.out is not None:
         write_json(arguments.out, to_json(found, efficiency) | {"data": source})
     print(to_text(found, efficiency))
     print(f"data           {source}")

@@ -1,12 +1,11 @@
 #!/usr/bin/env python
 """Fit scaling laws to a table of runs: fits.json, fits.md, bootstrap.npz and plots."""
 
-import argparse
 import sys
 
 from rich.console import Console
 
-from megamm.arguments import not_negative
+from megamm.arguments import ArgumentParser, not_negative
 from megamm.errors import exit_on_error
 from megamm.files import check_out
 from megamm.scaling.fit_outputs import fit_table, write_fits
@@ -16,7 +15,7 @@ from megamm.scaling.runs import read_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", metavar="runs.csv", help="table written by collect_runs.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(

@@ -1,12 +1,11 @@
 #!/usr/bin/env python
 """Propose the runs that shrink the interval of a decision most for a budget of FLOPs."""
 
-import argparse
 import sys
 
 from rich.console import Console
 
-from megamm.arguments import not_negative
+from megamm.arguments import ArgumentParser, not_negative
 from megamm.errors import exit_on_error
 from megamm.files import check_out
 from megamm.scaling.next_runs import DECISIONS, Request, plan_runs, to_markdown, write_next_runs
@@ -14,7 +13,7 @@ from megamm.scaling.runs import read_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in DECISIONS.items())
     add("runs", metavar="runs.csv", help="the runs so far, as written by collect_runs.py")

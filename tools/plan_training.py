@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megamm.arguments import ArgumentParser
 from megamm.config import ModelConfig, build, load, read_yaml
 from megamm.data.shards import read_dataset_info
 from megamm.errors import InputError, exit_on_error
@@ -22,7 +23,7 @@ from megamm.scaling.runs import read_runs
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("fits", metavar="fits.json", help="written by fit_scaling_laws.py, with bootstrap.npz beside it")
     add("--out", metavar="DIR", default="plan", help="folder for the results (default: %(default)s)")

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Draw fits for a paper: frontiers with bands, residuals against N, D and C, correlations, hold-out (PNG and PDF)."""
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 
+from megamm.arguments import ArgumentParser
 from megamm.errors import InputError, exit_on_error
 from megamm.files import check_out
 from megamm.scaling.accounting import group_column, recount, runs_of
@@ -16,7 +16,7 @@ from megamm.scaling.runs import read_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("fits", metavar="FITS_DIR", type=Path, help="folder written by fit_scaling_laws.py")
     parser.add_argument("--runs", required=True, metavar="runs.csv", help="the table that was fitted")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megamm.arguments import not_negative
+from megamm.arguments import ArgumentParser, not_negative
 from megamm.data.prepare import PrepareSettings, prepare
 from megamm.data.readers import KINDS
 from megamm.errors import exit_on_error
@@ -44,8 +44,8 @@ def main() -> None:
     print_summary(info, out)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="folder, file or scenes:KIND")
     add("--out", required=True, metavar="DIR", help="folder to write; a dataset already there is replaced")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from megamm.arguments import ArgumentParser
 from megamm.errors import InputError, RunError, exit_on_error
 from megamm.files import check_out
 from megamm.study.ladders import read_study
@@ -16,7 +17,7 @@ from megamm.study.tables import plan_table, result_table, saving_line
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "study", metavar="STUDY.yaml", help="architectures, widths, tokens, mixtures (see examples/studies)"
     )

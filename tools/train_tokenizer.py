@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import Progress
 
-from megamm.arguments import not_negative
+from megamm.arguments import ArgumentParser, not_negative
 from megamm.data.documents import Document, Text
 from megamm.data.readers import KINDS, open_inputs
 from megamm.data.tokenizer import train_tokenizer
@@ -18,7 +18,7 @@ from megamm.files import check_out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="folder, file, or scenes:caption, scenes:interleaved, scenes:text"
     )

@@ -3,6 +3,7 @@
 import html
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +11,20 @@ import numpy as np
 import plotly.graph_objects as go
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from megamm.scaling.units import digits, log_ticks
 
 GRID, AXIS, FONT = "#e4e7eb", "#5b6270", "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+LEGEND_SIZE = 9
+"""Points."""
+SWATCH, LEGEND_LINE = 0.6, 0.2
+"""Width of a mark with the space around it, and height of a line, in a legend of that size; inches."""
+LONGEST = 60
+"""Letters of a line of a legend."""
+FEW_ENTRIES = 4
 DASHES = {"solid": "-", "dot": ":", "dash": "--"}
 
 
@@ -185,18 +195,20 @@ def _file(chart: Chart, form: str) -> bytes:
     columns = min(chart.columns, len(chart.panels))
     rows = -(-len(chart.panels) // columns)
     wide = 7.5 if columns == 1 else 4.2 * columns
-    figure = Figure(figsize=(wide, 3.3 * rows + 0.4 if columns > 1 else 4.6), layout="constrained")
+    handles = [] if chart.legend_per_panel else _handles(chart.panels)
+    across = _across(handles, wide)
+    lines = max((handle.get_label().count("\n") + 1 for handle in handles), default=0)
+    tall = (3.3 * rows + 0.2 if columns > 1 else 4.4) + LEGEND_LINE * lines * -(-len(handles) // across)
+    figure = Figure(figsize=(wide, tall), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, panel in zip(grid, chart.panels):
         _draw_panel(axes, panel)
         if chart.legend_per_panel:
-            axes.legend(handles=_handles(axes, [panel]), fontsize=8, frameon=False)
+            _legend_of_panel(axes, panel)
     for axes in grid[len(chart.panels) :]:
         axes.set_visible(False)
-    if not chart.legend_per_panel:
-        handles = _handles(grid[0], chart.panels)
-        across = min(4, len(handles))
-        figure.legend(handles=handles, loc="outside upper center", ncols=across, fontsize=9, frameon=False)
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=across, fontsize=LEGEND_SIZE, frameon=False)
     out = io.BytesIO()
     dated = {"metadata": {"CreationDate": None}} if form == "pdf" else {}
     with rc_context({"pdf.fonttype": 42}):
@@ -243,8 +255,26 @@ def _matplotlib_style(series: Series) -> dict:
     }
 
 
-def _handles(axes, panels: list[Panel]) -> list:
-    return [axes.plot([], [], label=_plain(s.name), **_matplotlib_style(s))[0] for s in legend(panels)]
+def _handles(panels: list[Panel]) -> list[Line2D]:
+    return [Line2D([], [], label=_plain(_wrapped(s.name)), **_matplotlib_style(s)) for s in legend(panels)]
+
+
+def _across(handles: list[Line2D], wide: float) -> int:
+    """Columns of a legend, at most 4, whose widest entry leaves them room in ``wide`` inches."""
+    lines = [line for handle in handles for line in handle.get_label().splitlines()]
+    widths = [TextPath((0, 0), line, size=LEGEND_SIZE).get_extents().width / 72 for line in lines]
+    return max(1, min(4, len(handles), int(wide / (SWATCH + max(widths, default=1.0)))))
+
+
+def _legend_of_panel(axes, panel: Panel) -> None:
+    """Inside the axes while it is short, else to the right of them: it must not hide the curves."""
+    handles = _handles([panel])
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(handles) > FEW_ENTRIES else {}
+    axes.legend(handles=handles, fontsize=8, frameon=False, **beside)
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, LONGEST))
 
 
 def _plain(text: str) -> str:

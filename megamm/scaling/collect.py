@@ -8,7 +8,7 @@ from ``facts``, by run name. To read another kind of log, add a function to :dat
 import csv
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from megamm.errors import InputError
 from megamm.scaling import conventions
 from megamm.scaling.logs.curve import Curve, rows_of
 from megamm.scaling.logs.megatron import read_megatron
+from megamm.scaling.logs.names import TagMap
 from megamm.scaling.logs.run_dirs import intermediate_rows, row_of_result
 from megamm.scaling.logs.tensorboard_events import MARK, has_events, read_events
 from megamm.scaling.logs.torchtitan import read_torchtitan
 from megamm.scaling.logs.wandb_export import read_wandb
-from megamm.scaling.runs import is_number, parse_number, read_runs
+from megamm.scaling.runs import check_one_loss, csv_records, is_number, parse_number, read_runs
 
-TEXT_LOGS = (".log", ".out", ".txt", ".jsonl", ".ndjson")
+TEXT_LOGS = (".log", ".out", ".txt", ".jsonl", ".ndjson", ".csv")
 """Endings of the files that are tried as logs inside a folder."""
 READERS: list[Callable[[Path, dict[str, str]], list[Curve] | None]] = [
     read_events,
@@ -31,6 +32,8 @@ READERS: list[Callable[[Path, dict[str, str]], list[Curve] | None]] = [
     lambda path, mapping: read_torchtitan(path),
 ]
 """Tried in turn on each file; a reader returns None for a file that is not of its kind."""
+SHOWN = 3
+"""Reasons named where nothing is left."""
 LOSSES = ("auto", "validation", "training")
 
 
@@ -82,15 +85,37 @@ def collect(
 
     Raises:
         InputError: a path of no known kind, a bad value, one name for two runs, two conventions or two kinds of
-            loss, or nothing found.
+            loss, a tag of the mapping that no log has, or nothing found.
     """
     options = options or Options()
+    options = replace(options, mapping=TagMap(options.mapping))
     if options.loss not in LOSSES:
         raise InputError(f"--loss: {options.loss!r} is unknown; known: {', '.join(LOSSES)}")
-    paths, rows, places, left_out = list(paths), [], [], []
+    paths = list(paths)
+    rows, places, left_out = _gather(map(Path, paths), options, progress)
+    if not rows:
+        reasons = "; ".join(left_out[:SHOWN]) + (f"; and {len(left_out) - SHOWN} more" if left_out[SHOWN:] else "")
+        why = f"; left out {len(left_out)}: {reasons}" if left_out else ""
+        raise InputError(f"no finished run in {', '.join(map(str, paths))}{why}")
+    if unused := set(options.mapping) - options.mapping.used:
+        raise InputError(f"--map: no log has the tag {', '.join(sorted(unused))}; correct or remove it")
+    left_out += _facts_of_no_run(options, rows)
+    rows = _count(rows, places, options)
+    check_one_loss(rows, places)
+    return rows, left_out
+
+
+def _gather(
+    paths: Iterable[Path], options: Options, progress: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """The rows that the options take in, the place of each, and lines on the rest, whole runs first."""
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    excluded: list[str] = []
+    left_out: list[str] = []
     origins: set[str] = set()
     named: dict[tuple, str] = {}
-    for path in map(Path, paths):
+    for path in paths:
         found = _read(path, options, progress)
         left_out += found.left_out
         for row, origin in zip(found.rows, found.origins):
@@ -99,7 +124,7 @@ def collect(
             origins.add(key)
             reason = _excluded(row, options)
             if reason:
-                left_out.append(f"{origin}: {reason}")
+                excluded.append(f"{origin}: {reason}")
                 continue
             name = (row["run"], row.get("architecture"), row.get("mixture"))
             if name in named:
@@ -107,13 +132,7 @@ def collect(
             named[name] = origin
             rows.append(row)
             places.append(f"{origin}: run {row['run']}")
-    if not rows:
-        first = f"; left out {len(left_out)}, the first: {left_out[0]}" if left_out else ""
-        raise InputError(f"no finished run in {', '.join(map(str, paths))}{first}")
-    _check_facts(options, rows)
-    rows = _count(rows, places, options)
-    _check_one_loss(rows, places)
-    return rows, list(dict.fromkeys(left_out))
+    return rows, places, list(dict.fromkeys(excluded + left_out))
 
 
 def _excluded(row: dict[str, Any], options: Options) -> str | None:
@@ -163,13 +182,18 @@ def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) 
             found.left_out.append(f"{folder}: unfinished (config.yaml but no result.json)")
         else:
             if has_events(folder):  # every start of a run may have a folder of its own
-                for curve in _curves(folder, options) or []:
+                for curve in read_events(folder, options.mapping):
                     first = events.setdefault((curve.name, folder.parent), curve)
                     if first is not curve:
                         first.merge(curve)
             texts = [folder / f for f in sorted(files) if Path(f).suffix.lower() in TEXT_LOGS and MARK not in f]
             for text in texts:
-                _add_curves(found, _curves(text, options) or [], options)
+                progress(f"reading {text}")
+                curves = _curves(text, options)
+                if curves is None:  # a table may hold the very runs beside it
+                    table = "; a table is read where its own path is given" if text.suffix.lower() == ".csv" else ""
+                    found.left_out.append(f"{text}: not a kind of log that is known{table}")
+                _add_curves(found, curves or [], options)
     _add_curves(found, list(events.values()), options)
     if not found.rows and not found.left_out:
         raise InputError(f"{root}: no run at or below it: no folder with result.json, no event files, no log")
@@ -200,7 +224,7 @@ def _add_curves(found: Collected, curves: list[Curve], options: Options) -> None
 
 def _read_table(path: Path, options: Options) -> Collected:
     """A file already in the form of `runs.csv`."""
-    table = read_runs(path, one_convention=False)  # the rows can still be converted
+    table = read_runs(path, comparable=False)  # rows can still be converted, or left out
     found = Collected()
     for row, line in zip(table.rows, table.lines):
         name = row.get("run") or f"{path.stem}-{line}"
@@ -222,50 +246,27 @@ def _count(rows: list[dict[str, Any]], places: list[str], options: Options) -> l
             labelled.append(conventions.label(row))
         except conventions.MissingFactError as error:
             raise InputError(f"{place}: column {error} is missing to count FLOPs; give it with --facts") from error
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
     conventions.check_one_convention(labelled, places)
     return labelled
 
 
-def _check_one_loss(rows: list[dict[str, Any]], places: list[str]) -> None:
-    """Validation and training losses do not belong into one table."""
-    first: tuple[str, str] | None = None
-    for row, place in zip(rows, places):
-        kind = row.get("measured_on")
-        if kind is None:
-            continue
-        first = first or (kind, place)
-        if kind != first[0]:
-            raise InputError(
-                f"{place}: column loss: from {kind}, but {first[1]} has it from {first[0]}; take one with --loss"
-            )
-
-
-def suspected_duplicates(rows: list[dict[str, Any]]) -> list[str]:
-    """A line per pair of rows of different names whose params, tokens and loss agree to the last digit."""
-    seen: dict[tuple, str] = {}
-    lines = []
-    for row in rows:
-        key = (row["params"], row["tokens"], row["loss"])
-        if key in seen:
-            lines.append(f"runs {seen[key]} and {row['run']} have the same params, tokens and loss: one run twice?")
-        seen.setdefault(key, row["run"])
-    return lines
-
-
-def _check_facts(options: Options, rows: list[dict[str, Any]]) -> None:
-    """Facts of which not one belongs to a run are of other runs, or misspelt."""
+def _facts_of_no_run(options: Options, rows: list[dict[str, Any]]) -> list[str]:
+    """A line on each run of the facts that was not found, as it may be misspelt; InputError where none was."""
     names = {str(row["run"]).partition("@")[0] for row in rows} | {str(row["run"]) for row in rows}
     given = [name for name in options.facts if name != "*"]
     if given and not names & set(given):
         known = ", ".join(sorted(names)[:5])
         raise InputError(f"--facts: column run: none of these runs was found: {', '.join(given[:5])}; found {known}")
+    return [f"facts of run {name}: no run of that name was taken in" for name in given if name not in names]
 
 
 def read_facts(path: Path | str) -> dict[str, dict[str, Any]]:
     """Columns by run from a CSV file with a column ``run``.
 
     Raises:
-        InputError: unreadable, no column ``run``, a run twice or a bad number; names the line.
+        InputError: unreadable, no column ``run``, a run twice, a bad number or number of cells; names the line.
     """
     path = Path(path)
     try:
@@ -274,11 +275,11 @@ def read_facts(path: Path | str) -> dict[str, dict[str, Any]]:
             if "run" not in (reader.fieldnames or []):
                 raise InputError(f"{path}: line 1: no column run; has {', '.join(reader.fieldnames or [])}")
             found: dict[str, dict[str, Any]] = {}
-            for row in reader:
+            for line, row in csv_records(path, reader):
                 name = row.pop("run")
                 if name in found:
-                    raise InputError(f"{path}: line {reader.line_num}: run {name} twice")
-                found[name] = parse_facts(row, f"{path}: line {reader.line_num} (run {name})")
+                    raise InputError(f"{path}: line {line}: run {name} twice")
+                found[name] = parse_facts(row, f"{path}: line {line} (run {name})")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -193,11 +193,17 @@ def label(row: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         MissingFactError: the row has no FLOPs and lacks a column that counting them needs.
+        InputError: it names an unknown convention.
     """
-    if row.get(COLUMN):
-        return row
+    named = row.get(COLUMN)
+    if named and named not in (*CONVENTIONS, GIVEN):
+        raise InputError(f"column {COLUMN}: {named!r} is unknown; known: {', '.join(CONVENTIONS)}, {GIVEN}")
     if row.get("flops") is None:
-        return convert(row, "paper")
+        if named == GIVEN:
+            raise MissingFactError("flops")
+        return convert(row, named or "paper")
+    if named:
+        return row
     for name in ("paper", "6nd"):
         try:
             if abs(convert(row, name)["flops"] / row["flops"] - 1) < SAME:

@@ -8,7 +8,7 @@ from megamm.scaling import laws
 from megamm.scaling.approaches import disagreement, side_by_side
 from megamm.scaling.fit import Fit, distinct
 from megamm.scaling.minimise import EXPONENT_BOUNDS
-from megamm.scaling.runs import RunTable
+from megamm.scaling.runs import RunTable, table_warnings
 from megamm.scaling.stability import drop_table, drop_warnings
 from megamm.scaling.uncertainty import joint_intervals, optimum_intervals, profile_intervals
 
@@ -202,9 +202,7 @@ def coverage(fit: Fit) -> list[str]:
             f"flops/(6*params*tokens) varies from {ratio.min():.3g} to {ratio.max():.3g}; "
             f"frontiers use its median, {fit.kappa:.3g}"
         )
-    if any(row.get("cooled") is False for row in fit.table.rows):
-        found.append("some runs were not cooled down: their losses are not those of finished runs")
-    return found
+    return found + table_warnings(fit.table)
 
 
 def bootstrap(fit: Fit) -> list[str]:

@@ -23,6 +23,7 @@ MIN_RUNS_HOLDOUT = 8
 MIN_CLUSTERS = 4
 HOLDOUT_SHARE = 0.2
 LEVEL = 0.95
+MOST_DRAWS = 100_000
 AGREE_RELATIVE = 1e-6
 AGREE_ABSOLUTE = 1e-12
 """Objectives closer than these are one optimum; the second is for data without noise."""
@@ -220,14 +221,19 @@ def _uncertainty(
     }
 
 
+def check_draws(option: str, number: int) -> None:
+    """Raise InputError where ``number`` draws are too few for intervals or too many for memory."""
+    if not 10 <= number <= MOST_DRAWS:
+        raise InputError(f"{option}: {number} draws cannot give intervals; give at least 10 and at most {MOST_DRAWS}")
+
+
 def measured_runs(table: RunTable, loss_column: str, resamples: int) -> tuple[RunTable, list[str]]:
     """The runs that have a ``loss_column``, and a line on those that have not.
 
     Raises:
-        InputError: no such column, or too few ``resamples`` for intervals.
+        InputError: no such column, or too few or too many ``resamples``.
     """
-    if resamples < 10:
-        raise InputError(f"--bootstrap: {resamples} resamples cannot give intervals; give at least 10")
+    check_draws("--bootstrap", resamples)
     if loss_column not in table.loss_columns:
         raise InputError(f"{table.path}: no loss column {loss_column!r}; has {', '.join(table.loss_columns)}")
     measured = ~np.isnan(table.numbers(loss_column))

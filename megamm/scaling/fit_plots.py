@@ -10,10 +10,12 @@ from megamm.scaling.compare import Law
 from megamm.scaling.fit import Fit
 from megamm.scaling.forms.fitting import FormFit
 from megamm.scaling.isoflop import IsoFlopFit
-from megamm.scaling.plots import PALETTE, Budget, Group, isoflops
+from megamm.scaling.plots import LOG_A, LOG_B, PALETTE, Budget, Group, blend, isoflops
 from megamm.scaling.runs import RunTable
 
 POINTS = 96
+DARKEST = 0.9
+"""Share of black that many groups come near."""
 
 
 def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *, name: str, colour: str) -> Group:
@@ -51,8 +53,8 @@ def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *,
             "E": E,
             "alpha": alpha,
             "beta": beta,
-            "log A": np.log(A) - alpha * np.log(params).mean(),
-            "log B": np.log(B) - beta * np.log(tokens).mean(),
+            LOG_A: np.log(A) - alpha * np.log(params).mean(),
+            LOG_B: np.log(B) - beta * np.log(tokens).mean(),
         },
         held_out=held_out,
         exponents=exponents,
@@ -86,7 +88,7 @@ def isoflop_chart(fit: IsoFlopFit, name: str, title: str | None = None) -> Chart
     budgets = []
     for profile in fit.profiles:
         usable = profile.problem is None
-        ends = np.exp(np.nanpercentile(profile.draws[:, 0], [2.5, 97.5])) if usable else None
+        ends = profile.interval[:, 0] if usable else None
         best = np.exp(profile.optimum) if usable else None
         budgets.append(
             Budget(
@@ -99,12 +101,16 @@ def isoflop_chart(fit: IsoFlopFit, name: str, title: str | None = None) -> Chart
                 interval=(float(ends[0]), float(ends[1])) if usable else None,
             )
         )
-    chart = isoflops(name, budgets, fit.coefficients["params"], fit.exponents["a"])
+    chart = isoflops(name, budgets, fit.coefficients["params"], fit.exponents["a"], fit.loss_column)
     for panel in chart.panels:
         panel.title = f"{title or fit.group}: {panel.title[0].lower()}{panel.title[1:]}"
     return chart
 
 
 def colours(names: list[str]) -> dict[str, str]:
-    """A colour for each group, in order."""
-    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+    """A colour for each group, in order; beyond the palette its colours come again, darker each time."""
+    rounds = -(-len(names) // len(PALETTE))
+    return {
+        name: blend(PALETTE[i % len(PALETTE)], "#000000", DARKEST * (i // len(PALETTE)) / rounds)
+        for i, name in enumerate(names)
+    }

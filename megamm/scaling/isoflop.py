@@ -11,15 +11,16 @@ Shapes: n runs of one budget, m grid points, R noise draws, k budgets.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
 from megamm.errors import InputError
-from megamm.scaling.fit import LEVEL
+from megamm.scaling.fit import LEVEL, check_draws
 from megamm.scaling.groups import native_groups
-from megamm.scaling.runs import RunTable
+from megamm.scaling.runs import RunTable, table_warnings
 
 NOISE = 0.002
 """Standard deviation of a loss between seeds, nats: the value of Porian et al. for losses below e^3."""
@@ -66,6 +67,16 @@ class Profile:
         """(3,): log N*, log D*, log L*, medians over the noise draws."""
         return np.nanmedian(self.draws, axis=0)
 
+    @property
+    def interval(self) -> np.ndarray:
+        """(2, 3): ends of the 95% intervals of N*, D*, L* by ``spread``; NaN without a usable minimum.
+
+        Not percentiles of the draws: where the curve has a kink at a measured size hardly a draw leaves it, and an
+        interval without width would claim to know N* to within less than the distance of the sizes.
+        """
+        half = NormalDist().inv_cdf((1 + LEVEL) / 2) * self.spread
+        return np.exp([self.optimum - half, self.optimum + half])
+
 
 @dataclass(kw_only=True)
 class IsoFlopFit:
@@ -99,7 +110,6 @@ class IsoFlopFit:
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `isoflops.json`."""
-        tail = 50 * (1 - LEVEL)
         budgets = []
         for profile in self.profiles:
             entry: dict[str, Any] = {
@@ -109,7 +119,7 @@ class IsoFlopFit:
                 "params_range": [float(profile.params[0]), float(profile.params[-1])],
             }
             if profile.problem is None:
-                low, high = np.exp(np.nanpercentile(profile.draws, [tail, 100 - tail], axis=0))
+                low, high = profile.interval
                 for i, name in enumerate(QUANTITIES):
                     entry[name] = float(np.exp(profile.optimum[i]))
                     entry[f"{name}_interval"] = [float(low[i]), float(high[i])]
@@ -148,10 +158,10 @@ def fit_isoflops(
         draws: noise draws behind the intervals.
 
     Raises:
-        InputError: no such column, too few draws, noise not above zero, or fewer than 2 budgets with a minimum.
+        InputError: no such column, a number of draws or a noise out of range, or fewer than 2 budgets with
+            a minimum.
     """
-    if draws < 10:
-        raise InputError(f"--draws: {draws} draws cannot give intervals; give at least 10")
+    check_draws("--draws", draws)
     if not 0 < noise < 1:
         raise InputError(f"--noise: {noise} is not between 0 and 1 nat")
     if loss_column not in table.loss_columns:
@@ -325,7 +335,7 @@ def _parabola_exponent(profiles: list[Profile]) -> float | None:
 
 
 def _warnings(fit: IsoFlopFit) -> list[str]:
-    found = []
+    found = table_warnings(fit.table)
     if len(fit.used) < FEW_BUDGETS:
         found.append(f"only {len(fit.used)} budgets have a minimum: the exponents are rough below {FEW_BUDGETS}")
     for profile in fit.profiles:

@@ -1,15 +1,14 @@
 """Write isoFLOP fits: `isoflops.json`, `isoflops.md` and the profiles as `isoflops.png` and `.pdf`."""
 
-import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from megamm.errors import InputError
-from megamm.files import atomic_path, write_text
-from megamm.scaling.isoflop import IsoFlopFit
+from megamm.files import write_text
+from megamm.scaling.charts import Chart
+from megamm.scaling.fit_plots import isoflop_chart
+from megamm.scaling.isoflop import FLOOR, IsoFlopFit
+from megamm.scaling.plots import write_charts
 
 
 def write_isoflops(folder: Path | str, fits: list[IsoFlopFit]) -> list[Path]:
@@ -19,17 +18,12 @@ def write_isoflops(folder: Path | str, fits: list[IsoFlopFit]) -> list[Path]:
         InputError: ``folder`` is a file.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; --out names a folder")
     document = json.dumps({"fits": [fit.to_json() for fit in fits]}, indent=2, allow_nan=False)
     page = to_markdown(fits)
-    plots = draw_profiles(fits)
-    for name, content in plots.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_bytes(content)
+    plots = write_charts(folder, [profile_chart(fits)])
     write_text(folder / "isoflops.md", page)
     write_text(folder / "isoflops.json", document + "\n")
-    return [folder / name for name in ("isoflops.json", "isoflops.md", *plots)]
+    return [folder / "isoflops.json", folder / "isoflops.md", *plots]
 
 
 def to_markdown(fits: list[IsoFlopFit]) -> str:
@@ -53,6 +47,8 @@ def to_markdown(fits: list[IsoFlopFit]) -> str:
             f"- {len(fit.table)} runs, {len(fit.used)} of {len(fit.profiles)} budgets used; noise {fit.noise:g} nats, "
             f"{len(fit.exponent_draws)} draws, seed {fit.seed}",
             f"- a by parabolas through the runs around each minimum: {parabola}",
+            "- intervals of exponents are percentiles of the draws; that of N* is 1.96 times their spread to either "
+            f"side, taken as at least {FLOOR} of the distance between sizes, also in the plot",
             "",
             "| FLOPs | runs | N* | 95% interval | D* | loss |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -71,50 +67,7 @@ def to_markdown(fits: list[IsoFlopFit]) -> str:
     return "\n".join(lines)
 
 
-def draw_profiles(fits: list[IsoFlopFit]) -> dict[str, bytes]:
-    """PNG and PDF by name: a row per fit, its profiles beside N* over compute."""
-    figure = Figure(figsize=(11, 4.2 * len(fits)), layout="constrained")
-    grid = figure.subplots(len(fits), 2, squeeze=False)
-    for fit, (left, right) in zip(fits, grid):
-        _plot_profiles(left, fit)
-        _plot_optima(right, fit)
-    files = {}
-    for kind in ("png", "pdf"):
-        out = io.BytesIO()
-        figure.savefig(out, format=kind, dpi=130)
-        files[f"isoflops.{kind}"] = out.getvalue()
-    return files
-
-
-def _plot_profiles(axes, fit: IsoFlopFit) -> None:
-    from matplotlib import colormaps
-
-    shades = colormaps["viridis"](np.linspace(0, 0.9, len(fit.profiles)))
-    for profile, color in zip(fit.profiles, shades):
-        axes.plot(profile.grid, profile.curve, color=color, linewidth=1, label=f"{profile.flops:.2g}")
-        axes.scatter(profile.params, profile.loss, color=color, s=10)
-        if profile.problem is None:
-            best = np.exp(profile.optimum)
-            axes.scatter(best[0], best[2], color=color, marker="*", s=90, edgecolors="black", linewidths=0.5)
-    axes.set_xscale("log")
-    axes.set_xlabel("parameters N")
-    axes.set_ylabel(f"{fit.loss_column} (nats per token)")
-    axes.set_title(f"{fit.group}: isoFLOP profiles".replace("$", "\\$"))
-    axes.legend(fontsize=7, title="FLOPs", ncols=2)
-
-
-def _plot_optima(axes, fit: IsoFlopFit) -> None:
-    flops = np.array([p.flops for p in fit.used])
-    logs = np.array([p.optimum[0] for p in fit.used])
-    spread = np.array([p.spread[0] for p in fit.used])
-    best = np.exp(logs)
-    errors = np.abs(np.exp([logs - 1.96 * spread, logs + 1.96 * spread]) - best)
-    axes.errorbar(flops, best, yerr=errors, fmt="o", markersize=4, color="#0072B2", label="optima, 95%")
-    grid = np.geomspace(flops.min(), flops.max(), 50)
-    line = fit.coefficients["params"] * grid ** fit.exponents["a"]
-    axes.plot(grid, line, color="#D55E00", label=f"N* ~ C^{fit.exponents['a']:.4f}")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("training compute C (FLOPs)")
-    axes.set_ylabel("compute-optimal parameters N*")
-    axes.legend(fontsize=8)
+def profile_chart(fits: list[IsoFlopFit]) -> Chart:
+    """A row per fit: its profiles beside N* over compute."""
+    charts = [isoflop_chart(fit, "isoflops") for fit in fits]
+    return replace(charts[0], panels=[panel for chart in charts for panel in chart.panels])

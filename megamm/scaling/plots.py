@@ -17,6 +17,12 @@ from megamm.scaling.units import count, power
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7a8089")
 DRAWS_SHOWN = 300
+SHADES = ("#0b3c6e", "#f09a4a")
+"""Of the smallest and the largest budget of isoFLOP profiles."""
+BUDGETS_NAMED = 8
+"""Budgets of isoFLOP profiles in a legend; their shades tell the others."""
+LOG_A, LOG_B = "log A at mean N", "log B at mean D"
+"""Keys of Group.draws: logarithms of the terms A/N^alpha and B/D^beta at the mean of log N and of log D."""
 FLOPS = Axis(label="training compute (FLOPs)", log=True, form=power)
 PARAMS = Axis(label="parameters", log=True, form=count)
 TOKENS = Axis(label="training tokens", log=True, form=count)
@@ -32,7 +38,7 @@ class Group:
         predicted: (n,) by the fit.
         grid, frontier: (m,) FLOPs and nats.
         band: (2, m), 95%.
-        draws: constant -> (R,), amplitudes as logarithms at the mean size; empty to leave correlations out.
+        draws: alpha, beta, LOG_A, LOG_B -> (R,); empty to leave correlations out.
         held_out: FLOPs and relative errors (predicted/measured - 1) of the runs kept back, (k,) each.
         exponents: a with and without the runs kept back.
     """
@@ -131,7 +137,7 @@ def correlations(groups: Sequence[Group]) -> Chart:
     for group in groups:
         if not group.draws:
             continue
-        for x, y in (("alpha", "beta"), ("alpha", "log A"), ("beta", "log B")):
+        for x, y in (("alpha", "beta"), ("alpha", LOG_A), ("beta", LOG_B)):
             first, second = group.draws[x], group.draws[y]
             spread = min(np.ptp(first), np.ptp(second)) > 0
             r = f", r = {np.corrcoef(first, second)[0, 1]:.3f}" if spread else ""
@@ -148,8 +154,8 @@ def correlations(groups: Sequence[Group]) -> Chart:
                 Panel(title=f"{group.name}: {y} over {x}{r}", x=Axis(label=x), y=Axis(label=y), series=[points])
             )
     caption = (
-        "Each point is one draw behind the intervals. A and B are taken at the mean size of the runs, which "
-        "takes out the correlation of nearly 1 that they have with their exponents at N = 1."
+        "Each point is one draw behind the intervals. Log A and log B are those of A/N^alpha and B/D^beta at the mean "
+        "log N and log D of the runs; A and B at N = D = 1 mirror the exponents, with a correlation of nearly 1."
     )
     return Chart(name="correlations", caption=caption, panels=panels)
 
@@ -202,22 +208,23 @@ class Budget:
     """95% of the params there."""
 
 
-def isoflops(name: str, budgets: Sequence[Budget], coefficient: float, exponent: float) -> Chart:
+def isoflops(
+    name: str, budgets: Sequence[Budget], coefficient: float, exponent: float, loss_name: str = "loss"
+) -> Chart:
     """Profiles of loss over N, one per budget, and N* over C with the line coefficient*C^exponent."""
     profiles: list[Series] = []
+    minima: list[Series] = []
+    named = set(np.linspace(0, len(budgets) - 1, min(BUDGETS_NAMED, len(budgets))).round())
     for i, budget in enumerate(budgets):
-        shade = _shade(i / max(1, len(budgets) - 1))
+        shade = blend(*SHADES, i / max(1, len(budgets) - 1))
         label = f"{power(budget.flops)} FLOPs"
         profiles.append(Series(name=label, x=budget.grid, y=budget.curve, colour=shade, legend=False))
         hover = [f"{label}\n{count(n)} parameters, loss {loss:.3f}" for n, loss in zip(budget.params, budget.losses)]
-        profiles.append(
-            Series(name=label, x=budget.params, y=budget.losses, colour=shade, line=None, marker="dot", hover=hover)
-        )
+        marks = {"colour": shade, "line": None, "marker": "dot", "hover": hover, "legend": i in named}
+        profiles.append(Series(name=label, x=budget.params, y=budget.losses, **marks))
         if budget.optimum is not None:
             n, loss = budget.optimum
-            profiles.append(
-                Series(name="minimum", x=[n], y=[loss], colour="#1f2430", line=None, marker="ring", legend=i == 0)
-            )
+            minima.append(Series(name="minimum", x=[n], y=[loss], colour="#1f2430", line=None, marker="ring"))
     found = [b for b in budgets if b.optimum is not None]
     flops = np.array([b.flops for b in found])
     grid = np.geomspace(flops.min(), flops.max(), 64) if len(found) else np.array([])
@@ -240,7 +247,10 @@ def isoflops(name: str, budgets: Sequence[Budget], coefficient: float, exponent:
     ]
     panels = [
         Panel(
-            title="Loss over size at equal compute", x=PARAMS, y=Axis(label="loss (nats per token)"), series=profiles
+            title="Loss over size at equal compute",
+            x=PARAMS,
+            y=Axis(label=f"{loss_name} (nats per token)"),
+            series=[*profiles, *minima],
         ),
         Panel(title="Compute-optimal size", x=FLOPS, y=PARAMS, series=optima),
     ]
@@ -248,10 +258,10 @@ def isoflops(name: str, budgets: Sequence[Budget], coefficient: float, exponent:
     return Chart(name=name, caption=caption, panels=panels, columns=2, legend_per_panel=True, height=380)
 
 
-def _shade(share: float) -> str:
-    """From dark blue (0) to light orange (1)."""
-    ends = ((0x0B, 0x3C, 0x6E), (0xF0, 0x9A, 0x4A))
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(*ends))
+def blend(first: str, second: str, share: float) -> str:
+    """The colour at ``share`` of the way from one ``#rrggbb`` to another."""
+    ends = zip(*(bytes.fromhex(colour[1:]) for colour in (first, second)))
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in ends)
 
 
 # --------------------------------------------------------------------------------------------------- files

@@ -33,6 +33,8 @@ OWN_COLUMNS = (conventions.COLUMN, "measured_on", "checkpoint", "cooled", "trunk
 REQUIRED = ("params", "tokens", "loss")
 POSITIVE = ("params", "params_active", "tokens", "flops", "params_total", "flops_exact")
 NOT_NEGATIVE = ("params_embedding", "params_head", "params_vision", "tokens_vision")
+SMALLEST, LARGEST = 1e-6, 1e40
+"""Numbers above zero outside this range are slips of the keyboard, and powers of them leave the range of floats."""
 
 
 @dataclass(kw_only=True)
@@ -98,11 +100,11 @@ class RunTable:
 # ---------------------------------------------------------------------------------------------- the CSV file
 
 
-def read_runs(path: Path | str, *, one_convention: bool = True) -> RunTable:
+def read_runs(path: Path | str, *, comparable: bool = True) -> RunTable:
     """Read and check a `runs.csv`; a missing ``flops`` becomes 6*params*tokens.
 
     Args:
-        one_convention: refuse a table whose rows are counted by different conventions.
+        comparable: refuse a table whose rows cannot be fitted together, see :func:`check_comparable`.
 
     Raises:
         InputError: unreadable, a column missing, a value that is no number or not positive, or a run
@@ -135,8 +137,8 @@ def read_runs(path: Path | str, *, one_convention: bool = True) -> RunTable:
     if not rows:
         raise InputError(f"{path}: no runs; expected a header line and a line per run")
     table = check_rows(RunTable(path=str(path), rows=rows, lines=lines))
-    if one_convention:
-        conventions.check_one_convention(table.rows, (f"{path}: {place}" for place in table.places))
+    if comparable:
+        check_comparable(table)
     return table
 
 
@@ -194,6 +196,26 @@ def parse_record(where: str, text: str) -> dict[str, Any]:
     return record
 
 
+def csv_records(path: Path, reader: csv.DictReader) -> list[tuple[int, dict[str, str]]]:
+    """Line and cells by column of each row of an open CSV file.
+
+    Raises:
+        InputError: not valid CSV, or a row with more or fewer cells than the header.
+    """
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                given = sum(value is not None for value in row.values())
+                wanted = f"{len(reader.fieldnames)} cells as the header has"
+                found = "more" if None in row else str(given)
+                raise InputError(f"{path}: line {reader.line_num}: expected {wanted}, found {found}")
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: not valid CSV ({error})") from error
+    return rows
+
+
 def parse_number(where: str, column: str, value: Any) -> float | None:
     """The number in a cell, None where an optional one is empty; InputError, naming ``where``, if it is bad."""
     if value in (None, ""):
@@ -208,6 +230,8 @@ def parse_number(where: str, column: str, value: Any) -> float | None:
     if not (math.isfinite(number) and (number > 0 or (may_be_zero and number == 0))):
         wanted = "of zero or more" if may_be_zero else "above zero"
         raise InputError(f"{where}: column {column}: {value} is not a finite number {wanted}")
+    if number and not SMALLEST <= number <= LARGEST:
+        raise InputError(f"{where}: column {column}: {value} is not within {SMALLEST:g} to {LARGEST:g}; correct it")
     return number
 
 
@@ -216,6 +240,71 @@ def _flag(where: str, column: str, value: Any) -> bool:
         return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
     except KeyError as error:
         raise InputError(f"{where}: column {column}: {value!r} is neither true nor false") from error
+
+
+# ------------------------------------------------------------------------------------- checks over all rows
+
+
+def check_comparable(table: RunTable) -> None:
+    """Check that the rows can be fitted together.
+
+    Raises:
+        InputError: two conventions of counting, validation and training losses, or one run under two names: rows
+            that agree in every column but ``run`` and ``trunk``.
+    """
+    places = [f"{table.path}: {place}" for place in table.places]
+    conventions.check_one_convention(table.rows, places)
+    check_one_loss(table.rows, places)
+    seen: dict[tuple, str] = {}
+    for row, place in zip(table.rows, table.places):
+        key = tuple(value for column, value in row.items() if column not in ("run", "trunk"))
+        if key in seen:
+            raise InputError(
+                f"{table.path}: {place}: column run: another name for {seen[key]}, all other columns are equal: a "
+                "duplicated run; remove one (runs of several seeds: add a column seed)"
+            )
+        seen[key] = place
+
+
+def check_one_loss(rows: list[dict[str, Any]], places: list[str]) -> None:
+    """Raise InputError where a validation and a training loss stand in one table."""
+    first: tuple[str, str] | None = None
+    for row, place in zip(rows, places):
+        kind = row.get("measured_on")
+        if not kind:
+            continue
+        first = first or (kind, place)
+        if kind != first[0]:
+            raise InputError(
+                f"{place}: column measured_on: {kind}, but {first[1]} has {first[0]}: losses of two kinds; take one "
+                "with tools/collect_runs.py --loss, or remove the others"
+            )
+
+
+def suspected_duplicates(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """A line per pair of rows whose params, tokens and loss agree to the last digit."""
+    seen: dict[tuple, str] = {}
+    lines = []
+    for row, name in zip(rows, names):
+        key = (row["params"], row["tokens"], row["loss"])
+        if key in seen:
+            lines.append(f"runs {seen[key]} and {name} have the same params, tokens and loss: one run twice?")
+        seen.setdefault(key, name)
+    return lines
+
+
+def table_warnings(table: RunTable) -> list[str]:
+    """What stands against fitting these runs by any method: unfinished ones, and likely duplicates."""
+    intermediate = [row.get("checkpoint") == "intermediate" for row in table.rows]
+    uncooled = [row.get("cooled") is False and not early for row, early in zip(table.rows, intermediate)]
+    found = []
+    for flags, what in ((intermediate, "are intermediate checkpoints"), (uncooled, "were not cooled down")):
+        if any(flags):
+            found.append(
+                f"{sum(flags)} of {len(table)} runs {what} (the first: {table.select(flags).places[0]}): their losses "
+                "lie above those of runs planned to end there; leave them out"
+            )
+    return found + suspected_duplicates(table.rows, table.names)
 
 
 def write_runs(path: Path | str, rows: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.config import Config, ScheduleConfig, build, merge, read_yaml
-from megamm.errors import InputError
+from megamm.errors import ProblemsError
 from megamm.scaling.flops import count_parameters, paper_flops
 from megamm.training.schedule import cooldown_start
 
@@ -154,7 +154,7 @@ def read_study(path: Path | str, out: Path | str) -> Study:
     """Read a study and expand it into runs below ``out``/runs; reads no data.
 
     Raises:
-        InputError: with every problem of the study and of the configs of its runs, a line each.
+        InputError: a file that cannot be read, or every problem of the study and of the configs of its runs.
     """
     return expand(read_yaml(path), Path(out), where=str(path))
 
@@ -169,12 +169,11 @@ def expand(values: dict, out: Path, where: str = "study") -> Study:
     for cell in cells:
         try:
             ladders[cell.ladder] = _ladder(cell, config, values.get("base") or {}, out)
-        except InputError as error:
+        except ProblemsError as error:
             # Runs share most settings: a problem is named once, not once per run.
-            problems |= dict.fromkeys(line.strip() for line in str(error).splitlines()[1:])
+            problems |= dict.fromkeys(error.problems)
     if problems:
-        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise InputError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in problems))
+        raise ProblemsError(where, list(problems))
     return Study(name=config.name, ladders=ladders)
 
 
@@ -216,7 +215,7 @@ def _ladder(cell: _Cell, config: StudyConfig, base: dict, out: Path) -> list[Run
     """The runs of one ladder.
 
     Raises:
-        InputError: a header line, then every problem, a line each.
+        ProblemsError: with every problem.
     """
     shared = _shared_settings(cell, config, base)
     typed = build(Config, merge(copy.deepcopy(shared), {"train": {"steps": 1}}))
@@ -259,7 +258,7 @@ def _shared_settings(cell: _Cell, config: StudyConfig, base: dict) -> dict:
     ]
     reserved = [f"{k}: set by the study from widths, tokens and --out; remove it" for k in SET_BY_STUDY if k in given]
     if reserved:
-        raise InputError("\n".join(["", *reserved]))
+        raise ProblemsError(cell.ladder, reserved)
     shared: dict = {"model": {"architecture": cell.architecture, "width": cell.width}}
     for layer in layers:
         merge(shared, copy.deepcopy(layer))
@@ -285,7 +284,7 @@ def _check_lengths(schedule: ScheduleConfig, steps: list[int], starts: list[int]
                 f"of the shortest budget begins; shorten the warm-up or drop that budget"
             )
     if found:
-        raise InputError("\n".join(["", *found]))
+        raise ProblemsError("study", found)
 
 
 def _step_tokens(config: Config) -> int:

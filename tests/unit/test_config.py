@@ -50,6 +50,21 @@ def test_all_problems_are_reported_at_once():
         "train.steps, train.tokens: give exactly one of the two",
     ):
         assert part in message
+    assert message.startswith("config: 6 problems\n") and len(message.splitlines()) == 7
+
+
+def test_one_problem_is_one_line():
+    with pytest.raises(InputError) as error:
+        load(None, ["--model.wdth", "3", "--train.steps", "5", "--data.sources.a.path", "p"])
+    assert str(error.value) == "config: model.wdth: unknown key; did you mean 'width'?"
+
+
+def test_the_files_of_a_problem_are_named(tmp_path):
+    paths = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for path in paths:
+        path.write_text("train: {steps: 5}\ndata: {sources: {a: {path: p}}}\nmodel: {wdth: 3}\n")
+    with pytest.raises(InputError, match=rf"^{paths[0]}, {paths[1]}: model\.wdth"):
+        load(paths)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "!!python/object/apply:os.system ['true']\n"])

@@ -11,7 +11,8 @@ import pytest
 
 from megamm.errors import InputError
 from megamm.scaling import laws
-from megamm.scaling.isoflop import budgets, fit_isoflop_table, fit_isoflops
+from megamm.scaling.fit_plots import isoflop_chart
+from megamm.scaling.isoflop import FLOOR, budgets, fit_isoflop_table, fit_isoflops
 from megamm.scaling.runs import RunTable, check_rows, read_runs
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,26 @@ def test_planted_law_gives_its_closed_form():
     slope = np.polyfit(np.log(flops), np.log(laws.frontier_loss(LAW, flops)), 1)[0]
     assert fit.exponents["c"] == pytest.approx(slope, rel=0.05)  # other weights
     assert fit.warnings == []
+
+
+def test_no_interval_is_narrower_than_the_sizes_can_tell():
+    """On the cosine runs the minimum of the smallest budget sits at a kink that hardly a draw leaves."""
+    fit = fit_isoflops(read_runs(ROOT / "tests" / "data" / "isoflop_refinedweb_cosine.csv"))
+    bars = [series.y for series in isoflop_chart(fit, "isoflops").panels[1].series if series.name == "95%"]
+    for profile, budget, bar in zip(fit.profiles, fit.to_json()["budgets"], bars, strict=True):
+        low, high = budget["params_interval"]
+        assert [low, high] == pytest.approx(bar)
+        step = np.ptp(np.log(profile.params)) / (len(profile.params) - 1)
+        assert np.log(high / low) >= 2 * 1.95 * FLOOR * step
+    low, high = np.percentile(fit.profiles[0].draws[:, 0], [2.5, 97.5])
+    assert low == high
+
+
+def test_uncooled_and_intermediate_runs_are_told():
+    factors = np.geomspace(0.1, 10, 9)
+    for columns, expected in (({"cooled": "false"}, "not cooled down"), ({"checkpoint": "intermediate"}, "intermed")):
+        found = fit_isoflops(made(np.geomspace(1e18, 1e21, 4), factors, **columns), draws=50).warnings
+        assert any("36 of 36 runs" in text and expected in text for text in found)
 
 
 def test_noise_widens_the_interval():
@@ -154,6 +175,7 @@ def test_groups_and_columns():
         ([1e18, 1e19], [2, 3, 4], {}, "the smallest size"),
         ([1e18, 1e19], [1, 2], {}, "at least 3 sizes"),
         ([1e18, 1e19], [0.5, 1, 2], {"draws": 3}, "--draws"),
+        ([1e18, 1e19], [0.5, 1, 2], {"draws": 100_000_000}, "--draws: 100000000 draws cannot give"),
         ([1e18, 1e19], [0.5, 1, 2], {"noise": -1}, "--noise"),
         ([1e18, 1e19], [0.5, 1, 2], {"loss_column": "loss_x"}, "no loss column 'loss_x'"),
     ],

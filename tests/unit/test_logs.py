@@ -85,7 +85,7 @@ def test_megatron_without_validation_gives_the_mean_of_the_last_steps(tmp_path):
     row = collect([megatron_log(tmp_path / "a.log")])[0][0]
     assert row["measured_on"] == "training" and row["loss"] == pytest.approx(4 + 100 / 110, rel=1e-6)
     other = megatron_log(tmp_path / "b.log", validations={100: 3.2})
-    with pytest.raises(InputError, match=r"b\.log: run b: column loss: from validation, but .*a\.log.* --loss"):
+    with pytest.raises(InputError, match=r"b\.log: run b: column measured_on: validation, but .*a\.log.* --loss"):
         collect([tmp_path / "a.log", other])
     rows, _ = collect([tmp_path / "a.log", other], Options(loss="training"))
     assert [r["measured_on"] for r in rows] == ["training"] * 2
@@ -393,11 +393,37 @@ def test_no_log_however_damaged_ends_in_another_error(tmp_path_factory, lines, s
         assert all(row["loss"] > 0 and row["tokens"] > 0 and row["flops"] > 0 for row in rows)
 
 
+def test_every_file_of_a_folder_that_is_not_read_is_named(tmp_path):
+    """An export of W&B in a folder is read; a table is not, as it may hold the runs beside it."""
+    (tmp_path / "runs.csv").write_text("run,params,tokens,loss\na,1e6,1e7,3\n")
+    (tmp_path / "noise.log").write_bytes(bytes(range(256)))
+    (tmp_path / "export.csv").write_text("Name,State,val/loss,tokens,params\nb,finished,3.1,1e7,1e6\n")
+    rows, left_out = collect([tmp_path])
+    assert [row["run"] for row in rows] == ["b"]
+    assert len(left_out) == 2 and "noise.log: not a kind of log that is known" in left_out[0]
+    assert "runs.csv: not a kind" in left_out[1] and "a table is read where its own path is given" in left_out[1]
+
+
+def test_a_tag_that_no_log_has(tmp_path):
+    (tmp_path / "export.csv").write_text("Name,State,my loss,tokens,params\nb,finished,3.1,1e7,1e6\n")
+    assert collect([tmp_path], Options(mapping={"my loss": "loss"}))[0][0]["loss"] == 3.1
+    with pytest.raises(InputError, match="--map: no log has the tag lr/x; correct or remove it"):
+        collect([tmp_path], Options(mapping={"my loss": "loss", "lr/x": "lr"}))
+
+
+def test_all_reasons_are_named_where_nothing_is_left(tmp_path):
+    """An uncooled run with earlier validations: what leaves it out comes before what does not."""
+    lines = [{"_step": s, "val/loss": 3.0, "tokens": 1e5 * s, "params": 1e6, "lr": 1e-3} for s in (50, 100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=r"left out 2: .*--include-uncooled takes it in; .*--include-intermediate"):
+        collect([tmp_path / "a.jsonl"])
+
+
 def test_a_file_of_no_known_kind(tmp_path):
     (tmp_path / "a.log").write_text("hello\n")
     with pytest.raises(InputError, match=r"a\.log: not a kind of log that is known"):
         collect([tmp_path / "a.log"])
-    with pytest.raises(InputError, match="no run at or below it"):
+    with pytest.raises(InputError, match=r"left out 1: .*a\.log: not a kind of log that is known"):
         collect([tmp_path])
 
 

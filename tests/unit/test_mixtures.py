@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from form_factory import PLAIN, VALUES, planted, table_of
 
+from megamm.errors import InputError
 from megamm.scaling import laws
 from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.forms import FORMS
 from megamm.scaling.forms.fitting import fit_form
+from megamm.scaling.forms.mixtures import read_shares
 from megamm.scaling.forms.simplex import mixture_entry, optimal_mixture, optimal_mixture_draws, simplex_grid
 from megamm.scaling.forms.warnings import form_warnings
 
@@ -79,6 +81,18 @@ def test_mixture_column_of_three_numbers():
     assert list(read) == list(given)
     for key in read:
         np.testing.assert_allclose(read[key], given[key], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"), [("33-33-33", True), (".45-.45-.1", True), ("50-50-50", False), ("1-1-2", False)]
+)
+def test_shares_of_a_mixture_column_sum_to_one(text, valid):
+    table = table_of([{"params": 1e6, "tokens": 1e7, "loss": 3.0, "mixture": text}])
+    if valid:
+        assert sum(read_shares(table).values()) == pytest.approx(1)
+    else:
+        with pytest.raises(InputError, match=f"line 2.*column mixture: '{text}' is not three shares that sum to 100"):
+            read_shares(table)
 
 
 def test_several_losses_share_one_best_mixture(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 from plan_factory import EARLY, LATE, make_table, transfer_runs
 
 from megamm.scaling.fit_outputs import fit_table, write_fits
+from megamm.scaling.plan.hardware import GPUS, stated_mfu
 from megamm.scaling.plan.inputs import Request, read_fits
 from megamm.scaling.plan.proposal import make_plan
 from megamm.scaling.runs import RunTable

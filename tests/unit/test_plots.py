@@ -7,14 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from megamm.errors import InputError
 from megamm.scaling import laws
 from megamm.scaling.charts import to_pdf, to_plotly, to_png
 from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.fit_plots import isoflop_chart
+from megamm.scaling.fit_plots import colours, isoflop_chart
 from megamm.scaling.isoflop import fit_isoflops
-from megamm.scaling.plots import Budget, Group, correlations, fit_charts, frontiers, hold_out, isoflops, residuals
+from megamm.scaling.plots import (
+    LOG_A,
+    LOG_B,
+    PALETTE,
+    Budget,
+    Group,
+    correlations,
+    fit_charts,
+    frontiers,
+    hold_out,
+    isoflops,
+    residuals,
+)
 from megamm.scaling.plots import write_charts as write
 from megamm.scaling.runs import read_runs, write_runs
 
@@ -40,7 +53,7 @@ def group(name: str = "early", **changes) -> Group:
         "grid": grid,
         "frontier": curve,
         "band": np.stack([curve - 0.1, curve + 0.1]),
-        "draws": {"alpha": alpha, "beta": rng.normal(0.36, 0.02, 400), "log A": -3 * alpha, "log B": np.zeros(400)},
+        "draws": {"alpha": alpha, "beta": rng.normal(0.36, 0.02, 400), LOG_A: -3 * alpha, LOG_B: np.zeros(400)},
         "held_out": (np.array([1e19, 2e19]), np.array([0.01, -0.02])),
         "exponents": (0.52, 0.49),
     }
@@ -74,6 +87,35 @@ def test_correlations_state_r_and_survive_a_constant():
     panels = correlations([group()]).panels
     assert panels[1].title.endswith("r = -1.000") and "r =" not in panels[2].title
     assert len(traces(panels[0])[0].x) == 300
+
+
+def test_amplitudes_are_named_by_where_they_are_taken():
+    panels = correlations([group()]).panels
+    assert [p.y.label for p in panels] == ["beta", "log A at mean N", "log B at mean D"]
+
+
+def test_legends_stay_inside_the_picture_and_off_the_curves(tmp_path, monkeypatch):
+    """Many groups of long names: no legend leaves the figure, none lies on a panel of many curves."""
+    monkeypatch.setattr("megamm.scaling.charts.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    drawn = []
+    to_png(frontiers([group(f"{i}-" + "long-name-" * (3 + 4 * (i == 3))) for i in range(9)]))
+    params, losses = np.geomspace(1e8, 1e9, 5), np.linspace(3, 2, 5)
+    budget = {"params": params, "losses": losses, "grid": params, "curve": losses, "optimum": (2e8, 2.5)}
+    to_png(isoflops("isoflops", [Budget(flops=10.0**e, **budget) for e in range(10, 35)], 1e-2, 0.5))
+    for figure in drawn:
+        FigureCanvasAgg(figure).draw()
+    (legend,) = drawn[0].legends
+    box = legend.get_window_extent()
+    assert drawn[0].bbox.x0 <= box.x0 and box.x1 <= drawn[0].bbox.x1
+    axes = drawn[1].axes[0]
+    assert len(axes.get_legend().get_texts()) <= 9
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
+
+
+def test_many_groups_have_different_colours():
+    names = [str(i) for i in range(30)]
+    assert len(set(colours(names).values())) == 30
+    assert list(colours(names).values())[:7] == [colour.lower() for colour in PALETTE]
 
 
 def test_hold_out_shows_errors_and_drift():

@@ -10,8 +10,8 @@ import pytest
 
 from megamm.errors import InputError
 from megamm.scaling import conventions
-from megamm.scaling.collect import Options, collect, read_facts, suspected_duplicates
-from megamm.scaling.runs import read_runs, write_runs
+from megamm.scaling.collect import Options, collect, read_facts
+from megamm.scaling.runs import read_runs, suspected_duplicates, table_warnings, write_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +81,16 @@ def test_blank_lines_and_byte_order_mark_are_accepted(tmp_path):
             "run,params,tokens,loss,flops_convention\na,1e6,1e7,3,paper\nb,1e6,2e7,3,exact\n",
             ["line 3", "run b", "flops_convention: exact", "line 2", "paper", "--flops-convention"],
         ),
+        (
+            "run,params,tokens,loss,measured_on\na,1e6,1e7,3,validation\nb,1e6,2e7,3,\nc,1e6,4e7,3,training\n",
+            ["line 4", "run c", "measured_on: training", "line 2 (run a) has validation", "--loss"],
+        ),
+        (
+            "run,params,tokens,loss,trunk\na,1e6,1e7,3,t\nb,1000000,1e7,3.0,u\n",
+            ["line 3 (run b)", "column run", "line 2 (run a)", "duplicated run"],
+        ),
+        ("run,params,tokens,loss\nr1,1e300,1e7,3\n", ["line 2 (run r1)", "column params: 1e300", "1e-06 to 1e+40"]),
+        ("run,params,tokens,loss\nr1,1e6,1e-300,3\n", ["line 2 (run r1)", "column tokens: 1e-300"]),
     ],
 )
 def test_bad_tables_name_line_run_and_column(tmp_path, text, expected):
@@ -90,6 +100,22 @@ def test_bad_tables_name_line_run_and_column(tmp_path, text, expected):
     assert "\n" not in message and "runs.csv" in message
     for part in expected:
         assert part in message
+
+
+def test_equal_losses_of_two_seeds_or_groups_are_no_duplicate(tmp_path):
+    seeds = "run,seed,params,tokens,loss\na-0,0,1e6,1e7,3\na-1,1,1e6,1e7,3\n"
+    groups = "run,architecture,params,tokens,loss\na,early,1e6,1e7,3\nb,late,1e6,1e7,3\n"
+    for text in (seeds, groups):
+        assert len(read_runs(table(tmp_path, text))) == 2
+
+
+def test_warnings_of_runs_that_did_not_finish(tmp_path):
+    head, rest = "run,params,tokens,loss,cooled,checkpoint\n", "c,1e6,4e7,3.1,true,final\n"
+    runs = read_runs(table(tmp_path, head + "a,1e6,1e7,3.5,,intermediate\nb,1e6,2e7,3.3,false,final\n" + rest))
+    early, uncooled = table_warnings(runs)
+    assert "1 of 3 runs are intermediate checkpoints (the first: line 2 (run a))" in early
+    assert "1 of 3 runs were not cooled down (the first: line 3 (run b))" in uncooled
+    assert table_warnings(read_runs(table(tmp_path, head + rest))) == []
 
 
 def test_same_name_in_two_architectures_is_two_runs(tmp_path):
@@ -147,7 +173,13 @@ def test_collect_merges_a_csv_and_refuses_one_name_for_two_runs(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "expected"),
-    [({"loss": float("nan")}, "column loss: nan"), ({"tokens": None}, "no field tokens"), ({"params": "many"}, "many")],
+    [
+        ({"loss": float("nan")}, "column loss: nan"),
+        ({"tokens": None}, "no field tokens"),
+        ({"params": "many"}, "many"),
+        ({"losses": [1]}, "losses: expected a mapping of sources, found \\[1\\]"),
+        ({"branch_from": 5}, "branch_from: 5 is not the folder"),
+    ],
 )
 def test_bad_results_name_the_file(tmp_path, change, expected):
     folder = run_dir(tmp_path / "a", "a", **change)
@@ -255,6 +287,17 @@ def test_given_flops_are_named_by_what_they_agree_with(tmp_path):
     assert collect([path])[0][0]["flops_convention"] == "6nd"
 
 
+def test_a_convention_named_without_flops_counts_them(tmp_path):
+    log = tmp_path / "history.jsonl"
+    log.write_text('{"_step": 1, "val/loss": 3.0, "tokens": 1e7, "params": 1e6}\n')
+    row = collect([log], Options(facts={"*": {"flops_convention": "6nd"}}))[0][0]
+    assert row["flops"] == 6e13 and row["flops_convention"] == "6nd"
+    with pytest.raises(InputError, match="column flops_convention: 'foo' is unknown; known: paper"):
+        collect([log], Options(facts={"*": {"flops_convention": "foo"}}))
+    with pytest.raises(InputError, match="column flops is missing"):
+        collect([log], Options(facts={"*": {"flops_convention": "given"}}))
+
+
 def test_conversions_are_shown():
     lines = conventions.conversion_lines([conventions.convert(LATE, "paper")])
     assert "late: counted as decoder, FLOPs x0.9091" in lines
@@ -304,7 +347,7 @@ def test_damaged_metrics_name_the_line(tmp_path, line, expected):
 
 def test_a_run_under_two_names_is_noticed(tmp_path):
     path = table(tmp_path, "run,params,tokens,loss\na,1e6,1e7,3.25\nb,1e6,1e7,3.25\nc,1e6,1e7,3.2501\n")
-    assert suspected_duplicates(collect([path])[0]) == [
+    assert suspected_duplicates(collect([path])[0], ["a", "b", "c"]) == [
         "runs a and b have the same params, tokens and loss: one run twice?"
     ]
     done = tool(path, "--out", tmp_path / "out.csv")
@@ -318,6 +361,8 @@ def test_facts_file(tmp_path):
     for text, message in (
         ("name,params\na,1\n", "line 1: no column run"),
         ("run,params\na,1\na,2\n", "line 3: run a twice"),
+        ("run,params\na,1,7\n", "line 2: expected 2 cells as the header has, found more"),
+        ("run,params\na\n", "line 2: expected 2 cells as the header has, found 1"),
         ("run,params\na,-1\n", r"line 2 \(run a\): column params: -1"),
     ):
         path.write_text(text)
@@ -327,8 +372,28 @@ def test_facts_file(tmp_path):
     with pytest.raises(InputError, match=r"facts\.csv: not UTF-8 text"):
         read_facts(path)
     path.write_text("run,params\na," + "1" * 200_000 + "\n")
-    with pytest.raises(InputError, match=r"facts\.csv: not valid CSV"):
+    with pytest.raises(InputError, match=r"facts\.csv: line 1: not valid CSV"):
         read_facts(path)
+
+
+def test_facts_of_a_run_that_is_not_there_are_told(tmp_path):
+    path = table(tmp_path, "run,params,tokens,loss\na,1e6,1e7,3\n")
+    rows, left_out = collect([path], Options(facts={"a": {"width": "64"}, "A": {"width": "32"}}))
+    assert rows[0]["width"] == "64" and left_out == ["facts of run A: no run of that name was taken in"]
+    with pytest.raises(InputError, match="none of these runs was found: A; found a"):
+        collect([path], Options(facts={"A": {"width": "32"}}))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("--set", "params=1", "--set", "params=2"), "--set: params is given twice"),
+        (("--map", "loss=x", "--map", "lr=x"), "--map: x is given twice"),
+    ],
+)
+def test_one_name_given_twice(tmp_path, given, expected):
+    done = tool(table(tmp_path, "run,params,tokens,loss\na,1e6,1e7,3\n"), "--out", tmp_path / "o.csv", *given)
+    assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_tool_converts_and_shows_it(tmp_path):

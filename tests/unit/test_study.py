@@ -163,7 +163,7 @@ def test_each_problem_is_named_once(changes, base, expected):
     with pytest.raises(InputError) as error:
         expand(values, Path("out"), where="x.yaml")
     assert str(error.value).count(expected) == 1
-    assert str(error.value).startswith("x.yaml: 1 problem\n")
+    assert str(error.value).startswith("x.yaml: ") and "\n" not in str(error.value)
 
 
 @pytest.fixture

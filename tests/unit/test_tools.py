@@ -113,6 +113,47 @@ def test_a_file_that_cannot_be_made_is_said_before_the_work(tmp_path, name, argu
     refused(done, f"error: --out: {tmp_path / 'file'} is a file, not a folder; give another path")
 
 
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        *((name, ()) for name in TOOLS),
+        ("fit_scaling_laws", (RUNS, "--out", "x", "--bogus")),
+        ("fit_scaling_laws", (RUNS, "--out", "x", "--bootstrap", "x")),
+        ("fit_scaling_laws", (RUNS, "--out", "x", "--bootstrap", "1000000000")),
+        ("fit_isoflops", (RUNS, "--out", "x", "--draws", "100000000")),
+        ("plan_training", ("fits.json",)),
+        ("run_study", ("study.yaml", "--out", "x", "--launcher", "ssh")),
+    ],
+)
+def test_a_bad_command_line_is_told_on_one_line(name, arguments):
+    done = tool(name, *arguments)
+    refused(done)
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("fit_scaling_laws", (RUNS,)),
+        ("fit_isoflops", (RUNS,)),
+        ("collect_runs", (RUNS,)),
+        ("render_report", (ROOT,)),
+        ("estimate", ("--config", "missing.yaml", "--world-size", "1", "--gpu", "h100")),
+    ],
+)
+def test_an_empty_out_is_not_the_working_directory(name, arguments):
+    refused(tool(name, *arguments, "--out", ""), "error: --out: no path is given; name a f")
+
+
+def test_estimate_of_documents_without_length():
+    config = ROOT / "examples" / "configs" / "early_275m.yaml"
+    done = tool("estimate", "--config", config, "--world-size", "8", "--gpu", "h100", "--document-length", "0")
+    refused(done, "--document-length: 0 is not from 1 to data.row_length")
+
+
 def test_outputs_are_checked_without_making_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.csv").touch()

@@ -83,7 +83,7 @@ def stated_stats(
         image_share = 0.0 if model.architecture == "text" else PAPER_PATCHES
     if not 0 <= image_share < 1:
         raise InputError(f"--image-share: {image_share:g} is not from 0 to below 1")
-    length = document_length or row_length
+    length = row_length if document_length is None else document_length
     if not 0 < length <= row_length:
         raise InputError(f"--document-length: {length} is not from 1 to data.row_length {row_length}")
     patches = (model.image_size // model.patch_size) ** 2

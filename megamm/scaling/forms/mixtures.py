@@ -44,14 +44,15 @@ def read_shares(table: RunTable) -> dict[str, np.ndarray]:
 def _parse(path: str, place: str, text: Any) -> list[float]:
     try:
         values = [float(part) for part in str(text).split("-")]
-        if len(values) != len(DOMAINS) or min(values) < 0 or sum(values) <= 0:
+        total = sum(values)
+        if len(values) != len(DOMAINS) or min(values) < 0 or not (abs(total - 1) <= 0.01 or abs(total - 100) <= 1):
             raise ValueError
     except ValueError as error:
         raise InputError(
-            f"{path}: {place}: column mixture: {text!r} is not three shares such as 45-45-10; "
+            f"{path}: {place}: column mixture: {text!r} is not three shares that sum to 100 (or 1), such as 45-45-10; "
             f"or give columns {PREFIX}<domain>"
         ) from error
-    return [value / sum(values) for value in values]
+    return [value / total for value in values]
 
 
 def domains(columns: dict[str, np.ndarray]) -> list[str]:

@@ -49,6 +49,18 @@ _SOURCE = re.compile(
 )
 
 
+class TagMap(dict[str, str]):
+    """Tag of a log -> our name, as given by hand; ``used`` are the tags that some log had."""
+
+    def __init__(self, names: dict[str, str]):
+        super().__init__(names)
+        self.used: set[str] = set()
+
+    def __getitem__(self, tag: str) -> str:
+        self.used.add(tag)
+        return super().__getitem__(tag)
+
+
 def key_of(tag: str, mapping: dict[str, str] | None = None) -> str | None:
     """Our name of a tag, None if it means nothing here; ``mapping`` (tag -> our name) comes first."""
     if mapping and tag in mapping:

@@ -28,6 +28,8 @@ def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
     row = {column: result.get(column) for column in (*COLUMNS, *COPIED) if column != "run"}
     row |= {"run": str(result["name"]), **_source_losses(path, result.get("losses") or {})}
     branch = result.get("branch_from")
+    if branch is not None and not isinstance(branch, str):
+        raise InputError(f"{path}: branch_from: {branch!r} is not the folder of a trunk; run the training again")
     cooled = bool(result.get("cooled", not result.get("trunk", False)))
     trunk = Path(branch) if branch else None if cooled else run_dir
     row |= {"trunk": _relative(trunk, root) if trunk else None, "cooled": cooled}
@@ -107,8 +109,10 @@ def _vocabulary(run_dir: Path) -> dict[str, float]:
     return {"params_embedding": 2 * table, "params_head": table}
 
 
-def _source_losses(path: Path, losses: dict[str, Any]) -> dict[str, float]:
+def _source_losses(path: Path, losses: Any) -> dict[str, float]:
     """``loss_<source>``, or ``loss_<kind>`` where the kind is a standard column and the name is not."""
+    if not isinstance(losses, dict):
+        raise InputError(f"{path}: losses: expected a mapping of sources, found {losses!r}; run the training again")
     by_column: dict[str, list[float]] = {}
     for source, entry in losses.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("loss"), int | float):

@@ -18,7 +18,7 @@ from typing import Any
 from megamm.errors import InputError
 from megamm.scaling.logs.curve import Curve, name_of
 from megamm.scaling.logs.names import flatten, key_of, number, whole
-from megamm.scaling.runs import parse_record
+from megamm.scaling.runs import csv_records, parse_record
 
 TEXTS = ("run", "state", "architecture", "mixture")
 CURVES = ("train_loss", "tokens", "lr", "flops", "flops_exact")
@@ -46,11 +46,11 @@ def read_wandb(path: Path, mapping: dict[str, str] | None = None) -> list[Curve]
         reader = csv.DictReader(file)
         header = list(reader.fieldnames or [])
         if "Name" in header and "State" in header:
-            return _runs(path, _csv_rows(path, reader), mapping)
+            return _runs(path, csv_records(path, reader), mapping)
         if "_step" in header:
-            return [_history(path, _csv_rows(path, reader), mapping)]
+            return [_history(path, csv_records(path, reader), mapping)]
         if header and any(" - " in column for column in header[1:]):
-            return _chart(path, header, _csv_rows(path, reader), mapping)
+            return _chart(path, header, csv_records(path, reader), mapping)
     return None
 
 
@@ -59,21 +59,6 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for i, line in enumerate(lines, start=1):
             if line.strip():
                 yield i, parse_record(f"{path}: line {i}", line)
-
-
-def _csv_rows(path: Path, reader: csv.DictReader) -> list[tuple[int, dict[str, Any]]]:
-    rows = []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                given = sum(value is not None for value in row.values())
-                wanted = f"{len(reader.fieldnames)} cells as the header has"
-                found = "more" if None in row else str(given)
-                raise InputError(f"{path}: line {reader.line_num}: expected {wanted}, found {found}")
-            rows.append((reader.line_num, row))
-    except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: not valid CSV ({error})") from error
-    return rows
 
 
 def _opened(record: dict[str, Any], where: str) -> dict[str, Any]:
