@@ -4,8 +4,8 @@ A scenario names a ladder (sizes, lengths) and what disturbs its losses: noise b
 tuned runs, offsets shared by all lengths of one size, and a smooth departure of the true surface from the fitted
 form. Disturbances act on log loss and have median zero, so that the law stays the truth for the typical run.
 
-Two intervals are judged: that of ``Fit.draws``, which megamm.scaling.model_error has widened, and that of the plain
-bootstrap behind it.
+Two intervals are judged: that of ``Fit.draws``, made by megamm.scaling.model_error, and that of the plain bootstrap
+beside it.
 """
 
 from collections.abc import Callable
@@ -59,6 +59,7 @@ SCENARIOS = (
     Scenario(name="surface bends, 240 runs", sizes=16, lengths=15, noise=0.002, bend=0.002),
     Scenario(name="surface bends twice as far, 30 runs", noise=0.002, bend=0.004),
     Scenario(name="surface bends, heavy tails", noise=0.002, tail_degrees=4.0, bend=0.002),
+    Scenario(name="surface bends, little noise", noise=0.0005, bend=0.003),
     Scenario(name="surface bends, 8 sizes resampled", sizes=8, noise=0.002, size_offset=0.001, bend=0.002, trunks=True),
 )
 

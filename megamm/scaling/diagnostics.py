@@ -23,8 +23,8 @@ FEW_RATIOS = 4
 FAR = 10.0
 """Multiple of the largest measured compute beyond which a prediction is told to be an extrapolation."""
 WIDTHS_APART = 2.5
-BENDS = 0.5
-"""Probability of a bend from which it is told."""
+LIKELY = 0.5
+"""Probability from which an error that runs share is told."""
 
 
 def examine(fit: Fit) -> None:
@@ -57,7 +57,7 @@ def warnings_of(fit: Fit, partners: Sequence[RunTable] = ()) -> list[str]:
         *identification(fit, partners),
         *bounds(fit),
         *_starts(fit, shared=bool(partners)),
-        *bend(fit),
+        *shared_errors(fit),
         *_stability(fit),
         *_design(fit),
         *bootstrap(fit),
@@ -137,16 +137,25 @@ def _starts(fit: Fit, shared: bool) -> list[str]:
     return found
 
 
-def bend(fit: Fit) -> list[str]:
-    """A smooth departure of the surface from the form, where one is likely."""
-    if fit.model_error is None or fit.model_error.probability <= BENDS:
-        return []
+def shared_errors(fit: Fit) -> list[str]:
+    """Errors that more runs of the same kind do not average out."""
+    error, found = fit.model_error, []
+    if error is None:
+        return found
     (low, high), (below, above) = fit.intervals["a"], fit.noise_intervals["a"]
-    return [
-        f"neighbouring runs err together: the surface departs from the form by {fit.model_error.sd:.2%} of the loss "
-        f"(probability {fit.model_error.probability:.2f}); with it the 95% interval of a is {low:.3f} to {high:.3f}, "
-        f"by noise alone {below:.3f} to {above:.3f}"
-    ]
+    if error.bend.probability > LIKELY:
+        found.append(
+            f"neighbouring runs err together: the surface departs from the form by {error.bend.sd:.2%} of the loss "
+            f"(probability {error.bend.probability:.2f}); with it the 95% interval of a is {low:.3f} to {high:.3f}, "
+            f"by noise alone {below:.3f} to {above:.3f}"
+        )
+    if error.offsets and error.offsets.probability > LIKELY:
+        unit = "size" if fit.clusters == len(fit.table) else "trunk"
+        found.append(
+            f"the runs of one {unit} err together, by {error.offsets.sd:.2%} of the loss (probability "
+            f"{error.offsets.probability:.2f}): is each tuned alike? More of them count, more runs of each do not"
+        )
+    return found
 
 
 def _stability(fit: Fit) -> list[str]:

@@ -2,8 +2,8 @@
 
 Objective `huber_log`: the sum over runs of Huber(log prediction - log loss) with delta 1e-3. Standard errors are
 those of the optimum over resampled runs; runs that share a trunk (the same constant-rate steps, so not independent)
-are resampled together. Intervals are percentiles of the same draws after megamm.scaling.model_error, which adds what
-a surface that departs from the form does to a fit.
+are resampled together. Intervals are percentiles of fits to simulated losses (megamm.scaling.model_error), which know
+what a surface that departs from the form, and what runs of one size or trunk share, does to a fit.
 """
 
 import zlib
@@ -14,7 +14,7 @@ import numpy as np
 
 from megamm.errors import InputError
 from megamm.scaling import laws, minimise
-from megamm.scaling.model_error import ModelError, widen
+from megamm.scaling.model_error import ModelError, simulated_fits
 from megamm.scaling.runs import RunTable
 
 OBJECTIVE = "huber_log"
@@ -42,7 +42,7 @@ class Fit:
     resampled: np.ndarray
     """(R, 5): the optimum of each bootstrap resample; its spread is the published kind of standard error."""
     draws: np.ndarray
-    """(R, 5): the same, moved by what a bend of the true surface may do; all intervals are made of these."""
+    """(R, 5): fits to losses simulated with all errors that the residuals show; all intervals are made of these."""
     objective: float
     starts_total: int
     starts_at_optimum: int
@@ -54,7 +54,7 @@ class Fit:
     """Median of flops/(6*params*tokens)."""
     seed: int
     model_error: ModelError | None = None
-    """None where the form has no estimate of it; ``draws`` are then ``resampled``."""
+    """None where the form or the few runs have no estimate of it; ``draws`` are then ``resampled``."""
     clusters: int
     """Independent units that the bootstrap resamples: trunks, and runs without one."""
     redrawn: int = 0
@@ -211,12 +211,14 @@ def _uncertainty(
     clusters = cluster_labels(table)
     weights, redrawn = resample(table, clusters, resamples, rng)
     resampled, _ = minimise.minimise(problem, starts[rng.integers(len(starts), size=resamples)], weights)
-    draws, model_error = widen(problem, theta, resampled, clusters, rng)
+    units = int(clusters.max()) + 1
+    groups = clusters if units < len(table) else distinct(table.numbers("params"))
+    draws, model_error = simulated_fits(problem, theta, resampled, groups, rng)
     return {
         "resampled": problem.to_parameters(resampled),
         "draws": problem.to_parameters(draws),
         "model_error": model_error,
-        "clusters": int(clusters.max()) + 1,
+        "clusters": units,
         "redrawn": redrawn,
     }
 

@@ -103,10 +103,12 @@ def _form_error(entry: dict[str, Any]) -> list[str]:
     error = entry.get("model_error")
     if error is None:
         return ["- error of the form: not in the intervals"]
-    low, high = error["interval"]
+    kinds = {"bend": "a smooth bend of the surface", "offsets": "offsets that runs of one size or trunk share"}
     return [
-        f"- error of the form: a smooth bend of the surface has probability {error['probability']:.2f} and a standard "
-        f"deviation of {error['sd']:.2%} of the loss, 95% [{low:.2%}, {high:.2%}]; the intervals hold it"
+        f"- {name}: probability {part['probability']:.2f}, standard deviation {part['sd']:.2%} of the loss, "
+        f"95% [{part['interval'][0]:.2%}, {part['interval'][1]:.2%}]; the intervals hold it"
+        for name, part in ((name, error[key]) for key, name in kinds.items())
+        if part
     ]
 
 

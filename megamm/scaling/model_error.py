@@ -1,20 +1,18 @@
-"""How far the true surface departs from the form of the law, and by how much that widens the intervals of a fit.
+"""How wrong a law's losses may be beyond noise, and how far its fit may therefore be off: the draws behind intervals.
 
 Resampling runs takes their residuals for independent. A surface that bends smoothly away from E + A/N^alpha + B/D^beta
-makes neighbouring runs err together, so that more of them do not help, and part of the bend goes into the parameters
-where no residual shows it. Kennedy and O'Hagan (2001, "Bayesian calibration of computer models", JRSS B 63(3)) name the
-remedy: log loss = log law + bend + noise, with a Gaussian process for the bend. Here it is smooth in log N plus smooth
-in log D. Its size is judged by the restricted likelihood (Patterson and Thompson 1971, Biometrika 58(3)), which sees
-only what the five parameters have not absorbed, under a prior that holds no bend for likely; each bootstrap draw of
-the parameters is then moved by what one bend of a size drawn from the posterior does to the fit.
-
-Where runs share a trunk, the bootstrap resamples trunks and so holds their offsets; the likelihood has them as a third
-component, lest they be taken for a bend.
+makes neighbouring runs err together, and so does what all runs of one size share (its tuning) or all branches of one
+trunk (its steps); more runs of the kind do not help, and part goes into the parameters where no residual shows it.
+Kennedy and O'Hagan (2001, "Bayesian calibration of computer models", JRSS B 63(3)) name the remedy: log loss = log
+law + bend + offsets + noise, with a Gaussian process for the bend, here smooth in log N plus smooth in log D. The sizes
+are judged by the restricted likelihood (Patterson and Thompson 1971, Biometrika 58(3)), which sees only what the five
+parameters have not absorbed, under a prior that holds neither for likely. Each draw is then a fit, by the objective of
+the fit itself, to losses made from the law with errors of sizes drawn from the posterior: a parametric bootstrap.
 
 Shapes: n runs, R draws, k columns of a factor; theta (5,) as in megamm.scaling.minimise. Sizes are of log loss.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -22,86 +20,105 @@ from megamm.scaling import laws, minimise
 from megamm.scaling.design import sensitivities
 from megamm.scaling.minimise import Problem
 
-PRIOR = 0.3
-"""Probability, before any residual is seen, that the surface bends; likewise that trunks differ."""
-RATIOS = (0.7, 1.4, 2.8)
-"""Standard deviations of bend and of trunk offsets, in those of the noise, held for equally likely if not zero."""
-LENGTH = 0.2
+BEND_PRIOR = 0.3
+"""Probability, before any residual is seen, that the surface bends."""
+OFFSET_PRIOR = 0.25
+"""The same that runs of one size, or of one trunk, share offsets."""
+RATIOS = (1.0, 2.0, 4.0, 8.0)
+"""Standard deviations of the bend along one axis and of offsets, in those of the noise: equally likely if not zero."""
+USUAL = 0.01
+"""Standard deviation of the bend, in log loss, beyond which it is held for unlikely (a half-normal prior).
+
+Laws of this form predict held-out losses to about 1% (docs/fitting.md) and .55% (arXiv 2504.07951). Without it runs that
+lie along a line in log N and log D, which leave most of a bend unseen, would allow any."""
+LENGTH = 0.26
 """Correlation length of the bend as a share of the range of log N and of log D."""
 RANK = 8
 """Components that hold the bend along one of the two."""
-QUADRATIC = 1e3
-"""A Huber delta that no residual of log loss reaches: least squares."""
-CLIP = 3.0
-"""Residuals are cut at this many robust deviations, lest a mistuned run be taken for a bend."""
-LEAST_SPREAD = 0.65
-"""The resampled spread is drawn in no further than to this share: tables of 9 runs would be held for too certain."""
+CLIP = 2.0
+"""Residuals are cut at this many robust deviations, lest a mistuned run be taken for a bend.
+
+That takes 4% off the standard deviation of normal noise, and leaves heavy tails about what they do to such a fit."""
 LEAST = 3
-"""Residual degrees of freedom below which nothing is said of a bend."""
+"""Residual degrees of freedom below which nothing is said."""
+
+
+@dataclass(kw_only=True)
+class Component:
+    """The posterior of one kind of error."""
+
+    probability: float
+    """That it is there."""
+    sd: float
+    """Its standard deviation, in log loss: posterior mean, counting none as zero."""
+    interval: list[float]
+    """95% of the same."""
+
+    @classmethod
+    def of(cls, sizes: np.ndarray) -> "Component":
+        """From draws of the standard deviation (R,), zero where there is none."""
+        interval = np.percentile(sizes, [2.5, 97.5]).tolist()
+        return cls(probability=float((sizes > 0).mean()), sd=float(sizes.mean()), interval=interval)
 
 
 @dataclass(kw_only=True)
 class ModelError:
-    """What the residuals say of a bend: its posterior."""
+    """What the residuals say of errors that runs share."""
 
-    probability: float = 0.0
-    """That there is one."""
-    sd: float = 0.0
-    """Its standard deviation, in log loss: posterior mean, counting none as zero."""
-    interval: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    """95% of the same."""
+    bend: Component
+    """A smooth departure of the surface from the form."""
+    offsets: Component | None
+    """Of the runs of one size or trunk; None where no two runs share one."""
 
 
 @dataclass(kw_only=True)
 class _Hypothesis:
-    """Bend and offsets of trunks as multiples of the noise, and what the residuals say of them."""
+    """Bend and offsets as multiples of the noise, and what the residuals say of them."""
 
-    ratio: float
-    """Standard deviation of the bend along one axis, in that of the noise."""
+    bend: float
+    """Standard deviation along one axis, in that of the noise."""
+    offset: float
     log_posterior: float
     squares: float
     """Sum of squares of the residuals, made independent: noise variance times a chi-squared."""
 
 
-def widen(
-    problem: Problem, theta: np.ndarray, draws: np.ndarray, clusters: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, ModelError]:
-    """The bootstrap ``draws`` (R, 5) of theta moved by bends of likely size, and what is known of that size.
+def simulated_fits(
+    problem: Problem, theta: np.ndarray, starts: np.ndarray, groups: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, ModelError | None]:
+    """Fits (R, 5) to losses made from the law ``theta`` with errors as large as the residuals make likely.
+
+    Where fewer than LEAST residual degrees of freedom are left: ``starts`` and None.
 
     Args:
         theta: the optimum.
-        clusters: (n,) int, which unit of the bootstrap each run belongs to.
+        starts: (R, 5), where each fit begins: a bootstrap's optima, for they lie all along what the runs leave flat.
+        groups: (n,) int, which runs share an offset.
     """
-    n, resamples = len(problem.y), len(draws)
+    n, resamples = len(problem.y), len(starts)
     basis, residual = _free_residual(problem, theta)
     degrees = n - basis.shape[1]
     if degrees < LEAST:
-        return draws, ModelError()
+        return starts, None
     bend = np.concatenate([_smooth(problem.u), _smooth(problem.v)], axis=1)
-    units = int(clusters.max()) + 1
-    shared = units < n
-    trunks = (clusters[:, None] == np.arange(units if shared else 0)).astype(float)
-    offsets = (0.0, *RATIOS) if shared else (0.0,)
+    members = (groups[:, None] == np.arange(groups.max() + 1)).astype(float)
+    shared = members.shape[1] < n
     found = [
-        _judge(basis, residual, ((bend, ratio), (trunks, offset))) for ratio in (0.0, *RATIOS) for offset in offsets
+        _judge(basis, residual, (bend, ratio), (members, offset))
+        for ratio in (0.0, *RATIOS)
+        for offset in ((0.0, *RATIOS) if shared else (0.0,))
     ]
     weights = np.exp(np.array([h.log_posterior for h in found]) - max(h.log_posterior for h in found))
     picks = rng.choice(len(found), size=resamples, p=weights / weights.sum())
-    squares = np.array([h.squares for h in found])[picks]
-    size = np.array([h.ratio for h in found])[picks] * np.sqrt(squares / rng.chisquare(degrees, resamples))
-    bends = size[:, None] * (rng.standard_normal((resamples, bend.shape[1])) @ bend.T)
-    own = np.ones(resamples)
-    if not shared:
-        # The resampled residuals hold the bend as well, and only the share of the noise belongs to resampling. Nor
-        # does all their spread: resampled pairs overstate that of p parameters in small tables, by simulation about
-        # n / (n - p) times (docs/calibration.md).
-        share = np.clip(squares / max(residual @ residual, 1e-300), 0.0, 1.0)
-        own = np.sqrt(share) * max(1 - len(theta) / n, LEAST_SPREAD)
-    moved = np.clip(theta + own[:, None] * (draws - theta), *problem.bounds)
-    moved[size > 0] = follow(problem, moved[size > 0], bends[size > 0])
-    spread = np.sqrt(2) * size  # along both axes
-    interval = np.percentile(spread, [2.5, 97.5]).tolist()
-    return moved, ModelError(probability=float((size > 0).mean()), sd=float(spread.mean()), interval=interval)
+    noise = np.sqrt(np.array([h.squares for h in found])[picks] / rng.chisquare(degrees, resamples))
+    bends = noise * np.array([h.bend for h in found])[picks]
+    offsets = noise * np.array([h.offset for h in found])[picks]
+    errors = noise[:, None] * rng.standard_normal((resamples, n))
+    for size, factor in ((bends, bend), (offsets, members)):
+        errors += size[:, None] * (rng.standard_normal((resamples, factor.shape[1])) @ factor.T)
+    fits = refit(problem, starts, _log_law(problem, theta[None]) + errors)
+    along_both = Component.of(np.sqrt(2) * bends)
+    return fits, ModelError(bend=along_both, offsets=Component.of(offsets) if shared else None)
 
 
 @dataclass(kw_only=True)
@@ -112,13 +129,10 @@ class _Targets(Problem):
         return minimise.evaluate(replace(self, y=weights), theta, np.ones((1, weights.shape[1])), delta)
 
 
-def follow(problem: Problem, draws: np.ndarray, bends: np.ndarray) -> np.ndarray:
-    """Least-squares fits (R, 5) to the laws of ``draws`` (R, 5), each with its bend (R, n) of log loss added.
-
-    A fit and no linear map: in small tables directions are flat, and E may be at zero.
-    """
+def refit(problem: Problem, starts: np.ndarray, log_losses: np.ndarray) -> np.ndarray:
+    """Fits (R, 5) of the runs' sizes and lengths to ``log_losses`` (R, n), each from its row of ``starts`` (R, 5)."""
     targets = _Targets(**{f.name: getattr(problem, f.name) for f in fields(Problem)})
-    return minimise.minimise(targets, draws, _log_law(problem, draws) + bends, delta=QUADRATIC)[0]
+    return minimise.minimise(targets, starts, log_losses)[0]
 
 
 def _log_law(problem: Problem, theta: np.ndarray) -> np.ndarray:
@@ -160,20 +174,24 @@ def _smooth(x: np.ndarray) -> np.ndarray:
     return vectors[:, -RANK:] * np.sqrt(np.maximum(values[-RANK:], 0.0))
 
 
-def _judge(basis: np.ndarray, residual: np.ndarray, components: tuple[tuple[np.ndarray, float], ...]) -> _Hypothesis:
+def _judge(
+    basis: np.ndarray, residual: np.ndarray, bend: tuple[np.ndarray, float], offset: tuple[np.ndarray, float]
+) -> _Hypothesis:
     """The restricted likelihood of the ``residual`` (n,) with the variance of the noise integrated out, and the prior.
 
     Args:
-        components: factors (n, k) and their standard deviations in that of the noise, the bend first.
+        bend, offset: factor (n, k) of each, and its standard deviation in that of the noise.
     """
-    factor = np.concatenate(
-        [size * part for part, size in components if size] or [np.zeros((len(residual), 0))], axis=1
-    )
+    parts = [size * part for part, size in (bend, offset) if size]
+    factor = np.concatenate(parts or [np.zeros((len(residual), 0))], axis=1)
     free = _without(basis, factor)
     gram = np.eye(factor.shape[1]) + factor.T @ free
     pull = free.T @ residual
     squares = max(float(residual @ residual - pull @ np.linalg.solve(gram, pull)), 1e-300)
     degrees = len(residual) - basis.shape[1]
-    log_likelihood = -0.5 * np.linalg.slogdet(gram)[1] - 0.5 * degrees * np.log(squares)
-    log_prior = sum(np.log(PRIOR / len(RATIOS) if size else 1 - PRIOR) for _, size in components)
-    return _Hypothesis(ratio=components[0][1], log_posterior=float(log_likelihood + log_prior), squares=squares)
+    log_posterior = -0.5 * np.linalg.slogdet(gram)[1] - 0.5 * degrees * np.log(squares)
+    along_both = bend[1] * np.sqrt(2 * squares / degrees)
+    log_posterior -= 0.5 * (along_both / USUAL) ** 2
+    for (_, size), prior in ((bend, BEND_PRIOR), (offset, OFFSET_PRIOR)):
+        log_posterior += np.log(prior / len(RATIOS) if size else 1 - prior)
+    return _Hypothesis(bend=bend[1], offset=offset[1], log_posterior=float(log_posterior), squares=squares)

@@ -27,7 +27,7 @@ from megamm.scaling.design import (
     propose,
     ratio_range,
 )
-from megamm.scaling.diagnostics import bend, bootstrap, bounds, coverage, extrapolation, identification
+from megamm.scaling.diagnostics import bootstrap, bounds, coverage, extrapolation, identification, shared_errors
 from megamm.scaling.fit import Fit, fit_group
 from megamm.scaling.groups import native_groups
 from megamm.scaling.runs import RunTable
@@ -122,7 +122,7 @@ def _warnings(fit: Fit, at: float | None) -> list[str]:
     diagnostics.examine would refit it many times for the rest.
     """
     far = extrapolation(at, fit.flops_range) if at else None
-    found = [*identification(fit), *bounds(fit), *bend(fit), *coverage(fit), *bootstrap(fit)]
+    found = [*identification(fit), *bounds(fit), *shared_errors(fit), *coverage(fit), *bootstrap(fit)]
     return [*fit.warnings, *([far] if far else []), *found]
 
 

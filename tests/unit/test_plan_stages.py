@@ -1,5 +1,7 @@
 """The stages of a training plan: how they lead up to the full run, and what the pilot ladder may propose."""
 
+from dataclasses import replace
+
 import pytest
 from plan_factory import EARLY, LATE, make_table, transfer_runs
 
