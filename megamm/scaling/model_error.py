@@ -20,17 +20,15 @@ from megamm.scaling import laws, minimise
 from megamm.scaling.design import sensitivities
 from megamm.scaling.minimise import Problem
 
-BEND_PRIOR = 0.3
-"""Probability, before any residual is seen, that the surface bends."""
-OFFSET_PRIOR = 0.25
-"""The same that runs of one size, or of one trunk, share offsets."""
+PRIOR = 0.3
+"""Probability, before any residual is seen, that the surface bends; likewise that runs of a size or trunk share offsets."""
 RATIOS = (1.0, 2.0, 4.0, 8.0)
 """Standard deviations of the bend along one axis and of offsets, in those of the noise: equally likely if not zero."""
 USUAL = 0.01
 """Standard deviation of the bend, in log loss, beyond which it is held for unlikely (a half-normal prior).
 
-Laws of this form predict held-out losses to about 1% (docs/fitting.md) and .55% (arXiv 2504.07951). Without it runs that
-lie along a line in log N and log D, which leave most of a bend unseen, would allow any."""
+Laws of this form predict held-out losses to about 1% (docs/fitting.md) and .55% (arXiv 2504.07951). Without it, runs
+along a line in log N and log D, which leave most of a bend unseen, would allow any."""
 LENGTH = 0.26
 """Correlation length of the bend as a share of the range of log N and of log D."""
 RANK = 8
@@ -192,6 +190,5 @@ def _judge(
     log_posterior = -0.5 * np.linalg.slogdet(gram)[1] - 0.5 * degrees * np.log(squares)
     along_both = bend[1] * np.sqrt(2 * squares / degrees)
     log_posterior -= 0.5 * (along_both / USUAL) ** 2
-    for (_, size), prior in ((bend, BEND_PRIOR), (offset, OFFSET_PRIOR)):
-        log_posterior += np.log(prior / len(RATIOS) if size else 1 - prior)
+    log_posterior += sum(np.log(PRIOR / len(RATIOS) if size else 1 - PRIOR) for _, size in (bend, offset))
     return _Hypothesis(bend=bend[1], offset=offset[1], log_posterior=float(log_posterior), squares=squares)
