@@ -1,12 +1,13 @@
 """What to distrust in a fit, one sentence each, with the figures that say so."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from megamm.scaling import laws
 from megamm.scaling.approaches import disagreement, side_by_side
-from megamm.scaling.fit import Fit, distinct
+from megamm.scaling.fit import Fit, distinct, hold_out
 from megamm.scaling.minimise import EXPONENT_BOUNDS
 from megamm.scaling.runs import RunTable, table_warnings
 from megamm.scaling.stability import drop_table, drop_warnings
@@ -23,6 +24,7 @@ FEW_RATIOS = 4
 FAR = 10.0
 """Multiple of the largest measured compute beyond which a prediction is told to be an extrapolation."""
 WIDTHS_APART = 2.5
+HOLDOUT_SHARES = (0.1, 0.2, 0.4)
 LIKELY = 0.5
 """Probability from which an error that runs share is told."""
 
@@ -31,12 +33,20 @@ def examine(fit: Fit) -> None:
     """Add to ``fit`` the drop-k table, joint and profile intervals and the three approaches, and all warnings."""
     fit.checks = {
         "drop_k": drop_table(fit),
+        "holdouts": hold_outs(fit),
         "joint": joint_intervals(fit),
         "optimum": optimum_intervals(fit),
         "profile_intervals": profile_intervals(fit),
         "approaches": side_by_side(fit),
     }
     fit.warnings += warnings_of(fit)
+
+
+def hold_outs(fit: Fit) -> list[dict[str, Any]]:
+    """Hold-outs of more and more of the largest runs, as far as enough are left: whether error and drift grow."""
+    found = [(share, hold_out(fit, share)) for share in HOLDOUT_SHARES]
+    keys = ("n", "compute_ratio", "relative_error_loss", "a_without", "a_drift", "a_drift_in_half_widths")
+    return [{"share": share, **{key: x[key] for key in keys}} for share, x in found if "skipped" not in x]
 
 
 def extrapolation(flops: float, flops_range: tuple[float, float]) -> str | None:

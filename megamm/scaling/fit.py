@@ -304,15 +304,15 @@ def distinct(values: np.ndarray) -> np.ndarray:
     return labels
 
 
-def hold_out(fit: Fit) -> dict[str, Any]:
+def hold_out(fit: Fit, share: float = HOLDOUT_SHARE) -> dict[str, Any]:
     """Refit without the runs of largest compute and predict them; tell how far the exponent a moves.
 
-    Held back: the highest fifth of the runs by FLOPs, together with any run tied with them. A loss may be
+    Held back: the highest ``share`` of the runs by FLOPs, together with any run tied with them. A loss may be
     predicted to 1% while the exponent of the allocation drifts by far more: ``a_drift`` is without minus with
     them, ``a_drift_in_half_widths`` the same in half-widths of the interval of a by noise alone.
     """
     table = fit.table
-    held = largest_runs(table)
+    held = largest_runs(table, share)
     rest = table.select(~held)
     if len(rest) < MIN_RUNS_HOLDOUT:
         return {
@@ -326,24 +326,26 @@ def hold_out(fit: Fit) -> dict[str, Any]:
     parameters = problem.to_parameters(optima(problem)[0][0])
     kept_back = table.select(held)
     error = np.expm1(log_residuals(parameters, kept_back, fit.loss_column))
-    return hold_out_entry(fit, held, error, float(laws.exponents(parameters, fit.flops_range)["a"]))
+    return hold_out_entry(fit, held, error, float(laws.exponents(parameters, fit.flops_range)["a"]), share)
 
 
-def largest_runs(table: RunTable) -> np.ndarray:
-    """Which runs a hold-out keeps back, (n,) bool: the highest fifth by FLOPs, with any run tied with them."""
+def largest_runs(table: RunTable, share: float = HOLDOUT_SHARE) -> np.ndarray:
+    """Which runs a hold-out keeps back, (n,) bool: the highest ``share`` by FLOPs, with any run tied with them."""
     flops = table.numbers("flops")
-    number = max(1, round(HOLDOUT_SHARE * len(table)))
+    number = max(1, round(share * len(table)))
     return flops >= np.sort(flops)[-number] * (1 - 1e-9)
 
 
-def hold_out_entry(fit: Any, held: np.ndarray, error: np.ndarray, a_without: float | None) -> dict[str, Any]:
+def hold_out_entry(
+    fit: Any, held: np.ndarray, error: np.ndarray, a_without: float | None, share: float = HOLDOUT_SHARE
+) -> dict[str, Any]:
     """What `fits.json` says of a hold-out: relative errors of the runs ``held`` back and the drift of a.
 
     ``fit`` is a Fit or a FormFit; ``a_without`` is None for a form that has no such exponent.
     """
     flops = fit.table.numbers("flops")
     found: dict[str, Any] = {
-        "rule": f"the {held.sum()} runs of largest FLOPs (highest {HOLDOUT_SHARE:.0%})",
+        "rule": f"the {held.sum()} runs of largest FLOPs (highest {share:.0%})",
         "n": int(held.sum()),
         "runs": fit.table.select(held).names,
         "relative_error_loss": float(np.abs(error).mean()),

@@ -158,6 +158,24 @@ def _drop_table(entry: dict[str, Any]) -> list[str]:
     return ["Without the k runs of highest loss or of largest FLOPs:", "", *table(head, rows)]
 
 
+def _hold_outs(entry: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            f"{row['share']:.0%} ({row['n']})",
+            f"{row['compute_ratio']:.3g}",
+            f"{row['relative_error_loss']:.2%}",
+            f"{row['a_without']:.4f}",
+            f"{row['a_drift']:+.4f}",
+            f"{row['a_drift_in_half_widths']:.2g}",
+        ]
+        for row in entry["holdouts"]
+    ]
+    if not rows:
+        return ["Held out: too few runs."]
+    head = ["held back", "times the compute of the rest", "error of their loss", "a without", "drift", "in half-widths"]
+    return ["Without the runs of largest FLOPs, these predicted:", "", *table(head, rows)]
+
+
 def _sharing(entry: dict[str, Any]) -> list[str]:
     found = entry["sharing"]
     return [
@@ -196,6 +214,7 @@ SECTIONS = {
     "optimum": _optimum,
     "approaches": _approaches,
     "drop_k": _drop_table,
+    "holdouts": _hold_outs,
     "sharing": _sharing,
     "optimum_by_sparsity": _sparsities,
     "optimal_mixture": _mixture,

@@ -21,7 +21,7 @@ from megamm.scaling.design import sensitivities
 from megamm.scaling.minimise import Problem
 
 PRIOR = 0.3
-"""Probability, before any residual is seen, that the surface bends; likewise that runs of a size or trunk share offsets."""
+"""Probability, before any residual is seen, that the surface bends; likewise that runs share offsets."""
 RATIOS = (1.0, 2.0, 4.0, 8.0)
 """Standard deviations of the bend along one axis and of offsets, in those of the noise: equally likely if not zero."""
 USUAL = 0.01

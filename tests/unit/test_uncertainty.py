@@ -10,7 +10,7 @@ from scipy.stats import t as student
 
 from megamm.scaling import laws
 from megamm.scaling.approaches import disagreement, envelope, side_by_side
-from megamm.scaling.diagnostics import examine, extrapolation, warnings_of
+from megamm.scaling.diagnostics import examine, extrapolation, hold_outs, warnings_of
 from megamm.scaling.fit import Fit, fit_group
 from megamm.scaling.fits_page import to_markdown
 from megamm.scaling.runs import RunTable, check_rows, read_runs
@@ -195,6 +195,9 @@ def test_held_out_exponent_drifts_while_the_loss_is_predicted(everything):
     assert fit.holdout["relative_error_loss"] == pytest.approx(0.0105, abs=5e-4)
     assert (fit.holdout["a_without"], fit.holdout["a_with"]) == pytest.approx((0.574, 0.514), abs=1e-3)
     assert fit.holdout["a_drift_in_half_widths"] > 1
+    rows = hold_outs(fit)
+    assert [row["n"] for row in rows] == [24, 48, 96] and rows[1]["a_without"] == fit.holdout["a_without"]
+    assert rows[2]["a_without"] == pytest.approx(0.598, abs=1e-3) and rows[2]["relative_error_loss"] < 0.01
     found = warnings_of(fit)
     assert any("held out: a is 0.574" in text for text in found)
     # Noise alone does not explain the drift; the bend that the residuals show does.
