@@ -121,6 +121,11 @@ def check_runs(fit: FitEntry, runs: RunTable, path: Path | str) -> None:
 
 def _read_draws(path: Path, fits: Path, expected: Any) -> dict[str, np.ndarray]:
     """All arrays of bootstrap.npz; ``expected`` is the digest in fits.json, None in a file that has none."""
+    if not path.exists():
+        raise InputError(
+            f"{path}: not found; it holds the draws behind the intervals of {fits.name} and is written "
+            f"beside it: copy both files, or {FIX}"
+        )
     try:
         content = path.read_bytes()
         if not content.startswith(b"PK"):

@@ -130,6 +130,8 @@ def test_draws_that_are_wrong(tmp_path, draws, expected):
 
 def test_draws_that_are_not_there(tmp_path):
     refused(write(tmp_path, changed("group", "late")), "array 'late': not found, bootstrap.npz has early")
+    (tmp_path / "bootstrap.npz").unlink()
+    refused(tmp_path, "bootstrap.npz: not found; it holds the draws")
     (tmp_path / "bootstrap.npz").write_text("hello")
     refused(tmp_path, "bootstrap.npz: no readable fits (not an npz archive)")
 
