@@ -24,7 +24,7 @@ PRIOR = 0.3
 """Probability, before any residual is seen, that the surface bends; likewise that runs share offsets."""
 RATIOS = (1.0, 2.0, 4.0, 8.0)
 """Standard deviations of the bend along one axis and of offsets, in those of the noise: equally likely if not zero."""
-USUAL = 0.01
+USUAL = 0.015
 """Standard deviation of the bend, in log loss, beyond which it is held for unlikely (a half-normal prior).
 
 Laws of this form predict held-out losses to about 1% (docs/fitting.md) and .55% (arXiv 2504.07951). Without it, runs
