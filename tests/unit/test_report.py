@@ -286,7 +286,7 @@ def _rename_groups(study: Path) -> None:
             lambda s: (s / "fits" / "fits.json").unlink(),
             r"not found; run: python tools/fit_scaling_laws\.py",
         ),
-        (lambda s: (s / "fits" / "bootstrap.npz").unlink(), r"no readable fits"),
+        (lambda s: (s / "fits" / "bootstrap.npz").unlink(), r"bootstrap\.npz: not found"),
         (_rename_groups, r"no column holds the groups"),
         (_break_metrics, r"metrics\.jsonl: not JSON lines"),
         (_break_config, r"config\.yaml: no field schedule, train, data"),
