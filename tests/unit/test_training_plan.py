@@ -366,7 +366,7 @@ def test_unreadable_fits(tmp_path, folder):
     with pytest.raises(InputError, match=r"fits\.json: not found"):
         read_fits(tmp_path)
     (tmp_path / "fits.json").write_text((folder / "fits.json").read_text())
-    with pytest.raises(InputError, match="bootstrap.npz: not found"):
+    with pytest.raises(InputError, match=r"bootstrap\.npz: not found"):
         read_fits(tmp_path)  # bootstrap.npz is missing
     with pytest.raises(InputError, match="loss_text"):
         read_fits(folder, "loss_text")
