@@ -3,25 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from plan_factory import EARLY, LATE, make_table, transfer_runs
+from plan_factory import transfer_runs
 
-from megamm.scaling.fit_outputs import fit_table, write_fits
 from megamm.scaling.plan.hardware import GPUS, stated_mfu
-from megamm.scaling.plan.inputs import Request, read_fits
+from megamm.scaling.plan.inputs import Request
 from megamm.scaling.plan.proposal import make_plan
 from megamm.scaling.runs import RunTable
-
-
-@pytest.fixture(scope="module")
-def table() -> RunTable:
-    return make_table({"early": EARLY, "late": LATE})
-
-
-@pytest.fixture(scope="module")
-def fits(tmp_path_factory, table):
-    out = tmp_path_factory.mktemp("fits")
-    write_fits(out, fit_table(table, resamples=200))
-    return read_fits(out)[0]
 
 
 def test_stages_lead_up_to_the_full_run(fits):

@@ -1,10 +1,8 @@
 """Trade-offs of a plan against closed forms and published figures, and the transfer law against planted ones."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from plan_factory import EARLY, LATE, make_table, transfer_runs
+from plan_factory import EARLY, transfer_runs
 
 from megamm.errors import InputError
 from megamm.scaling import laws
@@ -18,23 +16,6 @@ from megamm.scaling.plan.transfer import NOT_FITTED, Transfer, break_even, fit_t
 from megamm.scaling.runs import RunTable
 
 MUENNIGHOFF = np.array([np.exp(0.6254804), np.exp(6.255414), 0.3526596, np.exp(7.3049974), 0.3526596])
-
-
-@pytest.fixture(scope="module")
-def table() -> RunTable:
-    return make_table({"early": EARLY, "late": LATE})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, table) -> Path:
-    out = tmp_path_factory.mktemp("fits")
-    write_fits(out, fit_table(table, resamples=200))
-    return out
-
-
-@pytest.fixture(scope="module")
-def fits(folder):
-    return read_fits(folder)[0]
 
 
 # ---------------------------------------------------------------------------------------------- the trade-offs

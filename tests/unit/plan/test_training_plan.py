@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from plan_factory import EARLY, LATE, make_table
+from plan_factory import EARLY
 from scipy.optimize import minimize_scalar
 
 from megamm.config import Config, ModelConfig, build
@@ -26,25 +26,8 @@ from megamm.scaling.plan.proposal import budget_flops, make_plan
 from megamm.scaling.plan.sizes import nearest_model, peak_lr
 from megamm.scaling.runs import RunTable, check_rows
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHAPE = ModelConfig(vocab_size=50432, image_size=224, patch_size=14)
-
-
-@pytest.fixture(scope="module")
-def table() -> RunTable:
-    return make_table({"early": EARLY, "late": LATE})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, table) -> Path:
-    out = tmp_path_factory.mktemp("fits")
-    write_fits(out, fit_table(table, resamples=200))
-    return out
-
-
-@pytest.fixture(scope="module")
-def fits(folder):
-    return read_fits(folder)[0]
 
 
 # ------------------------------------------------------------------------------------------------- the optimum
