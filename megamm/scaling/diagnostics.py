@@ -7,7 +7,7 @@ import numpy as np
 
 from megamm.scaling import laws
 from megamm.scaling.approaches import disagreement, side_by_side
-from megamm.scaling.fit import Fit, distinct, hold_out
+from megamm.scaling.fit import HOLDOUT_SHARE, Fit, distinct, hold_out
 from megamm.scaling.minimise import EXPONENT_BOUNDS
 from megamm.scaling.runs import RunTable, table_warnings
 from megamm.scaling.stability import drop_table, drop_warnings
@@ -24,7 +24,7 @@ FEW_RATIOS = 4
 FAR = 10.0
 """Multiple of the largest measured compute beyond which a prediction is told to be an extrapolation."""
 WIDTHS_APART = 2.5
-HOLDOUT_SHARES = (0.1, 0.2, 0.4)
+HOLDOUT_SHARES = (0.1, HOLDOUT_SHARE, 0.4)
 LIKELY = 0.5
 """Probability from which an error that runs share is told."""
 
@@ -44,7 +44,7 @@ def examine(fit: Fit) -> None:
 
 def hold_outs(fit: Fit) -> list[dict[str, Any]]:
     """Hold-outs of more and more of the largest runs, as far as enough are left: whether error and drift grow."""
-    found = [(share, hold_out(fit, share)) for share in HOLDOUT_SHARES]
+    found = [(share, fit.holdout if share == HOLDOUT_SHARE else hold_out(fit, share)) for share in HOLDOUT_SHARES]
     keys = ("n", "compute_ratio", "relative_error_loss", "a_without", "a_drift", "a_drift_in_half_widths")
     return [{"share": share, **{key: x[key] for key in keys}} for share, x in found if "skipped" not in x]
 

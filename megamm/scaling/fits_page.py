@@ -107,8 +107,8 @@ def _form_error(entry: dict[str, Any]) -> list[str]:
     return [
         f"- {name}: probability {part['probability']:.2f}, standard deviation {part['sd']:.2%} of the loss, "
         f"95% [{part['interval'][0]:.2%}, {part['interval'][1]:.2%}]; the intervals hold it"
-        for name, part in ((name, error[key]) for key, name in kinds.items())
-        if part
+        for key, name in kinds.items()
+        if (part := error[key])
     ]
 
 

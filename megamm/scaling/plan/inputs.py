@@ -19,10 +19,10 @@ from megamm.scaling.runs import RunTable
 HUBER_DELTA = 1e-3
 NORMAL_95 = 1.96
 """95% of a normal lie within as many standard deviations."""
+BUDGETS = {"flops": "--flops", "gpu_hours": "--gpu-hours", "money": "--money"}
+"""Fields of a request of which one is given, the budget, and their options."""
 POSITIVE = {
-    "flops": "--flops",
-    "gpu_hours": "--gpu-hours",
-    "money": "--money",
+    **BUDGETS,
     "served_tokens": "--inference-tokens",
     "unique_tokens": "--unique-tokens",
     "prep_rate": "--prep-rate",
@@ -68,7 +68,7 @@ class Request:
 
     def check(self) -> None:
         """Raises InputError where the request contradicts itself."""
-        given = [name for name in ("flops", "gpu_hours", "money") if getattr(self, name) is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError("give exactly one budget: --flops, --gpu-hours or --money")
         for name, option in POSITIVE.items():
@@ -80,9 +80,7 @@ class Request:
         if self.cpu_price is not None and self.prep_rate is None:
             raise InputError("--cpu-price: needs --prep-rate, the tokens that one CPU-hour prepares")
         if given[0] != "flops" and not (self.gpus and self.efficiency):
-            raise InputError(
-                f"--{given[0].replace('_', '-')}: needs --gpu, and --mfu, --run-logs or --mfu-from-estimate"
-            )
+            raise InputError(f"{BUDGETS[given[0]]}: needs --gpu, and --mfu, --run-logs or --mfu-from-estimate")
         if given[0] == "money" and not self.prices:
             raise InputError("--money: needs --price, the money per GPU-hour")
         if self.prices and len(self.prices) != len(self.gpus):

@@ -122,7 +122,7 @@ def to_markdown(plan: dict[str, Any]) -> str:
 def _budget(budget: dict[str, Any]) -> str:
     if budget["given"] == "flops":
         return f"{budget['amount']:.4g} FLOPs"
-    return f"{_amount(budget['amount'])} {budget['given'].replace('_hours', '-hours').replace('gpu', 'GPU')}"
+    return f"{_amount(budget['amount'])} {'GPU-hours' if budget['given'] == 'gpu_hours' else 'money'}"
 
 
 def _folded(warnings: list[str]) -> list[str]:

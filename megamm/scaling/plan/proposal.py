@@ -13,8 +13,9 @@ from scipy.optimize import brentq
 from megamm.errors import InputError
 from megamm.scaling import laws
 from megamm.scaling.compare import Law, check_flops, compare, verdict
+from megamm.scaling.diagnostics import FAR
 from megamm.scaling.plan.hardware import bill
-from megamm.scaling.plan.inputs import BUILT, Fitted, Request, default_model, losses_at, measured
+from megamm.scaling.plan.inputs import BUDGETS, BUILT, Fitted, Request, default_model, losses_at, measured
 from megamm.scaling.plan.sizes import PEAK_LR, TENSOR_IN_CONFIG, Buildable, nearest_model, peak_lr
 from megamm.scaling.plan.stages import MID_SHARE, price, propose_stages, stages_share
 from megamm.scaling.plan.tradeoffs import repeated_optimum, serving_optimum, serving_table
@@ -29,9 +30,6 @@ from megamm.scaling.plan.transfer import (
     runs_of_group,
 )
 
-BUDGETS = {"flops": "--flops", "gpu_hours": "--gpu-hours", "money": "--money"}
-FAR = 10.0
-"""Extrapolation in compute that is warned of."""
 OFF_BUDGET = 0.1
 """Relative difference between the model's own FLOPs and the budget above which no training config is written."""
 UNLIKE = 2.0
