@@ -13,6 +13,7 @@ Shapes: n runs, R draws, k columns of a factor; theta (5,) as in megamm.scaling.
 """
 
 from dataclasses import dataclass, fields, replace
+from itertools import product
 
 import numpy as np
 
@@ -20,23 +21,25 @@ from megamm.scaling import laws, minimise
 from megamm.scaling.design import sensitivities
 from megamm.scaling.minimise import Problem
 
-PRIOR = 0.3
+PRIOR = 0.35
 """Probability, before any residual is seen, that the surface bends; likewise that runs share offsets."""
 RATIOS = (1.0, 2.0, 4.0, 8.0)
 """Standard deviations of the bend along one axis and of offsets, in those of the noise: equally likely if not zero."""
-USUAL = 0.015
+USUAL = 0.01
 """Standard deviation of the bend, in log loss, beyond which it is held for unlikely (a half-normal prior).
 
 Laws of this form predict held-out losses to about 1% (docs/fitting.md) and .55% (arXiv 2504.07951). Without it, runs
 along a line in log N and log D, which leave most of a bend unseen, would allow any."""
-LENGTH = 0.26
-"""Correlation length of the bend as a share of the range of log N and of log D."""
+LENGTHS = (0.18, 0.36)
+"""Correlation lengths of the bend as a share of the range of log N, and of log D: equally likely, each axis by itself.
+
+The longer one lets a bend of which the parameters follow most be as large as its faint trace allows."""
 RANK = 8
 """Components that hold the bend along one of the two."""
-CLIP = 2.0
+CLIP = 1.75
 """Residuals are cut at this many robust deviations, lest a mistuned run be taken for a bend.
 
-That takes 4% off the standard deviation of normal noise, and leaves heavy tails about what they do to such a fit."""
+That takes 7% off the standard deviation of normal noise, and leaves heavy tails about what they do to such a fit."""
 LEAST = 3
 """Residual degrees of freedom below which nothing is said."""
 
@@ -75,6 +78,8 @@ class _Hypothesis:
 
     bend: float
     """Standard deviation along one axis, in that of the noise."""
+    shape: int
+    """Which correlation lengths the bend has."""
     offset: float
     log_posterior: float
     squares: float
@@ -98,12 +103,15 @@ def simulated_fits(
     degrees = n - basis.shape[1]
     if degrees < LEAST:
         return starts, None
-    bend = np.concatenate([_smooth(problem.u), _smooth(problem.v)], axis=1)
+    shapes = [
+        np.concatenate([_smooth(problem.u, length_n), _smooth(problem.v, length_d)], axis=1)
+        for length_n, length_d in product(LENGTHS, LENGTHS)
+    ]
     members = (groups[:, None] == np.arange(groups.max() + 1)).astype(float)
     shared = members.shape[1] < n
     found = [
-        _judge(basis, residual, (bend, ratio), (members, offset))
-        for ratio in (0.0, *RATIOS)
+        _judge(basis, residual, shapes, members, bend=bend, shape=shape, offset=offset)
+        for bend, shape in ((0.0, 0), *product(RATIOS, range(len(shapes))))
         for offset in ((0.0, *RATIOS) if shared else (0.0,))
     ]
     weights = np.exp(np.array([h.log_posterior for h in found]) - max(h.log_posterior for h in found))
@@ -112,8 +120,11 @@ def simulated_fits(
     bends = noise * np.array([h.bend for h in found])[picks]
     offsets = noise * np.array([h.offset for h in found])[picks]
     errors = noise[:, None] * rng.standard_normal((resamples, n))
-    for size, factor in ((bends, bend), (offsets, members)):
-        errors += size[:, None] * (rng.standard_normal((resamples, factor.shape[1])) @ factor.T)
+    errors += offsets[:, None] * (rng.standard_normal((resamples, members.shape[1])) @ members.T)
+    shape_of = np.array([h.shape for h in found])[picks]
+    for shape, factor in enumerate(shapes):
+        rows = np.flatnonzero(shape_of == shape)
+        errors[rows] += bends[rows, None] * (rng.standard_normal((len(rows), factor.shape[1])) @ factor.T)
     fits = refit(problem, starts, _log_law(problem, theta[None]) + errors)
     along_both = Component.of(np.sqrt(2) * bends)
     return fits, ModelError(bend=along_both, offsets=Component.of(offsets) if shared else None)
@@ -165,22 +176,35 @@ def _without(basis: np.ndarray, x: np.ndarray) -> np.ndarray:
     return x - basis @ (basis.T @ x)
 
 
-def _smooth(x: np.ndarray) -> np.ndarray:
-    """Factor (n, RANK) of the covariance of a bend of unit variance along ``x`` (n,): squared-exponential."""
+def _smooth(x: np.ndarray, length: float) -> np.ndarray:
+    """Factor (n, RANK) of the covariance of a bend along ``x`` (n,): squared-exponential.
+
+    Over the runs, bends have mean 0 (what is the same for all of them is no bend) and variance 1 on average.
+    """
     u = x / max(float(np.ptp(x)), 1e-12)
-    values, vectors = np.linalg.eigh(np.exp(-0.5 * ((u[:, None] - u) / LENGTH) ** 2))
-    return vectors[:, -RANK:] * np.sqrt(np.maximum(values[-RANK:], 0.0))
+    values, vectors = np.linalg.eigh(np.exp(-0.5 * ((u[:, None] - u) / length) ** 2))
+    factor = vectors[:, -RANK:] * np.sqrt(np.maximum(values[-RANK:], 0.0))
+    factor -= factor.mean(0)
+    return factor / max(float(np.sqrt((factor**2).sum(1).mean())), 1e-3)  # below: rounding, where all are alike
 
 
 def _judge(
-    basis: np.ndarray, residual: np.ndarray, bend: tuple[np.ndarray, float], offset: tuple[np.ndarray, float]
+    basis: np.ndarray,
+    residual: np.ndarray,
+    shapes: list[np.ndarray],
+    members: np.ndarray,
+    *,
+    bend: float,
+    shape: int,
+    offset: float,
 ) -> _Hypothesis:
     """The restricted likelihood of the ``residual`` (n,) with the variance of the noise integrated out, and the prior.
 
     Args:
-        bend, offset: factor (n, k) of each, and its standard deviation in that of the noise.
+        shapes, members: factors (n, k) of a bend of each shape, and of offsets.
+        bend, offset: standard deviations in that of the noise.
     """
-    parts = [size * part for part, size in (bend, offset) if size]
+    parts = [size * part for part, size in ((shapes[shape], bend), (members, offset)) if size]
     factor = np.concatenate(parts or [np.zeros((len(residual), 0))], axis=1)
     free = _without(basis, factor)
     gram = np.eye(factor.shape[1]) + factor.T @ free
@@ -188,7 +212,8 @@ def _judge(
     squares = max(float(residual @ residual - pull @ np.linalg.solve(gram, pull)), 1e-300)
     degrees = len(residual) - basis.shape[1]
     log_posterior = -0.5 * np.linalg.slogdet(gram)[1] - 0.5 * degrees * np.log(squares)
-    along_both = bend[1] * np.sqrt(2 * squares / degrees)
+    along_both = bend * np.sqrt(2 * squares / degrees)
     log_posterior -= 0.5 * (along_both / USUAL) ** 2
-    log_posterior += sum(np.log(PRIOR / len(RATIOS) if size else 1 - PRIOR) for _, size in (bend, offset))
-    return _Hypothesis(bend=bend[1], offset=offset[1], log_posterior=float(log_posterior), squares=squares)
+    for size, choices in ((bend, len(RATIOS) * len(shapes)), (offset, len(RATIOS))):
+        log_posterior += np.log(PRIOR / choices if size else 1 - PRIOR)
+    return _Hypothesis(bend=bend, shape=shape, offset=offset, log_posterior=float(log_posterior), squares=squares)

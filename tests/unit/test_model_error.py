@@ -8,7 +8,7 @@ import pytest
 from megamm.scaling.calibration import SCENARIOS, Scenario, simulate
 from megamm.scaling.fit import fit_group, fit_problem, optima
 from megamm.scaling.fits_page import to_markdown
-from megamm.scaling.model_error import refit, simulated_fits
+from megamm.scaling.model_error import LENGTHS, _smooth, refit, simulated_fits
 
 GRID = {"sizes": 10, "lengths": 6}
 
@@ -49,6 +49,22 @@ def test_its_size_is_that_of_a_planted_bend():
     bend = fit_group(replace(table, rows=rows), resamples=300).model_error.bend
     assert bend.probability == 1.0
     assert np.sqrt(2) * 0.003 / 2 < bend.sd < np.sqrt(2) * 0.003 * 2  # ratios are a factor of two apart
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_bends_have_mean_0_and_variance_1_over_the_runs(length):
+    """Against the covariance they come from, written out: centred over the runs, then scaled."""
+    x = np.random.default_rng(0).uniform(18, 23, 40)
+    covariance = np.exp(-0.5 * ((x[:, None] - x) / np.ptp(x) / length) ** 2)
+    centre = np.eye(40) - 1 / 40
+    expected = centre @ covariance @ centre
+    factor = _smooth(x, length)
+    assert factor.sum(0) == pytest.approx(0, abs=1e-9)
+    assert factor @ factor.T == pytest.approx(40 * expected / np.trace(expected), abs=1e-2)
+
+
+def test_runs_of_one_length_allow_no_bend_along_it():
+    assert np.isfinite(_smooth(np.full(9, 20.0), 0.3)).all() and np.abs(_smooth(np.full(9, 20.0), 0.3)).max() < 1e-2
 
 
 def test_a_refit_is_the_fit_of_its_own_losses():
