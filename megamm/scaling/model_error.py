@@ -14,6 +14,7 @@ Shapes: n runs, R draws, k columns of a factor; theta (5,) as in megamm.scaling.
 
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from statistics import NormalDist
 
 import numpy as np
 
@@ -36,10 +37,10 @@ LENGTHS = (0.18, 0.36)
 The longer one lets a bend of which the parameters follow most be as large as its faint trace allows."""
 RANK = 8
 """Components that hold the bend along one of the two."""
-CLIP = 1.75
+CLIP = 2.1
 """Residuals are cut at this many robust deviations, lest a mistuned run be taken for a bend.
 
-That takes 7% off the standard deviation of normal noise, and leaves heavy tails about what they do to such a fit."""
+That takes 3% off the standard deviation of normal noise, and leaves heavy tails about what they do to such a fit."""
 LEAST = 3
 """Residual degrees of freedom below which nothing is said."""
 
@@ -158,14 +159,14 @@ def _free_residual(problem: Problem, theta: np.ndarray) -> tuple[np.ndarray, np.
     """An orthonormal basis of what theta can follow (n, p), and the residuals free of it (n,).
 
     Residuals are cut at CLIP robust deviations; those of least absolute deviations pass through as many runs as there
-    are parameters, so that these are left out of the deviation.
+    are parameters, so that the median of the others is compared with the quantile of the normal that it then is.
     """
     low, high = problem.bounds
     inside = (theta > low + 1e-9) & (theta < high - 1e-9)  # what a bound holds follows nothing
     J = sensitivities(problem, theta[None], *_runs(problem))[0] * inside
     residual = problem.y - _log_law(problem, theta[None])[0]
-    size = np.sort(np.abs(residual))
-    limit = CLIP * 1.4826 * np.median(size[min(len(theta), len(size) - 1) :])
+    size, n, through = np.sort(np.abs(residual)), len(residual), min(len(theta), len(residual) - 1)
+    limit = CLIP * np.median(size[through:]) / NormalDist().inv_cdf((3 * n + through) / (4 * n))
     left, singular, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
     basis = left[:, singular > 1e-8 * singular[0]]
     return basis, _without(basis, np.clip(residual, -limit, limit))
