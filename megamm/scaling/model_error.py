@@ -73,20 +73,6 @@ class ModelError:
     """Of the runs of one size or trunk; None where no two runs share one."""
 
 
-@dataclass(kw_only=True)
-class _Hypothesis:
-    """Bend and offsets as multiples of the noise, and what the residuals say of them."""
-
-    bend: float
-    """Standard deviation along one axis, in that of the noise."""
-    shape: int
-    """Which correlation lengths the bend has."""
-    offset: float
-    log_posterior: float
-    squares: float
-    """Sum of squares of the residuals, made independent: noise variance times a chi-squared."""
-
-
 def simulated_fits(
     problem: Problem, theta: np.ndarray, starts: np.ndarray, groups: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, ModelError | None]:
@@ -104,25 +90,24 @@ def simulated_fits(
     degrees = n - basis.shape[1]
     if degrees < LEAST:
         return starts, None
-    shapes = [
-        np.concatenate([_smooth(problem.u, length_n), _smooth(problem.v, length_d)], axis=1)
-        for length_n, length_d in product(LENGTHS, LENGTHS)
-    ]
+    along_n, along_d = ([_smooth(x, length) for length in LENGTHS] for x in (problem.u, problem.v))
+    shapes = [np.concatenate(pair, axis=1) for pair in product(along_n, along_d)]
     members = (groups[:, None] == np.arange(groups.max() + 1)).astype(float)
     shared = members.shape[1] < n
-    found = [
-        _judge(basis, residual, shapes, members, bend=bend, shape=shape, offset=offset)
+    hypotheses = [
+        (bend, shape, offset)
         for bend, shape in ((0.0, 0), *product(RATIOS, range(len(shapes))))
         for offset in ((0.0, *RATIOS) if shared else (0.0,))
     ]
-    weights = np.exp(np.array([h.log_posterior for h in found]) - max(h.log_posterior for h in found))
-    picks = rng.choice(len(found), size=resamples, p=weights / weights.sum())
-    noise = np.sqrt(np.array([h.squares for h in found])[picks] / rng.chisquare(degrees, resamples))
-    bends = noise * np.array([h.bend for h in found])[picks]
-    offsets = noise * np.array([h.offset for h in found])[picks]
+    judged = [_judge(basis, residual, (shapes[k], bend), (members, offset)) for bend, k, offset in hypotheses]
+    log_posterior, squares = np.array(judged).T
+    weights = np.exp(log_posterior - log_posterior.max())
+    picks = rng.choice(len(hypotheses), size=resamples, p=weights / weights.sum())
+    bends, shape_of, offsets = np.array(hypotheses)[picks].T
+    noise = np.sqrt(squares[picks] / rng.chisquare(degrees, resamples))
+    bends, offsets = noise * bends, noise * offsets
     errors = noise[:, None] * rng.standard_normal((resamples, n))
     errors += offsets[:, None] * (rng.standard_normal((resamples, members.shape[1])) @ members.T)
-    shape_of = np.array([h.shape for h in found])[picks]
     for shape, factor in enumerate(shapes):
         rows = np.flatnonzero(shape_of == shape)
         errors[rows] += bends[rows, None] * (rng.standard_normal((len(rows), factor.shape[1])) @ factor.T)
@@ -190,22 +175,17 @@ def _smooth(x: np.ndarray, length: float) -> np.ndarray:
 
 
 def _judge(
-    basis: np.ndarray,
-    residual: np.ndarray,
-    shapes: list[np.ndarray],
-    members: np.ndarray,
-    *,
-    bend: float,
-    shape: int,
-    offset: float,
-) -> _Hypothesis:
-    """The restricted likelihood of the ``residual`` (n,) with the variance of the noise integrated out, and the prior.
+    basis: np.ndarray, residual: np.ndarray, bend: tuple[np.ndarray, float], offset: tuple[np.ndarray, float]
+) -> tuple[float, float]:
+    """Log posterior of a hypothesis, and the sum of squares of the residuals made independent under it.
+
+    The restricted likelihood of the ``residual`` (n,) with the variance of the noise integrated out, times the prior.
+    The squares are that variance times a chi-squared.
 
     Args:
-        shapes, members: factors (n, k) of a bend of each shape, and of offsets.
-        bend, offset: standard deviations in that of the noise.
+        bend, offset: factor (n, k) of each, and its standard deviation in that of the noise (a bend's along one axis).
     """
-    parts = [size * part for part, size in ((shapes[shape], bend), (members, offset)) if size]
+    parts = [size * part for part, size in (bend, offset) if size]
     factor = np.concatenate(parts or [np.zeros((len(residual), 0))], axis=1)
     free = _without(basis, factor)
     gram = np.eye(factor.shape[1]) + factor.T @ free
@@ -213,8 +193,8 @@ def _judge(
     squares = max(float(residual @ residual - pull @ np.linalg.solve(gram, pull)), 1e-300)
     degrees = len(residual) - basis.shape[1]
     log_posterior = -0.5 * np.linalg.slogdet(gram)[1] - 0.5 * degrees * np.log(squares)
-    along_both = bend * np.sqrt(2 * squares / degrees)
+    along_both = bend[1] * np.sqrt(2 * squares / degrees)
     log_posterior -= 0.5 * (along_both / USUAL) ** 2
-    for size, choices in ((bend, len(RATIOS) * len(shapes)), (offset, len(RATIOS))):
+    for (_, size), choices in ((bend, len(RATIOS) * len(LENGTHS) ** 2), (offset, len(RATIOS))):
         log_posterior += np.log(PRIOR / choices if size else 1 - PRIOR)
-    return _Hypothesis(bend=bend, shape=shape, offset=offset, log_posterior=float(log_posterior), squares=squares)
+    return float(log_posterior), squares
