@@ -6,7 +6,7 @@ trunk (its steps); more runs of the kind do not help, and part goes into the par
 Kennedy and O'Hagan (2001, "Bayesian calibration of computer models", JRSS B 63(3)) name the remedy: log loss = log
 law + bend + offsets + noise, with a Gaussian process for the bend, here smooth in log N plus smooth in log D. The sizes
 are judged by the restricted likelihood (Patterson and Thompson 1971, Biometrika 58(3)), which sees only what the five
-parameters have not absorbed, under a prior that holds neither for likely. Each draw is then a fit, by the objective of
+parameters have not absorbed, under a prior that holds neither for certain. Each draw is then a fit, by the objective of
 the fit itself, to losses made from the law with errors of sizes drawn from the posterior: a parametric bootstrap.
 
 Shapes: n runs, R draws, k columns of a factor; theta (5,) as in megamm.scaling.minimise. Sizes are of log loss.
@@ -22,16 +22,16 @@ from megamm.scaling import laws, minimise
 from megamm.scaling.design import sensitivities
 from megamm.scaling.minimise import Problem
 
-PRIOR = 0.35
-"""Probability, before any residual is seen, that the surface bends; likewise that runs share offsets."""
+PRIOR_BEND, PRIOR_OFFSETS = 0.4, 0.55
+"""Probability, before any residual is seen, that the surface bends; that runs share offsets."""
 RATIOS = (1.0, 2.0, 4.0, 8.0)
 """Standard deviations of the bend along one axis and of offsets, in those of the noise: equally likely if not zero."""
-USUAL = 0.01
+USUAL = 0.005
 """Standard deviation of the bend, in log loss, beyond which it is held for unlikely (a half-normal prior).
 
-Laws of this form predict held-out losses to about 1% (docs/fitting.md) and .55% (arXiv 2504.07951). Without it, runs
-along a line in log N and log D, which leave most of a bend unseen, would allow any."""
-LENGTHS = (0.18, 0.36)
+Laws of this form predict held-out losses to about 1% (docs/fitting.md) and .55% (arXiv 2504.07951), extrapolation and
+noise included. Without it, runs along a line in log N and log D, which leave most of a bend unseen, would allow any."""
+LENGTHS = (0.22, 0.45)
 """Correlation lengths of the bend as a share of the range of log N, and of log D: equally likely, each axis by itself.
 
 The longer one lets a bend of which the parameters follow most be as large as its faint trace allows."""
@@ -165,12 +165,13 @@ def _without(basis: np.ndarray, x: np.ndarray) -> np.ndarray:
 def _smooth(x: np.ndarray, length: float) -> np.ndarray:
     """Factor (n, RANK) of the covariance of a bend along ``x`` (n,): squared-exponential.
 
-    Over the runs, bends have mean 0 (what is the same for all of them is no bend) and variance 1 on average.
+    Over the runs, bends have neither mean nor slope (a straight line is no bend) and variance 1 on average.
     """
     u = x / max(float(np.ptp(x)), 1e-12)
     values, vectors = np.linalg.eigh(np.exp(-0.5 * ((u[:, None] - u) / length) ** 2))
     factor = vectors[:, -RANK:] * np.sqrt(np.maximum(values[-RANK:], 0.0))
-    factor -= factor.mean(0)
+    line = np.stack([np.ones_like(u), u], axis=1)
+    factor -= line @ np.linalg.lstsq(line, factor)[0]
     return factor / max(float(np.sqrt((factor**2).sum(1).mean())), 1e-3)  # below: rounding, where all are alike
 
 
@@ -195,6 +196,7 @@ def _judge(
     log_posterior = -0.5 * np.linalg.slogdet(gram)[1] - 0.5 * degrees * np.log(squares)
     along_both = bend[1] * np.sqrt(2 * squares / degrees)
     log_posterior -= 0.5 * (along_both / USUAL) ** 2
-    for (_, size), choices in ((bend, len(RATIOS) * len(LENGTHS) ** 2), (offset, len(RATIOS))):
-        log_posterior += np.log(PRIOR / choices if size else 1 - PRIOR)
+    of_a_bend, of_offsets = PRIOR_BEND / (len(RATIOS) * len(LENGTHS) ** 2), PRIOR_OFFSETS / len(RATIOS)
+    log_posterior += np.log(of_a_bend if bend[1] else 1 - PRIOR_BEND)
+    log_posterior += np.log(of_offsets if offset[1] else 1 - PRIOR_OFFSETS)
     return float(log_posterior), squares
