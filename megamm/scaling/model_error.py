@@ -170,8 +170,7 @@ def _smooth(x: np.ndarray, length: float) -> np.ndarray:
     u = x / max(float(np.ptp(x)), 1e-12)
     values, vectors = np.linalg.eigh(np.exp(-0.5 * ((u[:, None] - u) / length) ** 2))
     factor = vectors[:, -RANK:] * np.sqrt(np.maximum(values[-RANK:], 0.0))
-    line = np.stack([np.ones_like(u), u], axis=1)
-    factor -= line @ np.linalg.lstsq(line, factor)[0]
+    factor = _without(np.linalg.qr(np.stack([np.ones_like(u), u], axis=1))[0], factor)
     return factor / max(float(np.sqrt((factor**2).sum(1).mean())), 1e-3)  # below: rounding, where all are alike
 
 

@@ -64,8 +64,9 @@ def test_bends_have_neither_mean_nor_slope_and_variance_1_over_the_runs(length):
     assert factor @ factor.T == pytest.approx(40 * expected / np.trace(expected), abs=1e-2)
 
 
-def test_runs_of_one_length_allow_no_bend_along_it():
-    factor = _smooth(np.full(9, 20.0), 0.3)
+@pytest.mark.parametrize("x", [[20.0] * 9, [20.0] * 5 + [21.0] * 4])
+def test_runs_of_one_or_two_lengths_allow_no_bend_along_them(x):
+    factor = _smooth(np.array(x), 0.3)
     assert np.isfinite(factor).all() and np.abs(factor).max() < 1e-2
 
 
