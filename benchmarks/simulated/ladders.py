@@ -4,18 +4,17 @@ A scenario names a ladder (sizes, lengths) and what disturbs its losses: noise b
 tuned runs, offsets shared by all lengths of one size, and a smooth departure of the true surface from the fitted
 form. Disturbances act on log loss and have median zero, so that the law stays the truth for the typical run.
 
-Two intervals are judged: that of ``Fit.draws``, made by megamm.scaling.model_error, and that of the plain bootstrap
-beside it.
+Two intervals are judged: that of ``Fit.draws``, made by megamm_laws.uncertainty.model_error, and that of the plain
+bootstrap beside it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-
-from megamm.scaling import laws
-from megamm.scaling.fit import fit_group
-from megamm.scaling.runs import RunTable, check_rows
+from megamm_laws.fitting.fit import fit_group
+from megamm_laws.law import power_law
+from megamm_laws.runs.table import RunTable, check_rows
 
 TRUTH = np.array([1.81722, 477.8, 0.34731, 2143.4, 0.36717])
 """The optimum on the 240 runs of Hoffmann et al. 2022 in Besiroglu et al. 2024."""
@@ -74,7 +73,7 @@ def simulate(scenario: Scenario, rng: np.random.Generator, truth: np.ndarray = T
     noise += bad * rng.exponential(0.02, len(sizes))
     noise += scenario.size_offset * rng.standard_normal(scenario.sizes)[labels]
     noise += scenario.bend * (_wave(np.log(sizes), rng) + _wave(np.log(tokens), rng)) / np.sqrt(2)
-    losses = laws.predict(truth, sizes, tokens) * np.exp(noise)
+    losses = power_law.predict(truth, sizes, tokens) * np.exp(noise)
     rows = [{"params": n, "tokens": d, "loss": y} for n, d, y in zip(sizes, tokens, losses)]
     if scenario.trunks:
         rows = [{**row, "trunk": f"size-{label}"} for row, label in zip(rows, labels)]
@@ -99,9 +98,9 @@ def decisions(parameters: np.ndarray, top_flops: float) -> dict[str, np.ndarray]
     values = {"E": parameters[..., 0], "alpha": parameters[..., 2], "beta": parameters[..., 4]}
     values["a"] = parameters[..., 4] / (parameters[..., 2] + parameters[..., 4])
     for label, flops in (("C", top_flops), (f"{BEYOND:g}C", BEYOND * top_flops)):
-        best = laws.optimum(parameters, np.array([flops]))
+        best = power_law.optimum(parameters, np.array([flops]))
         values[f"N*({label})"], values[f"D*({label})"] = best[0][..., 0], best[1][..., 0]
-        values[f"L*({label})"] = laws.frontier_loss(parameters, np.array([flops]))[..., 0]
+        values[f"L*({label})"] = power_law.frontier_loss(parameters, np.array([flops]))[..., 0]
     return values
 
 

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import numpy as np
-
-from megamm.scaling import laws
-from megamm.scaling.calibration import TRUTH
-from megamm.scaling.design import (
+from megamm_laws.fitting.fit import Fit, fit_group
+from megamm_laws.law import power_law
+from megamm_laws.proposals.design import (
     Decision,
     Ladder,
     allocation_exponent,
@@ -16,8 +15,9 @@ from megamm.scaling.design import (
     noise_of,
     propose,
 )
-from megamm.scaling.fit import Fit, fit_group
-from megamm.scaling.runs import RunTable, check_rows
+from megamm_laws.runs.table import RunTable, check_rows
+
+from simulated.ladders import TRUTH
 
 DECISIONS: dict[str, Callable[[float], Decision]] = {
     "L*(target)": loss_at,
@@ -51,9 +51,9 @@ def regular_grid(budget: float, shape: tuple[int, int]) -> tuple[np.ndarray, np.
     return n, n * ratios
 
 
-def simulate(params: np.ndarray, tokens: np.ndarray, noise: float, rng: np.random.Generator) -> RunTable:
+def simulate_runs(params: np.ndarray, tokens: np.ndarray, noise: float, rng: np.random.Generator) -> RunTable:
     """Runs of the law TRUTH with normal noise of log loss."""
-    losses = laws.predict(TRUTH, params, tokens) * np.exp(noise * rng.standard_normal(len(params)))
+    losses = power_law.predict(TRUTH, params, tokens) * np.exp(noise * rng.standard_normal(len(params)))
     rows = [
         {"run": f"r{i}", "params": n, "tokens": d, "loss": y} for i, (n, d, y) in enumerate(zip(params, tokens, losses))
     ]
@@ -77,7 +77,7 @@ def ladder_of(fit: Fit, decision: Decision, candidates: tuple[np.ndarray, np.nda
 
 def extend(table: RunTable, plan: tuple[np.ndarray, np.ndarray], noise: float, rng: np.random.Generator) -> RunTable:
     """``table`` and the runs of ``plan``, simulated."""
-    rows = [*table.rows, *simulate(*plan, noise, rng).rows]
+    rows = [*table.rows, *simulate_runs(*plan, noise, rng).rows]
     return RunTable(path="simulated", rows=rows, lines=list(range(2, len(rows) + 2)))
 
 
@@ -124,7 +124,7 @@ def widths(
     found = {key: np.empty((2, simulations, len(budgets))) for key in (*GRIDS, *FREEDOM)}
     for i in range(simulations):
         rng = np.random.default_rng([seed, i])
-        start = simulate(*pilot, noise, rng)
+        start = simulate_runs(*pilot, noise, rng)
         first = fit_group(start, resamples=resamples, seed=seed + i)
         for j, budget in enumerate(budgets):
             grids = {shape: regular_grid(budget, shape) for shape in GRIDS}

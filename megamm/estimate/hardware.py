@@ -121,7 +121,7 @@ def read_mfu(path: Path | str) -> Efficiency:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines if line.strip()]
-        values = [
+        logged = [
             r["mfu"] * (r["flops"] / r["flops_exact"] if r.get("flops_exact") and r.get("flops") else 1.0)
             for r in records
             if r.get("mfu") is not None
@@ -130,7 +130,8 @@ def read_mfu(path: Path | str) -> Efficiency:
         raise InputError(f"{path}: cannot be read ({error})") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a log with a JSON record per line ({error})") from error
-    values = np.array(values[len(values) // 10 :], float)
+    # Without the start: compiling, filling of caches and the first allocations are not what a long run pays.
+    values = np.array(logged[len(logged) // 10 :], float)
     if not len(values) or not (np.isfinite(values).all() and (values > 0).all() and (values < 1).all()):
         raise InputError(f"{path}: no usable mfu in the log; train with train.peak_flops set, or state --mfu")
     low, high = np.percentile(values, [2.5, 97.5])
@@ -172,11 +173,17 @@ def bill(
     def hours(mfu: float) -> float:
         return flops / (gpu.peak_flops * mfu) / 3600
 
-    used, ends = hours(efficiency.mfu), efficiency.interval and tuple(hours(mfu) for mfu in efficiency.interval[::-1])
+    used, ends = hours(efficiency.mfu), None
+    if efficiency.interval:
+        low, high = efficiency.interval
+        # Turned around: the higher MFU takes the fewer hours.
+        ends = (hours(high), hours(low))
 
     def of_hours(factor: float | None) -> tuple[float | None, tuple[float, float] | None]:
         """What is ``factor`` times the hours, with its interval."""
-        return None if factor is None else used * factor, ends and factor and (ends[0] * factor, ends[1] * factor)
+        if factor is None:
+            return None, None
+        return used * factor, (ends[0] * factor, ends[1] * factor) if ends else None
 
     (days, days_interval), (cost, cost_interval), (energy, energy_interval) = (
         of_hours(factor) for factor in (1 / num_gpus / 24, price, gpu.power * pue / 1e6)

@@ -8,8 +8,9 @@ import numpy as np
 from megamm.config import Config, ModelConfig
 from megamm.data.shards import ShardedDataset
 from megamm.errors import InputError
+from megamm.model.counts import TokenStats
 from megamm.resolve import resolve_config
-from megamm.scaling.flops import TokenStats
+from megamm.sequence import labels_of_documents, pairs_of_documents, patches_per_image
 
 PAPER_PATCHES = 0.544
 """Image patches per position of the 45-45-10 mixture of arXiv 2504.07951."""
@@ -28,6 +29,7 @@ def resolve_for_estimate(
     """
     missing = [s.path for s in config.data.sources.values() if not (Path(s.path) / "dataset.json").is_file()]
     if missing:
+        # One that is missing makes the mixture unknown; the rest alone would be another mixture.
         config.data.sources = {}
     config, sources = resolve_config(config), list(config.data.sources.values())
     if sources and image_share is None and document_length is None:
@@ -41,27 +43,26 @@ def resolve_for_estimate(
 
 def stats_of_sources(config: Config) -> TokenStats:
     """Statistics of the train splits of a resolved config's sources."""
-    patches = (config.model.image_size // config.model.patch_size) ** 2
+    patches = patches_per_image(config.model.image_size, config.model.patch_size)
     sources = config.data.sources.values()
     lengths = [ShardedDataset(source.path, "train").lengths for source in sources]
     return stats_of_lengths(lengths, [source.weight for source in sources], patches)
 
 
-def stats_of_lengths(lengths: Sequence[np.ndarray], weights: Sequence[float], patches_per_image: int) -> TokenStats:
+def stats_of_lengths(lengths: Sequence[np.ndarray], weights: Sequence[float], image_patches: int) -> TokenStats:
     """Statistics of a mixture of prepared datasets, rows taken as full (packing leaves 1 to 3% of padding).
 
     Args:
         lengths: of each dataset int [num_documents, 2], text tokens and image patches of its documents.
         weights: shares of the mixture's tokens, relative.
-        patches_per_image: of each image.
+        image_patches: patches of an image.
     """
     total = np.zeros(3)
     for pair, weight in zip(lengths, weights, strict=True):
         text, patches = np.asarray(pair, float).T
-        size, images = text + patches, patches / patches_per_image
-        # A label is a text token after a text token: all but the first of each span, of which images cut one off.
-        labels = np.maximum(text - images - 1, 0)
-        sums = np.array([patches.sum(), labels.sum(), _pairs(size, images, patches_per_image).sum()])
+        size, images = text + patches, patches / image_patches
+        labels = labels_of_documents(text, images)
+        sums = np.array([patches.sum(), labels.sum(), pairs_of_documents(size, images, image_patches).sum()])
         total += weight / sum(weights) * sums / size.sum()
     return TokenStats(patches=total[0], labels=total[1], pairs=total[2])
 
@@ -86,13 +87,8 @@ def stated_stats(
     length = row_length if document_length is None else document_length
     if not 0 < length <= row_length:
         raise InputError(f"--document-length: {length} is not from 1 to data.row_length {row_length}")
-    patches = (model.image_size // model.patch_size) ** 2
+    patches = patches_per_image(model.image_size, model.patch_size)
     images = image_share * length / patches
     labels = max((1 - image_share) * length - images - 1, 0.0)
-    pairs = _pairs(np.array(float(length)), np.array(images), patches)
+    pairs = pairs_of_documents(np.array(float(length)), np.array(images), patches)
     return TokenStats(patches=image_share, labels=labels / length, pairs=float(pairs) / length)
-
-
-def _pairs(size: np.ndarray, images: np.ndarray, patches_per_image: int) -> np.ndarray:
-    """Query-key pairs of documents: the causal triangle, and in each image the other half of the square."""
-    return size * (size + 1) / 2 + images * patches_per_image * (patches_per_image - 1) / 2

@@ -2,19 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from megamm_laws.fitting.fit import OBJECTIVE
+from megamm_laws.fitting.fits_file import read_fits_file
+from megamm_laws.law import power_law
+from megamm_laws.law.fitted import Law
+from megamm_laws.runs.table import RunTable
 
 from megamm.config import ModelConfig
 from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.compare import Law
-from megamm.scaling.fit import OBJECTIVE
-from megamm.scaling.fits_file import read_fits_file
-from megamm.scaling.plan.hardware import Efficiency, Gpu
-from megamm.scaling.plan.tradeoffs import repeated_loss
-from megamm.scaling.runs import RunTable
+from megamm.estimate.hardware import Efficiency, Gpu
+from megamm.planning.tradeoffs import repeated_loss
 
 HUBER_DELTA = 1e-3
 NORMAL_95 = 1.96
@@ -33,7 +33,7 @@ POSITIVE = {
 
 
 @dataclass(kw_only=True)
-class Request:
+class PlanRequest:
     """What is asked for; exactly one of ``flops``, ``gpu_hours`` and ``money``."""
 
     flops: float | None = None
@@ -154,13 +154,13 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-BUILT = ("early", "late", "text")
+BUILT: tuple[Literal["early", "late", "text"], ...] = ("early", "late", "text")
 """Architectures of megamm.config.ModelConfig; a group of another name has no model of its own."""
 
 
 def default_model(group: str) -> ModelConfig:
     """The paper's shape, in the architecture that the group is named after, else early fusion."""
-    architecture = group if group in BUILT else "early"
+    architecture = next((built for built in BUILT if built == group), BUILT[0])
     return ModelConfig(architecture=architecture, depth=24, vocab_size=50432, image_size=224, patch_size=14)
 
 
@@ -171,7 +171,7 @@ def losses_at(fitted: Fitted, params: float, tokens: float, unique: float | None
     def predict(parameters: np.ndarray) -> np.ndarray:
         if unique is not None and tokens > unique:
             return repeated_loss(parameters, params, tokens, unique)
-        return laws.predict(parameters, np.array([params]), np.array([tokens]))[..., 0]
+        return power_law.predict(parameters, np.array([params]), np.array([tokens]))[..., 0]
 
     value, draws = float(predict(law.parameters)), predict(law.draws)
     loss = measured(value, draws)

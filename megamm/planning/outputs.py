@@ -7,14 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megamm.config import Config, build, merge
+from megamm.config import Config
 from megamm.errors import InputError
 from megamm.files import write_json, write_text
-from megamm.scaling.plan.inputs import Request
-from megamm.scaling.plan.sizes import TENSOR_IN_CONFIG, Buildable
-from megamm.scaling.plan.transfer import SPAN
+from megamm.planning.inputs import PlanRequest
+from megamm.planning.sizes import Buildable
+from megamm.planning.transfer import SPAN
+from megamm.settings import build, merge
+from megamm.yaml_text import dump_yaml
 
 KIND_WORDS = 4
 """Of a long warning of a fit, on the page."""
@@ -23,7 +23,7 @@ FEWEST_STEPS = 2000
 WARMUP_STEPS = 1000
 
 
-def write_plan(folder: Path | str, plan: dict[str, Any], request: Request, base: dict[str, Any]) -> list[Path]:
+def write_plan(folder: Path | str, plan: dict[str, Any], request: PlanRequest, base: dict[str, Any]) -> list[Path]:
     """Write the files into ``folder``, each whole or not at all; ``base`` is the base config's mapping.
 
     Where the plan says that its model cannot be trained by megamm there is no train.yaml, and one of an earlier plan
@@ -45,14 +45,14 @@ def write_plan(folder: Path | str, plan: dict[str, Any], request: Request, base:
         build(Config, values, where="train.yaml")
         size = f"{plan['model']['params']:,} parameters, {plan['model']['tokens']:.4g} tokens"
         header = f"# {size}; written by plan_training.py\n"
-        write_text(config, header + yaml.safe_dump(values, sort_keys=False))
+        write_text(config, header + dump_yaml(values))
     write_text(folder / "plan.md", page)
     write_json(folder / "plan.json", plan)  # last: whoever finds it finds the rest
     written = [folder / "plan.json", folder / "plan.md"]
     return written if plan["no_train_config"] else [*written, config]
 
 
-def train_values(plan: dict[str, Any], model: Buildable, request: Request, base: dict[str, Any]) -> dict[str, Any]:
+def train_values(plan: dict[str, Any], model: Buildable, request: PlanRequest, base: dict[str, Any]) -> dict[str, Any]:
     """The training config: ``base`` with the planned model, length, learning rate and layout.
 
     The batch is that of ``base``, or 2048 rows, halved until the run has 2000 steps.
@@ -79,7 +79,7 @@ def train_values(plan: dict[str, Any], model: Buildable, request: Request, base:
         "schedule": {"warmup_steps": min(WARMUP_STEPS, max(1, steps // 20))},
         "train": train,
     }
-    if request.tensor_parallel > 1 and TENSOR_IN_CONFIG:
+    if request.tensor_parallel > 1:
         values["parallel"] = {"tensor": request.tensor_parallel}
     result = copy.deepcopy(base)
     (result.get("train") or {}).pop("steps", None)
@@ -127,7 +127,8 @@ def _budget(budget: dict[str, Any]) -> str:
 
 def _folded(warnings: list[str]) -> list[str]:
     """Warnings with those of a fit in one line, by the words that each begins with: fits.md has them in full."""
-    found, kinds = [], {}
+    found: list[str] = []
+    kinds: dict[str, Counter[str]] = {}
     for text in warnings:
         source, _, said = text.partition(": ")
         if not source.startswith("from the fit"):

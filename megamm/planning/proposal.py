@@ -8,18 +8,20 @@ or estimated.
 from typing import Any
 
 import numpy as np
+from megamm_laws.comparison.compare import check_flops, compare, verdict
+from megamm_laws.fitting.diagnostics import FAR
+from megamm_laws.law import power_law
+from megamm_laws.law.fitted import Law
 from scipy.optimize import brentq
 
 from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.compare import Law, check_flops, compare, verdict
-from megamm.scaling.diagnostics import FAR
-from megamm.scaling.plan.hardware import bill
-from megamm.scaling.plan.inputs import BUDGETS, BUILT, Fitted, Request, default_model, losses_at, measured
-from megamm.scaling.plan.sizes import PEAK_LR, TENSOR_IN_CONFIG, Buildable, nearest_model, peak_lr
-from megamm.scaling.plan.stages import MID_SHARE, price, propose_stages, stages_share
-from megamm.scaling.plan.tradeoffs import repeated_optimum, serving_optimum, serving_table
-from megamm.scaling.plan.transfer import (
+from megamm.estimate.hardware import bill
+from megamm.model.sizes import num_heads
+from megamm.planning.inputs import BUDGETS, BUILT, Fitted, PlanRequest, default_model, losses_at, measured
+from megamm.planning.sizes import PEAK_LR, Buildable, nearest_model, peak_lr
+from megamm.planning.stages import MID_SHARE, price, propose_stages, stages_share
+from megamm.planning.tradeoffs import repeated_optimum, serving_optimum, serving_table
+from megamm.planning.transfer import (
     FORM,
     MIN_RUNS,
     NOT_FITTED,
@@ -38,7 +40,7 @@ SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)
 """Sizes of the over-training table, as shares of N*."""
 
 
-def make_plan(request: Request, fits: list[Fitted]) -> dict[str, Any]:
+def make_plan(request: PlanRequest, fits: list[Fitted]) -> dict[str, Any]:
     """The plan as it stands in plan.json, and under ``build`` (removed before writing) the Buildable model.
 
     Raises:
@@ -48,13 +50,13 @@ def make_plan(request: Request, fits: list[Fitted]) -> dict[str, Any]:
     chosen, flops, choices = _choose(request, fits)
     law, noise = chosen.law, chosen.noise
     at = np.array([flops])
-    best, best_draws = laws.optimum(law.parameters, at, law.kappa), laws.optimum(law.draws, at, law.kappa)
+    best, best_draws = power_law.optimum(law.parameters, at, law.kappa), power_law.optimum(law.draws, at, law.kappa)
     repeated = _repeated(law, flops, float(best[1][0]), request.unique_tokens)
     # Where unique tokens are short, somewhat fewer parameters and more epochs are better than N*.
     wanted = repeated["best_split"]["params"]["value"] if repeated and repeated["short"] else float(best[0][0])
     model = nearest_model(wanted, request.model or default_model(law.name), request.tensor_parallel)
     tokens = flops / (6 * law.kappa * model.params)
-    plan = {
+    plan: dict[str, Any] = {
         "budget": _budget(request, flops),
         "group": law.name,
         "loss_column": request.loss_column,
@@ -62,7 +64,7 @@ def make_plan(request: Request, fits: list[Fitted]) -> dict[str, Any]:
             "flops": flops,
             "params": measured(best[0][0], best_draws[0][:, 0]),
             "tokens": measured(best[1][0], best_draws[1][:, 0]),
-            "loss": measured(law.frontier(at)[0], laws.frontier_loss(law.draws, at, law.kappa)[:, 0]),
+            "loss": measured(law.frontier(at)[0], power_law.frontier_loss(law.draws, at, law.kappa)[:, 0]),
         },
         "model": _model_entry(model, request)
         | {"tokens": tokens}
@@ -94,7 +96,7 @@ def make_plan(request: Request, fits: list[Fitted]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- the budget
 
 
-def _choose(request: Request, fits: list[Fitted]) -> tuple[Fitted, float, list[dict[str, Any]]]:
+def _choose(request: PlanRequest, fits: list[Fitted]) -> tuple[Fitted, float, list[dict[str, Any]]]:
     """The group to plan with, its FLOPs, and the losses of all groups at these."""
     named = {fitted.law.name: fitted for fitted in fits}
     if request.group is not None and request.group not in named:
@@ -109,20 +111,21 @@ def _choose(request: Request, fits: list[Fitted]) -> tuple[Fitted, float, list[d
     choices = []
     for other, fitted in named.items():
         at = np.array([budgets[other]])
-        best = laws.optimum(fitted.law.parameters, at, fitted.law.kappa)[0][0]
-        draws = laws.optimum(fitted.law.draws, at, fitted.law.kappa)[0][:, 0]
+        best = power_law.optimum(fitted.law.parameters, at, fitted.law.kappa)[0][0]
+        draws = power_law.optimum(fitted.law.draws, at, fitted.law.kappa)[0][:, 0]
         entry = {
             "group": other,
             "params": measured(best, draws),
-            "loss": measured(losses[other], laws.frontier_loss(fitted.law.draws, at, fitted.law.kappa)[:, 0]),
+            "loss": measured(losses[other], power_law.frontier_loss(fitted.law.draws, at, fitted.law.kappa)[:, 0]),
         }
         if other != name:
+            # Around the budget, and no wider: who leads far from it does not bear on the choice.
             entry["verdict"] = verdict(compare(chosen.law, fitted.law, (flops / 3, flops * 3)))
         choices.append(entry)
     return chosen, flops, choices
 
 
-def budget_flops(request: Request, law: Law) -> float:
+def budget_flops(request: PlanRequest, law: Law) -> float:
     """Training FLOPs of the full run: as stated, or what the hours or the money leave for it.
 
     Hours and money pay for every stage, and money for the preparation of the tokens, where that is priced. At a tenth
@@ -143,19 +146,20 @@ def budget_flops(request: Request, law: Law) -> float:
     return max(jump, _affordable(request, law, most, rate, stages_share(law, np.inf, request.pilot_share)))
 
 
-def _affordable(request: Request, law: Law, most: float, rate: float, share: float) -> float:
+def _affordable(request: PlanRequest, law: Law, most: float, rate: float, share: float) -> float:
     """FLOPs of a full run that, times ``share`` and with its tokens prepared, take all of the budget of ``most``."""
     if request.money is None or not (request.prep_rate and request.cpu_price):
         return most / share
 
     def left(log_flops: float) -> float:
         flops = np.exp(log_flops)
-        tokens = float(laws.optimum(law.parameters, np.array([flops]), law.kappa)[1][0])
+        tokens = float(power_law.optimum(law.parameters, np.array([flops]), law.kappa)[1][0])
         unique = min(tokens, request.unique_tokens or np.inf)
         prepared = unique / request.prep_rate * request.cpu_price
         return np.log(share * flops / rate * request.prices[0] + prepared) - np.log(request.money)
 
     top = np.log(most / share)
+    # e^-30 of the budget trains nothing: what is used up there is used up by the tokens alone.
     if left(top - 30) > 0:
         raise InputError(
             f"--money: {request.money:g} is used up by the preparation of the tokens at --cpu-price "
@@ -164,7 +168,7 @@ def _affordable(request: Request, law: Law, most: float, rate: float, share: flo
     return float(np.exp(brentq(left, top - 30, top + 1e-9)))
 
 
-def _budget(request: Request, flops: float) -> dict[str, Any]:
+def _budget(request: PlanRequest, flops: float) -> dict[str, Any]:
     given = next(name for name in BUDGETS if getattr(request, name) is not None)
     entry = {"given": given, "amount": getattr(request, given), "flops": {"value": flops, "interval": None}}
     if given != "flops" and request.efficiency.interval:
@@ -172,7 +176,7 @@ def _budget(request: Request, flops: float) -> dict[str, Any]:
     return entry
 
 
-def _model_entry(model: Buildable, request: Request) -> dict[str, Any]:
+def _model_entry(model: Buildable, request: PlanRequest) -> dict[str, Any]:
     config = model.config
     return {
         "architecture": config.architecture,
@@ -180,14 +184,14 @@ def _model_entry(model: Buildable, request: Request) -> dict[str, Any]:
         "width": config.width,
         "depth": config.depth,
         "head_dim": config.head_dim,
-        "heads": config.width // config.head_dim,
+        "heads": num_heads(config),
         "peak_lr": peak_lr(config.width),
         "vision_width": config.vision.width if config.architecture == "late" else None,
         "layout": {"tensor": request.tensor_parallel, "data": request.num_gpus // request.tensor_parallel},
     }
 
 
-def _not_buildable(request: Request, law: Law, model: Buildable, flops: float, tokens: float) -> list[str]:
+def _not_buildable(request: PlanRequest, law: Law, model: Buildable, flops: float, tokens: float) -> list[str]:
     """Why training ``model`` would not be the plan; empty where it would.
 
     Its own count is that of dense 6ND; an encoder's share of it hangs on the patches in the data, which are not known
@@ -237,12 +241,15 @@ def _repeated(law: Law, flops: float, tokens: float, unique: float | None) -> di
         value, draws = (repeated_optimum(p, flops, unique, law.kappa) for p in (law.parameters, law.draws))
         entry["epochs"] = float(value["epochs"])
         entry["best_split"] = {key: measured(float(value[key]), draws[key]) for key in value}
-        fresh = [law.frontier(np.array([flops]))[0], laws.frontier_loss(law.draws, np.array([flops]), law.kappa)[:, 0]]
+        fresh = [
+            law.frontier(np.array([flops]))[0],
+            power_law.frontier_loss(law.draws, np.array([flops]), law.kappa)[:, 0],
+        ]
         entry["loss_to_repetition"] = measured(float(value["loss"] - fresh[0]), draws["loss"] - fresh[1])
     return entry
 
 
-def _preparation(request: Request, tokens: float) -> dict[str, Any]:
+def _preparation(request: PlanRequest, tokens: float) -> dict[str, Any]:
     unique = min(tokens, request.unique_tokens or np.inf)
     entry = {"unique_tokens": unique, "cpu_hours": None, "money": None}
     if request.prep_rate:
@@ -252,7 +259,7 @@ def _preparation(request: Request, tokens: float) -> dict[str, Any]:
     return entry
 
 
-def _total(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
+def _total(request: PlanRequest, plan: dict[str, Any]) -> dict[str, Any]:
     """All stages together and, in money, the preparation of the tokens with them; what of the budget that takes."""
     flops = sum(stage["flops"] for stage in plan["stages"])
     entry = {"flops": flops} | price(request, flops)
@@ -264,7 +271,7 @@ def _total(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
     return entry | {"share_of_budget": entry[given] / plan["budget"]["amount"]}
 
 
-def _hardware(request: Request, flops: float, params: float) -> list[dict[str, Any]]:
+def _hardware(request: PlanRequest, flops: float, params: float) -> list[dict[str, Any]]:
     prices = request.prices or [None] * len(request.gpus)
     return [
         vars(
@@ -275,7 +282,7 @@ def _hardware(request: Request, flops: float, params: float) -> list[dict[str, A
     ]
 
 
-def _transfer(request: Request, law: Law, params: float, noise: float) -> dict[str, Any]:
+def _transfer(request: PlanRequest, law: Law, params: float, noise: float) -> dict[str, Any]:
     table = request.runs
     picked = np.zeros(0, bool)
     if table is not None and request.init_column in table.columns:
@@ -297,7 +304,7 @@ def _transfer(request: Request, law: Law, params: float, noise: float) -> dict[s
     }
 
 
-def _warnings(chosen: Fitted, plan: dict[str, Any], request: Request) -> list[str]:
+def _warnings(chosen: Fitted, plan: dict[str, Any], request: PlanRequest) -> list[str]:
     top, flops = chosen.law.flops_range[1], plan["optimum"]["flops"]
     found = [f"no train.yaml: {text}" for text in plan["no_train_config"]]
     if flops > FAR * top:
@@ -324,13 +331,8 @@ def _warnings(chosen: Fitted, plan: dict[str, Any], request: Request) -> list[st
 
 
 def _model_warnings(model: dict[str, Any]) -> list[str]:
-    """What megamm.train cannot do of the layout, and a learning rate beyond those known."""
+    """A learning rate beyond those known."""
     found, widths = [], (min(PEAK_LR), max(PEAK_LR))
-    if model["layout"]["tensor"] > 1 and not TENSOR_IN_CONFIG:
-        found.append(
-            f"layout: megamm.train has no tensor parallelism so far: tensor {model['layout']['tensor']} is not in "
-            "train.yaml, each rank computes whole layers"
-        )
     if not widths[0] <= model["width"] <= widths[1]:
         found.append(
             f"learning rate: {model['peak_lr']:g} is that of the nearest width known ({widths[0]} to {widths[1]}): "
@@ -339,7 +341,7 @@ def _model_warnings(model: dict[str, Any]) -> list[str]:
     return found
 
 
-def _efficiency_warnings(request: Request, params: float) -> list[str]:
+def _efficiency_warnings(request: PlanRequest, params: float) -> list[str]:
     """What an estimated MFU was estimated for, where that is not the plan."""
     found = list(request.efficiency.warnings)
     estimated = request.efficiency.params
@@ -350,7 +352,7 @@ def _efficiency_warnings(request: Request, params: float) -> list[str]:
     return found
 
 
-def _assumptions(chosen: Fitted, request: Request, plan: dict[str, Any]) -> list[str]:
+def _assumptions(chosen: Fitted, request: PlanRequest, plan: dict[str, Any]) -> list[str]:
     entry, model = chosen.entry, plan["model"]
     at = ", ".join(f"{name} {value}" for name, value in entry.get("law", {}).get("at", {}).items())
     found = [

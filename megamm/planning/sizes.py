@@ -2,20 +2,18 @@
 
 import copy
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
-from megamm.config import ModelConfig, ParallelConfig
+from megamm.config import ModelConfig
 from megamm.errors import InputError
+from megamm.model.counts import ParameterCounts, count_parameters
 from megamm.model.sizes import resolve_model
-from megamm.scaling.flops import ParameterCounts, count_parameters
 
 PEAK_LR = {800: 1.5e-3, 1088: 1.5e-3, 1632: 5e-4, 2208: 4.2e-4, 2624: 4e-4, 3232: 3.5e-4, 5120: 2.4e-4}
 """Peak learning rate by width at depth 24 (arXiv 2504.07951, table of early-fusion models)."""
 MAX_WIDTH = 65536
-TENSOR_IN_CONFIG = any(f.name == "tensor" for f in fields(ParallelConfig))
-"""Whether megamm.train knows tensor parallelism."""
 
 
 @dataclass(kw_only=True)
@@ -39,7 +37,10 @@ def nearest_model(params: float, template: ModelConfig, tensor_parallel: int = 1
     Raises:
         InputError: the sizes of the template do not go with the tensor-parallel size.
     """
+    if template.heads or template.hidden:
+        raise InputError("model.heads, model.hidden: leave them out of the base config; they follow from the width")
     template = copy.deepcopy(template)
+    # Fixed before widths are tried: a default that follows the width would change what a multiple is.
     template.head_dim = template.head_dim or 64
     step = template.head_dim * tensor_parallel
     if template.hidden_multiple % tensor_parallel:
@@ -49,6 +50,7 @@ def nearest_model(params: float, template: ModelConfig, tensor_parallel: int = 1
     if template.vocab_size is None or template.patch_size is None or template.image_size is None:
         raise InputError("model: set vocab_size, image_size and patch_size in the base config")
     share = template.vision.width / template.width if template.vision.width else 0.5
+    # By halves: the count of parameters grows with the width, but by no formula that could be turned around.
     low, high = 1, MAX_WIDTH // step
     while low < high:  # the first multiple with at least ``params``
         middle = (low + high) // 2

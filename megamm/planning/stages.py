@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.compare import Law
-from megamm.scaling.design import (
+from megamm_laws.law import power_law
+from megamm_laws.law.fitted import Law
+from megamm_laws.proposals.design import (
     FORM_DOMINATES,
     Ladder,
     candidate_grid,
@@ -18,11 +16,13 @@ from megamm.scaling.design import (
     propose,
     ratio_range,
 )
-from megamm.scaling.groups import are_native
-from megamm.scaling.plan.hardware import bill
-from megamm.scaling.plan.inputs import Fitted, Request, default_model, losses_at
-from megamm.scaling.plan.sizes import Buildable, nearest_model
-from megamm.scaling.plan.tradeoffs import repeated_optimum
+from megamm_laws.runs.groups import are_native
+
+from megamm.errors import InputError
+from megamm.estimate.hardware import bill
+from megamm.planning.inputs import Fitted, PlanRequest, default_model, losses_at
+from megamm.planning.sizes import Buildable, nearest_model
+from megamm.planning.tradeoffs import repeated_optimum
 
 MID_SHARE = 0.1
 """FLOPs of the mid run over those of the full one: the usual step of a ladder, a factor of ten."""
@@ -43,7 +43,7 @@ def stages_share(law: Law, flops: float, pilot_share: float) -> float:
 
 
 def propose_stages(
-    request: Request, chosen: Fitted, flops: float, model: Buildable, tokens: float
+    request: PlanRequest, chosen: Fitted, flops: float, model: Buildable, tokens: float
 ) -> list[dict[str, Any]]:
     """The stages, each with runs, FLOPs, GPU-hours and money, a prediction, what it decides and its stop rule."""
     stages = [stage for stage in (_pilot(request, chosen, flops), _mid(request, chosen, flops)) if stage]
@@ -53,7 +53,7 @@ def propose_stages(
     return stages
 
 
-def price(request: Request, flops: float) -> dict[str, Any]:
+def price(request: PlanRequest, flops: float) -> dict[str, Any]:
     """GPU-hours and money of ``flops`` on the first GPU, with the intervals of the MFU; None without GPU or price."""
     names = ("gpu_hours", "gpu_hours_interval", "money", "money_interval")
     if not request.gpus:
@@ -76,7 +76,7 @@ class _Runs:
     """Where this is from."""
 
 
-def _runs_so_far(request: Request, chosen: Fitted) -> _Runs:
+def _runs_so_far(request: PlanRequest, chosen: Fitted) -> _Runs:
     """The native runs of the table if given, else a regular grid over the ranges of the fit's."""
     if request.runs is not None:
         table = request.runs
@@ -88,7 +88,7 @@ def _runs_so_far(request: Request, chosen: Fitted) -> _Runs:
             n, d = table.numbers("params"), table.numbers("tokens")
             return _Runs(params=n, tokens=d, ratios=ratio_range(n, d), assumed="the runs so far are those given")
     ranges, side = chosen.entry["ranges"], max(3, round(chosen.entry["n_runs"] ** 0.5))
-    axes = (np.geomspace(*ranges[name], side) for name in ("params", "tokens"))
+    axes = (np.geomspace(low, high, side) for low, high in (ranges["params"], ranges["tokens"]))
     n, d = (x.ravel() for x in np.meshgrid(*axes, indexing="ij"))
     measured = ranges.get("tokens_per_param")
     return _Runs(
@@ -101,11 +101,11 @@ def _runs_so_far(request: Request, chosen: Fitted) -> _Runs:
 
 
 def _candidates(
-    runs: _Runs, request: Request, chosen: Fitted, budget: float
+    runs: _Runs, request: PlanRequest, chosen: Fitted, budget: float
 ) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
     """Sizes and lengths (m,) that the pilot may have, and what was assumed."""
     law = chosen.law
-    best = laws.optimum(law.parameters, np.array([budget]), law.kappa)
+    best = power_law.optimum(law.parameters, np.array([budget]), law.kappa)
     sizes, lengths = (
         (float(x.min()), float(max(x.max(), y[0]))) for x, y in ((runs.params, best[0]), (runs.tokens, best[1]))
     )
@@ -136,7 +136,7 @@ def _noise_share(chosen: Fitted) -> float:
     return min((noise[1] - noise[0]) / (whole[1] - whole[0]), 1.0)
 
 
-def _pilot(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | None:
+def _pilot(request: PlanRequest, chosen: Fitted, flops: float) -> dict[str, Any] | None:
     """Runs that shrink the interval of N* most for a small share of the budget; None if nothing affordable helps."""
     law, budget = chosen.law, request.pilot_share * flops
     if budget <= 0:
@@ -149,6 +149,7 @@ def _pilot(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | N
         decision=decision,
         params=so_far.params,
         tokens=so_far.tokens,
+        # Each costs a matrix per candidate.
         draws=law.draws[:100],
         noise=chosen.noise,
         candidate_params=grid[0],
@@ -183,12 +184,12 @@ def _pilot(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | N
     }
 
 
-def _mid(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | None:
+def _mid(request: PlanRequest, chosen: Fitted, flops: float) -> dict[str, Any] | None:
     """One compute-optimal run with a tenth of the FLOPs; None where as much was measured already."""
     law, budget = chosen.law, MID_SHARE * flops
     if budget <= law.flops_range[1]:
         return None
-    best = float(laws.optimum(law.parameters, np.array([budget]), law.kappa)[0][0])
+    best = float(power_law.optimum(law.parameters, np.array([budget]), law.kappa)[0][0])
     if request.unique_tokens:
         best = float(repeated_optimum(law.parameters, budget, request.unique_tokens, law.kappa)["params"])
     model = nearest_model(best, request.model or default_model(law.name), request.tensor_parallel)
@@ -207,7 +208,7 @@ def _mid(request: Request, chosen: Fitted, flops: float) -> dict[str, Any] | Non
     }
 
 
-def _full(request: Request, chosen: Fitted, flops: float, model: Buildable, tokens: float) -> dict[str, Any]:
+def _full(request: PlanRequest, chosen: Fitted, flops: float, model: Buildable, tokens: float) -> dict[str, Any]:
     final = losses_at(chosen, model.params, tokens, request.unique_tokens)["loss_of_one_run"]
     checks = []
     for share in CHECKS:

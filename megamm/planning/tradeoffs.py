@@ -1,11 +1,10 @@
 """Where a plan leaves the compute-optimal point: models to be served, data too short, data to be prepared.
 
-Every function takes laws (..., 5) as megamm.scaling.laws does, so that bootstrap draws give the intervals.
+Every function takes laws (..., 5) as megamm_laws.law.power_law does, so that bootstrap draws give the intervals.
 """
 
 import numpy as np
-
-from megamm.scaling import laws
+from megamm_laws.law import power_law
 
 REPEAT_DATA = 15.387756
 """R_D*: epochs beyond the first after which one more is worth 1/e of fresh data (Muennighoff et al. 2023, arXiv
@@ -32,8 +31,9 @@ def serving_optimum(
     Chinchilla-Optimal", arXiv 2401.00448), over a grid of N from a hundredth of N* to N*.
     """
     parameters = np.asarray(parameters, float)
-    best = laws.optimum(parameters, np.array([flops]), kappa)[0]
-    loss = laws.frontier_loss(parameters, np.array([flops]), kappa)
+    best = power_law.optimum(parameters, np.array([flops]), kappa)[0]
+    loss = power_law.frontier_loss(parameters, np.array([flops]), kappa)
+    # Never above N*: serving only ever speaks for a smaller model.
     params = best * np.geomspace(0.01, 1.0, GRID)
     tokens = tokens_for_loss(parameters[..., None, :], params, loss)
     total = 6 * kappa * params * tokens + 2 * kappa * params * served_tokens
@@ -50,8 +50,8 @@ def serving_table(
 ) -> list[dict[str, np.ndarray]]:
     """For models of ``shares`` of N*: tokens, training, serving and total FLOPs for the loss L*(``flops``)."""
     parameters = np.asarray(parameters, float)
-    best = laws.optimum(parameters, np.array([flops]), kappa)[0][..., 0]
-    loss = laws.frontier_loss(parameters, np.array([flops]), kappa)[..., 0]
+    best = power_law.optimum(parameters, np.array([flops]), kappa)[0][..., 0]
+    loss = power_law.frontier_loss(parameters, np.array([flops]), kappa)[..., 0]
     rows = []
     for share in shares:
         params = share * best
@@ -70,7 +70,9 @@ def serving_table(
     return rows
 
 
-def repeated_loss(parameters: np.ndarray, params: np.ndarray, tokens: np.ndarray, unique: float) -> np.ndarray:
+def repeated_loss(
+    parameters: np.ndarray, params: np.ndarray | float, tokens: np.ndarray | float, unique: float
+) -> np.ndarray:
     """Loss when ``tokens`` are epochs over ``unique`` ones; axes broadcast.
 
     L = E + A/N'^alpha + B/D'^beta with D' = U + U R_D (1 - exp(-(D/U - 1)/R_D)), and N' likewise from
@@ -84,6 +86,7 @@ def repeated_loss(parameters: np.ndarray, params: np.ndarray, tokens: np.ndarray
     # At least one parameter: with a degenerate law the power may come out as zero or infinity.
     warranted = np.clip(G * (unique * G) ** (beta / alpha), 1.0, params)
     distinct = np.minimum(tokens, unique)
+    # expm1, since few repetitions make the exponent tiny.
     worth_n = warranted * (1 + REPEAT_PARAMS * -np.expm1(-(params / warranted - 1) / REPEAT_PARAMS))
     worth_d = distinct * (1 + REPEAT_DATA * -np.expm1(-(tokens / distinct - 1) / REPEAT_DATA))
     return E + A * worth_n**-alpha + B * worth_d**-beta
@@ -92,7 +95,8 @@ def repeated_loss(parameters: np.ndarray, params: np.ndarray, tokens: np.ndarray
 def repeated_optimum(parameters: np.ndarray, flops: float, unique: float, kappa: float = 1.0) -> dict[str, np.ndarray]:
     """The best split of ``flops`` over ``unique`` tokens: params, tokens, epochs, loss, each (...,)."""
     parameters = np.asarray(parameters, float)
-    best = laws.optimum(parameters, np.array([flops]), kappa)[0]
+    best = power_law.optimum(parameters, np.array([flops]), kappa)[0]
+    # To both sides of N*: what short data want depends on how worth fades in either.
     params = best * np.geomspace(0.03, 30, GRID)
     tokens = flops / (6 * kappa * params)
     losses = repeated_loss(parameters[..., None, :], params, tokens, unique)

@@ -12,13 +12,13 @@ gain never vanishes but fades; two break-evens follow:
 from dataclasses import dataclass, field
 
 import numpy as np
+from megamm_laws.law.fitted import Law
+from megamm_laws.runs.groups import NATIVE
+from megamm_laws.runs.table import RunTable
 from scipy.optimize import least_squares
 
 from megamm.errors import InputError
-from megamm.scaling.compare import Law
-from megamm.scaling.groups import NATIVE
-from megamm.scaling.plan.inputs import BUILT
-from megamm.scaling.runs import RunTable
+from megamm.planning.inputs import BUILT
 
 NOT_FITTED = "not fitted: no LLM-initialised runs"
 FORM = "L = E + A/N^alpha + B/(D + k D^a N^b)^beta (Hernandez et al. 2021, arXiv 2102.01293)"
@@ -122,11 +122,13 @@ def fit_transfer(
         return np.append(found.x, np.zeros(3 - free))
 
     everyone = np.arange(len(table))
+    # What pretraining is worth, in tokens, may be a seventh of the data or seven times as much.
     starts = [np.array([result.mean_log_d + shift, 0.2, 0.0]) for shift in (-2.0, 0.0, 2.0)]
     ends = [solve(native.parameters, everyone, start) for start in starts]
     errors = [np.abs(_misfit(native.parameters, result, end, n, d, y)).sum() for end in ends]
     result.parameters = ends[int(np.argmin(errors))]
     rng = np.random.default_rng(seed)
+    # Each draw takes another native law: how well that is known is part of how well the gain is.
     picks = rng.integers(len(native.draws), size=resamples)
     result.native_draws = native.draws[picks]
     result.draws = np.array(
@@ -144,10 +146,10 @@ def _misfit(law: np.ndarray, transfer: Transfer, parameters: np.ndarray, n: np.n
 def break_even(
     transfer: Transfer, native: Law, params: float, *, llm_tokens: float | None, negligible: float
 ) -> dict[str, dict]:
-    """Training tokens at which a native model of ``params`` breaks even, under both accountings.
+    """Training tokens at which a native model of ``params`` breaks even, under both conventions.
 
     Args:
-        llm_tokens: tokens that the LLM was pretrained on; None leaves that accounting out.
+        llm_tokens: tokens that the LLM was pretrained on; None leaves that convention out.
         negligible: share of the loss below which a gain counts as none.
 
     Returns:

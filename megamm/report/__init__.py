@@ -5,14 +5,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from megamm_laws.pictures.charts import to_png
+
 from megamm.errors import InputError
 from megamm.files import write_json, write_text
-from megamm.scaling.charts import to_png
-from megamm.scaling.report.figures import all_charts
-from megamm.scaling.report.findings import findings, headline
-from megamm.scaling.report.page import render_page
-from megamm.scaling.report.sample_rows import sample_rows
-from megamm.scaling.report.study import read_study
+from megamm.report.figures import all_charts
+from megamm.report.findings import findings, headline
+from megamm.report.page import render_page
+from megamm.report.sample_rows import sample_rows
+from megamm.report.study import read_results
 
 
 def render_report(study_dir: Path | str, out: Path | str | None = None) -> tuple[Path, str]:
@@ -23,7 +24,7 @@ def render_report(study_dir: Path | str, out: Path | str | None = None) -> tuple
     Raises:
         InputError: runs, runs.csv or fits are missing or damaged, or ``out`` is a file.
     """
-    study = read_study(study_dir)
+    study = read_results(study_dir)
     out = Path(out) if out else Path(study_dir) / "report"
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out names a folder")

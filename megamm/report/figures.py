@@ -3,18 +3,18 @@
 from collections.abc import Iterable
 
 import numpy as np
+from megamm_laws.comparison.compare import Comparison
+from megamm_laws.comparison.outputs import lead_chart
+from megamm_laws.comparison.recounted import runs_of
+from megamm_laws.fitting.fit import distinct
+from megamm_laws.fitting.isoflop import fit_isoflops
+from megamm_laws.fitting.pictures import group_of, isoflop_chart
+from megamm_laws.pictures.charts import Axis, Chart, Panel, Series, padded
+from megamm_laws.pictures.plots import fit_charts
+from megamm_laws.pictures.units import count, digits, power
 
 from megamm.errors import InputError
-from megamm.scaling.accounting import runs_of
-from megamm.scaling.charts import Axis, Chart, Panel, Series, padded
-from megamm.scaling.compare import Comparison
-from megamm.scaling.compare_outputs import lead_chart
-from megamm.scaling.fit import distinct
-from megamm.scaling.fit_plots import group_of, isoflop_chart
-from megamm.scaling.isoflop import fit_isoflops
-from megamm.scaling.plots import fit_charts
-from megamm.scaling.report.study import BLIND, Run, Study
-from megamm.scaling.units import count, digits, power
+from megamm.report.study import BLIND, StudyResults, TrainedRun
 
 COLOURS = {"early": "#0072B2", "late": "#D55E00", "text": "#7a8089"}
 """Of each architecture, everywhere; told apart by colour-blind readers (Okabe and Ito)."""
@@ -24,13 +24,13 @@ POINTS = 300
 ISOFLOP_DRAWS = 400
 
 
-def colour_of(study: Study, group: str) -> str:
+def colour_of(study: StudyResults, group: str) -> str:
     """The group's colour."""
     others = [g for g in study.groups if g not in COLOURS]
     return COLOURS.get(group) or OTHER_COLOURS[others.index(group) % len(OTHER_COLOURS) if group in others else 0]
 
 
-def name_of(group: str) -> str:
+def title_of(group: str) -> str:
     """The group as people call it."""
     return NAMES.get(group, group)
 
@@ -53,11 +53,11 @@ def strengths(values: Iterable[float]) -> dict[float, float]:
     return {v: i / max(1, len(ordered) - 1) if len(ordered) > 1 else 1.0 for i, v in enumerate(ordered)}
 
 
-def all_charts(study: Study, comparison: Comparison | None) -> dict[str, Chart]:
+def all_charts(study: StudyResults, comparison: Comparison | None) -> dict[str, Chart]:
     """Every chart for which the study has data, by name."""
     charts = [frontier(study), *frontiers_by_source(study)]
     if comparison is not None:
-        charts.append(lead_chart("lead", comparison, (name_of(comparison.first), name_of(comparison.second))))
+        charts.append(lead_chart("lead", comparison, (title_of(comparison.first), title_of(comparison.second))))
     charts += [
         *isoflop_profiles(study),
         *fit_diagnostics(study),
@@ -71,7 +71,7 @@ def all_charts(study: Study, comparison: Comparison | None) -> dict[str, Chart]:
 # ------------------------------------------------------------------------------------------------ frontiers
 
 
-def frontier(study: Study) -> Chart:
+def frontier(study: StudyResults) -> Chart:
     """Average loss against compute."""
     return Chart(
         name="frontier",
@@ -83,7 +83,7 @@ def frontier(study: Study) -> Chart:
     )
 
 
-def frontiers_by_source(study: Study) -> list[Chart]:
+def frontiers_by_source(study: StudyResults) -> list[Chart]:
     """The same for each source, where it was fitted."""
     columns = [c for c in study.loss_columns if c != "loss"]
     if not columns:
@@ -97,7 +97,7 @@ def frontiers_by_source(study: Study) -> list[Chart]:
     ]
 
 
-def _frontier_panel(study: Study, column: str, title: str) -> Panel:
+def _frontier_panel(study: StudyResults, column: str, title: str) -> Panel:
     series = []
     seeing = [g for g in study.groups if g != BLIND] or study.groups
     for group in seeing:
@@ -117,7 +117,7 @@ def _frontier_panel(study: Study, column: str, title: str) -> Panel:
             ]
             series.append(
                 Series(
-                    name=f"{name_of(group)}, runs",
+                    name=f"{title_of(group)}, runs",
                     x=flops[chosen],
                     y=losses[chosen],
                     colour=colour,
@@ -134,7 +134,7 @@ def _frontier_panel(study: Study, column: str, title: str) -> Panel:
         grid = np.geomspace(*law.flops_range, 96)
         series.append(
             Series(
-                name=f"{name_of(group)}, frontier",
+                name=f"{title_of(group)}, frontier",
                 x=grid,
                 y=law.frontier(grid),
                 colour=colour_of(study, group),
@@ -150,33 +150,33 @@ def _frontier_panel(study: Study, column: str, title: str) -> Panel:
     return Panel(title=title, x=x, y=Axis(label="loss (nats per token)", range=(low, high)), series=series)
 
 
-def isoflop_profiles(study: Study) -> list[Chart]:
+def isoflop_profiles(study: StudyResults) -> list[Chart]:
     """Loss over size at equal compute, for each group whose runs have budgets in common; most ladders have none."""
-    charts = []
+    charts: list[Chart] = []
     for group in study.groups:
         runs = runs_of(study.table, study.group_column, group)
         try:
             fit = fit_isoflops(runs, group=group, draws=ISOFLOP_DRAWS)
         except InputError:
             continue
-        charts.append(isoflop_chart(fit, f"isoflop_{len(charts)}", name_of(group)))
+        charts.append(isoflop_chart(fit, f"isoflop_{len(charts)}", title_of(group)))
     return charts
 
 
-def fit_diagnostics(study: Study) -> list[Chart]:
+def fit_diagnostics(study: StudyResults) -> list[Chart]:
     """Residuals, correlations and hold-out of the fits of the average loss."""
     groups = []
     entries = {fit["group"]: fit for fit in study.fits if fit.get("loss_column", "loss") == "loss"}
     for name, law in study.laws.get("loss", {}).items():
         runs = runs_of(study.table, study.group_column, name)
-        groups.append(group_of(law, runs, "loss", entries[name], name=name_of(name), colour=colour_of(study, name)))
+        groups.append(group_of(law, runs, "loss", entries[name], name=title_of(name), colour=colour_of(study, name)))
     return fit_charts(groups)[1:] if groups else []
 
 
 # ------------------------------------------------------------------------------------------------- training
 
 
-def training(study: Study) -> list[Chart]:
+def training(study: StudyResults) -> list[Chart]:
     """Training loss against tokens."""
     groups = list(dict.fromkeys(run.architecture for run in study.runs if run.records))
     if not groups:
@@ -206,7 +206,7 @@ def training(study: Study) -> list[Chart]:
             for s in series:
                 s.legend = True
         y = Axis(label="training loss (nats per token)", log=True, range=limits)
-        panels.append(Panel(title=name_of(group), x=_tokens_axis(), y=y, series=series))
+        panels.append(Panel(title=title_of(group), x=_tokens_axis(), y=y, series=series))
     caption = (
         "Means over the steps between two log lines. Solid: constant learning rate (trunks), or runs without one. "
         "Dotted: branches whose learning rate is cooled down; their final losses are what the laws are fitted to."
@@ -229,7 +229,7 @@ def _tokens_axis() -> Axis:
 # ----------------------------------------------------------------------------------------------- validation
 
 
-def validation(study: Study) -> list[Chart]:
+def validation(study: StudyResults) -> list[Chart]:
     """Final validation loss of each source against tokens (top) and parameters (bottom)."""
     runs = [run for run in study.cooled if run.architecture != BLIND] or study.cooled
     if not runs:
@@ -256,7 +256,7 @@ def _params_axis() -> Axis:
     return Axis(label="parameters", log=True, form=count)
 
 
-def _lines(study: Study, runs: list[Run], source: str, x_of, line_of) -> list[Series]:
+def _lines(study: StudyResults, runs: list[TrainedRun], source: str, x_of, line_of) -> list[Series]:
     """A line per architecture and value of ``line_of``, darker for larger values."""
     series = []
     for group in sorted({run.architecture for run in runs}):
@@ -266,7 +266,7 @@ def _lines(study: Study, runs: list[Run], source: str, x_of, line_of) -> list[Se
             line = sorted((run for run in own if line_of(run) == value), key=x_of)
             series.append(
                 Series(
-                    name=name_of(group),
+                    name=title_of(group),
                     x=[x_of(r) for r in line],
                     y=[r.result["losses"][source]["loss"] for r in line],
                     colour=shade(colour_of(study, group), strength[value]),
@@ -290,18 +290,18 @@ def loss_after_image(losses: dict[str, float]) -> float:
     return losses.get("text_after_image", losses["loss"])
 
 
-def image_sources(study: Study) -> list[str]:
+def image_sources(study: StudyResults) -> list[str]:
     """Sources that were also evaluated on swapped images."""
     return list(dict.fromkeys(s for run in study.cooled for s in run.result.get("losses_swapped") or {}))
 
 
-def longest(study: Study, group: str) -> list[Run]:
+def longest(study: StudyResults, group: str) -> list[TrainedRun]:
     """The longest finished run of each size, smallest first."""
     runs = sorted((r for r in study.cooled if r.architecture == group), key=lambda r: (r.params, r.result["tokens"]))
     return list({run.width: run for run in runs}.values())
 
 
-def image_use(study: Study) -> list[Chart]:
+def image_use(study: StudyResults) -> list[Chart]:
     """Loss of the text after images: as they are, swapped, and for a blind model."""
     sources = image_sources(study)
     groups = sorted({run.architecture for run in study.cooled}, key=lambda g: (g == BLIND, g))
@@ -312,11 +312,11 @@ def image_use(study: Study) -> list[Chart]:
             runs = [r for r in longest(study, group) if source in r.result["losses"]]
             colour, params = colour_of(study, group), [r.params for r in runs]
             true = [loss_after_image(r.result["losses"][source]) for r in runs]
-            series.append(_use(name_of(group), params, true, colour, "solid", "dot"))
+            series.append(_use(title_of(group), params, true, colour, "solid", "dot"))
             swapped = [r for r in runs if source in (r.result.get("losses_swapped") or {})]
             if group != BLIND and swapped:
                 losses = [loss_after_image(r.result["losses_swapped"][source]) for r in swapped]
-                name = f"{name_of(group)}, images swapped"
+                name = f"{title_of(group)}, images swapped"
                 series.append(_use(name, [r.params for r in swapped], losses, colour, "dash", "ring"))
         y = Axis(label="loss after an image (nats per token)")
         panels.append(Panel(title=source, x=_params_axis(), y=y, series=series))

@@ -4,11 +4,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
+from megamm_laws.comparison.compare import Comparison, Crossover, compare, verdict
+from megamm_laws.law.fitted import Law
+from megamm_laws.pictures.units import digits, power, prettify
 
-from megamm.scaling.compare import Comparison, Crossover, Law, compare, verdict
-from megamm.scaling.report.figures import column_name, image_sources, longest, loss_after_image, name_of
-from megamm.scaling.report.study import BLIND, Study
-from megamm.scaling.units import digits, power, prettify
+from megamm.report.figures import column_name, image_sources, longest, loss_after_image, title_of
+from megamm.report.study import BLIND, StudyResults
 
 SUBJECTS = {
     "decoder": "average, image encoder not counted",
@@ -24,13 +25,13 @@ class Finding:
     subject: str
     comparison: Comparison
     counting: str = "counted"
-    """How FLOPs are counted, a key of accounting.ACCOUNTINGS."""
+    """How FLOPs are counted, a key of recounted.COUNTED."""
 
     @property
     def verdict(self) -> str:
         """One sentence, figures as people write them."""
         comparison = self.comparison
-        named = replace(comparison, first=name_of(comparison.first), second=name_of(comparison.second))
+        named = replace(comparison, first=title_of(comparison.first), second=title_of(comparison.second))
         text = prettify(verdict(named))
         return text[0].upper() + text[1:]
 
@@ -70,7 +71,7 @@ def _interval(crossing: Crossover) -> str:
     return f"[{power(low) if low else 'below range'}, {power(high) if high else 'above range'}]"
 
 
-def findings(study: Study) -> list[Finding]:
+def findings(study: StudyResults) -> list[Finding]:
     """Comparisons of the study's pair: the average loss under three counts of FLOPs, then each source."""
     if study.pair is None:
         return []
@@ -83,21 +84,22 @@ def findings(study: Study) -> list[Finding]:
     return found
 
 
-def _finding(study: Study, subject: str, laws: dict[str, Law], counting: str = "counted") -> list[Finding]:
-    if not all(group in laws for group in study.pair):
+def _finding(study: StudyResults, subject: str, laws: dict[str, Law], counting: str = "counted") -> list[Finding]:
+    first, second = study.pair
+    if first not in laws or second not in laws:
         return []
-    comparison = compare(*(laws[group] for group in study.pair))
+    comparison = compare(laws[first], laws[second])
     return [Finding(subject=subject, comparison=comparison, counting=counting)]
 
 
-def headline(study: Study, found: list[Finding]) -> list[str]:
+def headline(study: StudyResults, found: list[Finding]) -> list[str]:
     """The verdict in one to three sentences."""
     if not found:
-        groups = ", ".join(name_of(g) for g in study.groups)
+        groups = ", ".join(title_of(g) for g in study.groups)
         return [f"No verdict: a comparison needs the fits of two architectures, and this study has {groups}."]
     main = found[0]
     comparison = main.comparison
-    first, second = name_of(comparison.first), name_of(comparison.second)
+    first, second = title_of(comparison.first), title_of(comparison.second)
     top = power(comparison.flops[-1])
     sentences = [main.verdict]
     ratio, (low, high) = comparison.gain[-1], comparison.gain_interval[:, -1]
@@ -125,7 +127,7 @@ def headline(study: Study, found: list[Finding]) -> list[str]:
     return sentences
 
 
-def cautions(study: Study) -> list[tuple[str, str]]:
+def cautions(study: StudyResults) -> list[tuple[str, str]]:
     """Warnings of the fits, each with the fits that it holds for; those of the average loss first."""
     holders: dict[str, dict[str, list[str]]] = {}
     for fit in sorted(study.fits, key=lambda f: f.get("loss_column", "loss") != "loss"):
@@ -135,7 +137,7 @@ def cautions(study: Study) -> list[tuple[str, str]]:
     return [(text, _join(groups, study)) for text, groups in holders.items()]
 
 
-def _join(groups: dict[str, list[str]], study: Study) -> str:
+def _join(groups: dict[str, list[str]], study: StudyResults) -> str:
     """Name fits shortly: ``early fusion: caption, text; late fusion: all losses``."""
     totals = Counter(fit["group"] for fit in study.fits)
     if {g: len(columns) for g, columns in groups.items()} == totals:
@@ -143,11 +145,11 @@ def _join(groups: dict[str, list[str]], study: Study) -> str:
     parts = []
     for group, columns in groups.items():
         every = len(columns) == totals[group] > 1
-        parts.append(f"{name_of(group)}: {'all losses' if every else ', '.join(columns)}")
+        parts.append(f"{title_of(group)}: {'all losses' if every else ', '.join(columns)}")
     return "; ".join(parts)
 
 
-def image_rows(study: Study) -> list[dict]:
+def image_rows(study: StudyResults) -> list[dict]:
     """For each source with images and each seeing architecture at its largest size: the three losses."""
     rows = []
     groups = sorted({run.architecture for run in study.cooled} - {BLIND})

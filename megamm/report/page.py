@@ -4,23 +4,24 @@ import base64
 from html import escape
 
 import plotly.io
+from megamm_laws.pictures.charts import Chart, Panel, Series, legend
+from megamm_laws.pictures.units import count, duration, power
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from megamm.scaling.charts import Chart, Panel, Series, legend, to_plotly
-from megamm.scaling.report.findings import Finding
-from megamm.scaling.report.sample_rows import data_uri
-from megamm.scaling.report.study import Study
-from megamm.scaling.report.style import CSS, SORT
-from megamm.scaling.report.tables import comparison_table, fits_table, image_table, note, runs_table, versions_table
-from megamm.scaling.units import count, duration, power
+from megamm.report.findings import Finding
+from megamm.report.plotly_charts import to_plotly
+from megamm.report.sample_rows import data_uri
+from megamm.report.study import StudyResults
+from megamm.report.style import CSS, SORT
+from megamm.report.tables import comparison_table, fits_table, image_table, note, runs_table, versions_table
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """The browser enforces that the page loads nothing."""
 
 
 def render_page(
-    study: Study,
+    study: StudyResults,
     *,
     sentences: list[str],
     found: list[Finding],
@@ -70,7 +71,7 @@ def render_page(
 # ----------------------------------------------------------------------------------------------- the start
 
 
-def _caution_line(study: Study) -> str:
+def _caution_line(study: StudyResults) -> str:
     pair = study.pair or study.groups
     behind = [f for f in study.fits if f["group"] in pair and f.get("loss_column", "loss") == "loss"]
     number = sum(len(fit.get("warnings", [])) for fit in behind)
@@ -81,7 +82,7 @@ def _caution_line(study: Study) -> str:
     return f'<p class="note">Read with care: there {verb} about the fits behind this verdict, {link}.</p>'
 
 
-def _tiles(study: Study) -> str:
+def _tiles(study: StudyResults) -> str:
     trunks = sum(run.is_trunk for run in study.finished)
     unfinished = len(study.runs) - len(study.finished)
     details = [f"{trunks} trunks"] * bool(trunks) + [f"{unfinished} unfinished"] * bool(unfinished)
@@ -98,9 +99,13 @@ def _tiles(study: Study) -> str:
         (duration(sum(run.seconds for run in study.runs)), "training time, summed over runs"),
         (", ".join(devices), f"device, {span} process{'es' * (ranks[-1] > 1)} a run"),
     ]
-    return '<div class="tiles">' + "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in tiles
-    ) + "</div>"  # fmt: skip
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in tiles
+        )
+        + "</div>"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- charts
@@ -120,9 +125,14 @@ def _chart(chart: Chart, png: bytes) -> str:
 
 def _panel(chart: Chart, index: int, panel: Panel) -> str:
     plot = plotly.io.to_html(
-        to_plotly(panel, chart.height), full_html=False, include_plotlyjs=False, div_id=f"{chart.name}-{index}",
-        config={"displayModeBar": False, "responsive": True}, default_width="100%", default_height=f"{chart.height}px",
-    )  # fmt: skip
+        to_plotly(panel, chart.height),
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=f"{chart.name}-{index}",
+        config={"displayModeBar": False, "responsive": True},
+        default_width="100%",
+        default_height=f"{chart.height}px",
+    )
     title = f"<h4>{escape(panel.title)}</h4>" if panel.title else ""
     own = _legend([panel]) if chart.legend_per_panel else ""
     return f'<div class="panel">{title}{own}{plot}</div>'
@@ -167,7 +177,7 @@ def _samples(pictures: dict[int, Image.Image], source: str) -> str:
     return content
 
 
-def _made(study: Study, commands: list[str]) -> str:
+def _made(study: StudyResults, commands: list[str]) -> str:
     content = versions_table(study) + f"<h3>Commands</h3><pre>{escape(chr(10).join(commands))}</pre>"
     path = study.folder / "study.yaml"
     if path.exists():

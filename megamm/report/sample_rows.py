@@ -8,17 +8,18 @@ from pathlib import Path
 from PIL import Image
 from tokenizers import Tokenizer
 
-from megamm.config import Config, build
-from megamm.data.loader import Loader, build_plan, open_sources
+from megamm.config import Config
+from megamm.data.loader import Loader, build_pack_plan, open_sources
 from megamm.data.picture import draw_row
 from megamm.errors import InputError
-from megamm.scaling.report.study import BLIND, Study
+from megamm.report.study import BLIND, StudyResults
+from megamm.settings import build
 
 SEARCHED = 32
 """Rows at the start of the plan among which the samples are picked."""
 
 
-def sample_rows(study: Study, number: int = 3) -> tuple[dict[int, Image.Image], str]:
+def sample_rows(study: StudyResults, number: int = 3) -> tuple[dict[int, Image.Image], str]:
     """Pictures of rows that a run of the study trains on, by row number, and a line on where they are from.
 
     Picked are those, of the first rows, that together show the most sources. Where the prepared data is not there any
@@ -32,7 +33,7 @@ def sample_rows(study: Study, number: int = 3) -> tuple[dict[int, Image.Image], 
         tokenizer = Tokenizer.from_file(str(datasets[0].path / "tokenizer.json"))
         weights = [source.weight for source in config.data.sources.values()]
         with tempfile.TemporaryDirectory() as cache:
-            plan = build_plan(datasets, weights, config.data, cache_dir=Path(cache), num_rows=SEARCHED)
+            plan = build_pack_plan(datasets, weights, config.data, cache_dir=Path(cache), num_rows=SEARCHED)
             loader = Loader(plan, datasets, config.data, global_batch_rows=SEARCHED, start_step=0, end_step=1)
             (batch,) = next(iter(loader))
     except InputError as error:

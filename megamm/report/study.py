@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megamm_laws.comparison.recounted import group_column, recount, runs_of
+from megamm_laws.fitting.fits_file import read_laws
+from megamm_laws.law.fitted import Law
+from megamm_laws.runs.conventions import FACTS, MissingFactError
+from megamm_laws.runs.readers.run_dirs import set_aside
+from megamm_laws.runs.table import RunTable, read_runs
 
-from megamm.config import read_yaml
 from megamm.errors import InputError
-from megamm.scaling.accounting import group_column, recount, runs_of
-from megamm.scaling.compare import Law
-from megamm.scaling.conventions import FACTS, MissingFactError
-from megamm.scaling.fits_file import read_laws
-from megamm.scaling.runs import RunTable, read_runs
+from megamm.yaml_text import read_yaml
 
 BLIND = "text"
 """Architecture of the baseline that sees no images."""
 
 
 @dataclass(kw_only=True)
-class Run:
+class TrainedRun:
     """A run directory; ``result`` is None while it is not finished."""
 
     path: Path
@@ -37,7 +38,10 @@ class Run:
 
     @property
     def architecture(self) -> str:
-        return str(self.config["model"]["architecture"])
+        """As in the run table."""
+        model, variant = self.config["model"], self.config["train"].get("variant")
+        moe = (model.get("experts") or {}).get("num")
+        return str(variant or model["architecture"] + ("-moe" if moe else ""))
 
     @property
     def width(self) -> int:
@@ -67,7 +71,7 @@ class Run:
 
 
 @dataclass(kw_only=True)
-class Study:
+class StudyResults:
     """Everything that the report shows.
 
     Attributes:
@@ -78,7 +82,7 @@ class Study:
 
     folder: Path
     name: str
-    runs: list[Run]
+    runs: list[TrainedRun]
     table: RunTable
     group_column: str | None
     fits: list[dict[str, Any]]
@@ -86,11 +90,11 @@ class Study:
     saving: dict[str, float] = field(default_factory=dict)
 
     @property
-    def finished(self) -> list[Run]:
+    def finished(self) -> list[TrainedRun]:
         return [run for run in self.runs if run.result is not None]
 
     @property
-    def cooled(self) -> list[Run]:
+    def cooled(self) -> list[TrainedRun]:
         """Finished runs, trunks left out."""
         return [run for run in self.finished if not run.is_trunk]
 
@@ -137,7 +141,7 @@ class Study:
     def recounted(self, column: str, counting: str) -> dict[str, Law]:
         """The laws of a loss column with FLOPs counted in another way; groups without the figures left out.
 
-        ``counting`` is a key of accounting.ACCOUNTINGS. What the run table lacks is taken from the runs' results.
+        ``counting`` is a key of recounted.COUNTED. What the run table lacks is taken from the runs' results.
         """
         known = {run.result["name"]: run.result for run in self.cooled}
         changed = {}
@@ -151,7 +155,7 @@ class Study:
         return changed
 
 
-def read_study(folder: Path | str) -> Study:
+def read_results(folder: Path | str) -> StudyResults:
     """Read a study folder with its runs.csv and fits/.
 
     Raises:
@@ -176,7 +180,7 @@ def read_study(folder: Path | str) -> Study:
         raise InputError(f"{fits_path}: no list of fits; run tools/fit_scaling_laws.py again")
     columns = dict.fromkeys(fit.get("loss_column", "loss") for fit in fits)
     study = _read_json(folder / "study.json") if (folder / "study.json").exists() else {}
-    made = Study(
+    made = StudyResults(
         folder=folder,
         name=str(study.get("name") or folder.resolve().name),
         runs=runs,
@@ -191,17 +195,19 @@ def read_study(folder: Path | str) -> Study:
     return made
 
 
-def _read_runs(folder: Path) -> list[Run]:
-    found = []
+def _read_runs(folder: Path) -> list[TrainedRun]:
+    found, aside = [], set_aside(folder)
     for place, subfolders, files in os.walk(folder):
         subfolders.sort()
-        if {"config.yaml", "run.json"} <= set(files):
+        if Path(place).resolve() in aside:
+            subfolders.clear()
+        elif {"config.yaml", "run.json"} <= set(files):
             subfolders.clear()
             found.append(_read_run(Path(place)))
     return found
 
 
-def _read_run(path: Path) -> Run:
+def _read_run(path: Path) -> TrainedRun:
     metrics, result = path / "metrics.jsonl", path / "result.json"
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
     try:
@@ -210,7 +216,7 @@ def _read_run(path: Path) -> Run:
         records = [r for r in records if "loss" in r and "flops" in r]
     except ValueError as error:
         raise InputError(f"{metrics}: not JSON lines ({error}); remove the damaged line") from error
-    run = Run(
+    run = TrainedRun(
         path=path,
         config=read_yaml(path / "config.yaml"),
         about=_read_json(path / "run.json"),

@@ -4,17 +4,18 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from megamm.scaling import laws
-from megamm.scaling.report.figures import colour_of, column_name, name_of
-from megamm.scaling.report.findings import Finding, cautions, image_rows, signed
-from megamm.scaling.report.study import Study
-from megamm.scaling.units import count, digits, power, prettify
+from megamm_laws.law import power_law
+from megamm_laws.pictures.units import count, digits, power, prettify
+
+from megamm.report.figures import colour_of, column_name, title_of
+from megamm.report.findings import Finding, cautions, image_rows, signed
+from megamm.report.study import StudyResults
 
 FIRST_WARNINGS = 8
 NONE = "–"
 
 
-def table(heads: list[str], rows: list[list[str]], left: int = 1, attributes: str = "", tall: bool = False) -> str:
+def html_table(heads: list[str], rows: list[list[str]], left: int = 1, attributes: str = "", tall: bool = False) -> str:
     """A table in a box that scrolls.
 
     Args:
@@ -43,8 +44,8 @@ def _side(left: bool) -> str:
     return " class=left" if left else ""
 
 
-def _group(study: Study, group: str) -> str:
-    return f'<span class="dot" style="background:{colour_of(study, group)}"></span>{escape(name_of(group))}'
+def _group(study: StudyResults, group: str) -> str:
+    return f'<span class="dot" style="background:{colour_of(study, group)}"></span>{escape(title_of(group))}'
 
 
 # ------------------------------------------------------------------------------------------ the comparison
@@ -53,7 +54,7 @@ def _group(study: Study, group: str) -> str:
 def comparison_table(found: list[Finding]) -> str:
     """A row per finding: difference, ratio of FLOPs, crossover, verdict."""
     comparison = found[0].comparison
-    first, second = name_of(comparison.first), name_of(comparison.second)
+    first, second = title_of(comparison.first), title_of(comparison.second)
     rows = []
     for finding in found:
         values = (finding.difference, finding.gain, finding.crossover)
@@ -66,15 +67,17 @@ def comparison_table(found: list[Finding]) -> str:
         f"({power(comparison.flops[-1])} FLOPs in the first row), with pointwise 95% intervals; verdicts use the band "
         "of the whole curve. The image encoder of late fusion is counted in its FLOPs unless the row says otherwise."
     )
-    return table(["loss", "difference, nats", "FLOPs ratio", "crossover, FLOPs", "verdict"], rows) + note(explained)
+    return html_table(["loss", "difference, nats", "FLOPs ratio", "crossover, FLOPs", "verdict"], rows) + note(
+        explained
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- fits
 
 
-def fits_table(study: Study) -> str:
+def fits_table(study: StudyResults) -> str:
     """Constants, exponents, held-out errors and warnings of all fits."""
-    quantities = (*laws.PARAMETERS, *laws.EXPONENTS)
+    quantities = (*power_law.PARAMETERS, *power_law.EXPONENTS)
     symbols = {"alpha": "α", "beta": "β"}
     heads = ["", "runs", *(symbols.get(q, q) for q in quantities), "held-out error"]
     order = {group: i for i, group in enumerate(study.groups)}
@@ -91,7 +94,7 @@ def fits_table(study: Study) -> str:
         "L* ~ C^c along the frontier; D* ~ N*^d. Held-out error: mean relative error of the loss of the largest "
         "runs, predicted from the rest."
     )
-    return note(explained) + table(heads, rows, attributes='class="dense"') + _warnings(study)
+    return note(explained) + html_table(heads, rows, attributes='class="dense"') + _warnings(study)
 
 
 def _with_interval(value: float, interval: list[float] | None) -> str:
@@ -109,7 +112,7 @@ def _held_out(fit: dict[str, Any]) -> str:
     return f'<td title="{escape(prettify(str(held.get("skipped", ""))))}">not measured</td>'
 
 
-def _warnings(study: Study) -> str:
+def _warnings(study: StudyResults) -> str:
     items = [
         f'<li>{escape(text[0].upper() + text[1:])} <span class="note">({escape(fits)})</span></li>'
         for text, fits in cautions(study)
@@ -127,7 +130,7 @@ def _warnings(study: Study) -> str:
 # ------------------------------------------------------------------------------------------ images and runs
 
 
-def image_table(study: Study) -> str:
+def image_table(study: StudyResults) -> str:
     """Losses after images at the largest size: true, swapped, blind."""
     heads = ["architecture", "source", "parameters", "true images", "swapped images", "blind model"]
     rows = []
@@ -147,10 +150,10 @@ def image_table(study: Study) -> str:
         "Loss of the text after an image in nats per token, at the largest size and longest training. The blind model "
         "has the same decoder, but its image positions are empty; the one nearest in size is shown."
     )
-    return table([*heads, "swapped − true", "true − blind"], rows, left=2) + note(explained)
+    return html_table([*heads, "swapped − true", "true − blind"], rows, left=2) + note(explained)
 
 
-def runs_table(study: Study) -> str:
+def runs_table(study: StudyResults) -> str:
     """Every run of the run table; sortable."""
     losses = [c for c in study.in_order(study.table.loss_columns) if c != "loss"]
     columns: list[tuple[str, str, Callable[[float], str]]] = [
@@ -189,16 +192,16 @@ def runs_table(study: Study) -> str:
     unfinished = [str(run.path.relative_to(study.folder)) for run in study.runs if run.result is None]
     if unfinished:
         content += note(f"Not finished, and left out: {', '.join(unfinished)}.")
-    return content + table(heads, rows, left=2 + mixed, attributes='class="sortable"', tall=True)
+    return content + html_table(heads, rows, left=2 + mixed, attributes='class="sortable"', tall=True)
 
 
-def _sorted_runs(study: Study) -> list[tuple[str, dict[str, Any]]]:
+def _sorted_runs(study: StudyResults) -> list[tuple[str, dict[str, Any]]]:
     """Names and rows by architecture, size and length."""
     pairs = zip(study.table.names, study.table.rows)
     return sorted(pairs, key=lambda pair: (str(pair[1].get("architecture")), pair[1]["params"], pair[1]["tokens"]))
 
 
-def versions_table(study: Study) -> str:
+def versions_table(study: StudyResults) -> str:
     """Versions and device, each with all values that the runs had."""
     keys = {"megamm": "megamm", "git_commit": "git commit", "torch": "PyTorch", "python": "Python", "device": "device"}
     rows = []
@@ -206,4 +209,4 @@ def versions_table(study: Study) -> str:
         values = sorted({str(run.about[key]) for run in study.runs if run.about.get(key)})
         if values:
             rows.append([f"<th scope=row>{label}</th>", f'<td class="left wrap">{escape(", ".join(values))}</td>'])
-    return table(["item", "value"], rows, left=2)
+    return html_table(["item", "value"], rows, left=2)

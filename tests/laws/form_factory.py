@@ -1,10 +1,9 @@
 """Planted laws for the tests of declared forms."""
 
 import numpy as np
-
-from megamm.scaling import laws
-from megamm.scaling.forms import FORMS
-from megamm.scaling.runs import RunTable, check_rows
+from megamm_laws.law import power_law
+from megamm_laws.law.forms import FORMS
+from megamm_laws.runs.table import RunTable, check_rows
 
 MUENNIGHOFF = {
     "E": np.exp(0.6254804),
@@ -81,7 +80,7 @@ def two_groups(second_alpha: float, seed: int = 0) -> dict[str, RunTable]:
     n, d = (x.ravel() for x in np.meshgrid(np.geomspace(1e8, 1e10, 5), np.geomspace(2e9, 1e12, 5)))
     groups = {}
     for name, law in (("early", [1.9, 420, 0.33, 1500, 0.36]), ("late", [1.85, 520, second_alpha, 1400, 0.36])):
-        loss = laws.predict(np.array(law), n, d) * np.exp(0.002 * rng.standard_normal(len(n)))
+        loss = power_law.predict(np.array(law), n, d) * np.exp(0.002 * rng.standard_normal(len(n)))
         rows = [
             {"run": f"{name}{i}", "params": a, "tokens": b, "loss": y} for i, (a, b, y) in enumerate(zip(n, d, loss))
         ]

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-
-from megamm.scaling import laws
-from megamm.scaling.calibration import SCENARIOS, TRUTH, Scenario, cover, decisions, simulate
-from megamm.scaling.fit import cluster_labels
+from megamm_laws.fitting.fit import cluster_labels
+from megamm_laws.law import power_law
+from simulated.ladders import SCENARIOS, TRUTH, Scenario, cover, decisions, simulate
 
 
 def errors(scenario: Scenario, ladders: int) -> np.ndarray:
@@ -13,7 +12,7 @@ def errors(scenario: Scenario, ladders: int) -> np.ndarray:
     found = []
     for i in range(ladders):
         table = simulate(scenario, np.random.default_rng(i))
-        prediction = laws.predict(TRUTH, table.numbers("params"), table.numbers("tokens"))
+        prediction = power_law.predict(TRUTH, table.numbers("params"), table.numbers("tokens"))
         found.append(np.log(table.numbers("loss") / prediction).reshape(scenario.sizes, scenario.lengths))
     return np.array(found)
 
@@ -51,7 +50,7 @@ def test_decisions_are_the_closed_forms():
     assert found["a"] == pytest.approx(beta / (alpha + beta))
     assert found["N*(10C)"] / found["N*(C)"] == pytest.approx(10 ** (beta / (alpha + beta)))
     assert 6 * found["N*(C)"] * found["D*(C)"] == pytest.approx(1e22)
-    assert found["L*(C)"] == pytest.approx(laws.predict(TRUTH, [found["N*(C)"]], [found["D*(C)"]])[0])
+    assert found["L*(C)"] == pytest.approx(power_law.predict(TRUTH, [found["N*(C)"]], [found["D*(C)"]])[0])
 
 
 def test_intervals_hold_the_truth_under_noise():

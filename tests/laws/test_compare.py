@@ -1,7 +1,6 @@
 """Frontiers of two groups against each other."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megamm_laws.comparison.compare import compare, crossover_sentence, gain_at, verdict
+from megamm_laws.comparison.outputs import compare_fits, to_json, to_markdown
+from megamm_laws.comparison.recounted import cost_of
+from megamm_laws.fitting.fits_file import read_laws
+from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.law import power_law
+from megamm_laws.law.fitted import Law
+from megamm_laws.runs import conventions
+from megamm_laws.runs.table import RunTable, check_rows, read_runs, write_runs
 from scipy.optimize import brentq, minimize_scalar
 
 from megamm.errors import InputError
-from megamm.scaling import conventions, laws
-from megamm.scaling.accounting import cost_of
-from megamm.scaling.compare import Law, compare, crossover_sentence, gain_at, verdict
-from megamm.scaling.compare_outputs import compare_fits, to_json, to_markdown
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.fits_file import read_laws
-from megamm.scaling.runs import RunTable, check_rows, read_runs, write_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,7 @@ CROSSING = np.array([2.0, 300.0, 0.33, 1100.0, 0.36])  # lower at small compute,
 def crossing_point() -> float:
     def difference(log_c):
         c = np.array([np.exp(log_c)])
-        return (laws.frontier_loss(BASE, c) - laws.frontier_loss(CROSSING, c))[0]
+        return (power_law.frontier_loss(BASE, c) - power_law.frontier_loss(CROSSING, c))[0]
 
     return float(np.exp(brentq(difference, np.log(1e17), np.log(1e24))))
 
@@ -61,7 +62,7 @@ def test_simultaneous_band_holds_whole_curves():
     assert (result.simultaneous[0] <= result.pointwise[0]).all()
     assert (result.simultaneous[1] >= result.pointwise[1]).all()
     fresh = law("early", spread=0.01, seed=11).draws, law("late", CROSSING, spread=0.01, seed=12).draws
-    curves = laws.frontier_loss(fresh[0], result.flops) - laws.frontier_loss(fresh[1], result.flops)
+    curves = power_law.frontier_loss(fresh[0], result.flops) - power_law.frontier_loss(fresh[1], result.flops)
     inside = ((curves >= result.simultaneous[0]) & (curves <= result.simultaneous[1])).all(axis=1).mean()
     assert 0.90 < inside < 0.99
     pointwise = ((curves >= result.pointwise[0]) & (curves <= result.pointwise[1])).all(axis=1).mean()
@@ -100,7 +101,7 @@ def test_gain_is_the_ratio_of_flops_at_equal_loss():
     better = compare(law("a"), law("b", BASE * [1.5, 1, 1, 1, 1]))
     index = np.flatnonzero(np.isfinite(better.gain))[0]
     assert law("a").frontier(better.flops)[index] == pytest.approx(
-        laws.frontier_loss(BASE * [1.5, 1, 1, 1, 1], better.flops[index : index + 1] * better.gain[index])[0]
+        power_law.frontier_loss(BASE * [1.5, 1, 1, 1, 1], better.flops[index : index + 1] * better.gain[index])[0]
     )
     assert np.isinf(better.gain[-1])  # below the other's E: no compute suffices
 
@@ -132,7 +133,7 @@ def test_shared_form_is_read_back(tmp_path):
     fits = fit_table(table, form="shared", resamples=10)
     write_fits(tmp_path, fits)
     assert [one.form for one in read_laws(tmp_path).values()] == ["shared", "shared"]
-    assert Law.of_fit(fits[0]).form == "shared"
+    assert fits[0].law.form == "shared"
 
 
 def test_read_laws_names_the_folder(tmp_path):
@@ -176,7 +177,7 @@ def ladder(architecture: str, parameters: np.ndarray, encoder: float = 0.0, nois
     rng = np.random.default_rng(len(architecture))
     rows = []
     for i, (n, d) in enumerate((n, d) for n in np.geomspace(2e8, 8e9, 7) for d in np.geomspace(4e9, 4e11, 5)):
-        loss = float(laws.predict(parameters, np.array([n]), np.array([d]))[0]) * np.exp(rng.normal(0, noise))
+        loss = float(power_law.predict(parameters, np.array([n]), np.array([d]))[0]) * np.exp(rng.normal(0, noise))
         vision = encoder * n
         row = {"run": f"{architecture}-{i}", "architecture": architecture, "params": n, "tokens": d, "loss": loss}
         row |= {"params_active": n, "params_vision": vision, "tokens_vision": d / 2}
@@ -260,7 +261,7 @@ def test_crossover_sentences():
 
 def tool(*arguments, name: str = "compare_groups") -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_tool_writes_the_comparison(fitted, tmp_path):

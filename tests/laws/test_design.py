@@ -3,21 +3,21 @@
 import csv
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from megamm_laws.law import power_law, solver
+from megamm_laws.proposals import design
+from megamm_laws.proposals.design import Ladder, candidate_grid, form_dominates, loss_at, narrowed, propose
+from megamm_laws.proposals.next_runs import RunsRequest, choose_runs, to_markdown
+from megamm_laws.runs.table import RunTable, check_rows, read_runs
+from simulated.ladders import TRUTH
+from simulated.proposals import compute_ratio, regular_grid, widths
 
 from megamm.errors import InputError
-from megamm.scaling import design, laws, minimise
-from megamm.scaling.calibration import TRUTH
-from megamm.scaling.design import Ladder, candidate_grid, form_dominates, loss_at, narrowed, propose
-from megamm.scaling.design_study import compute_ratio, regular_grid, widths
-from megamm.scaling.next_runs import Request, plan_runs, to_markdown
-from megamm.scaling.runs import RunTable, check_rows, read_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +49,10 @@ def variance(ladder: Ladder, extra: list[int], draw: np.ndarray) -> float:
     x = np.array([draw[0], np.log(draw[1]), draw[2], np.log(draw[3]), draw[4]])
     steps = 1e-5 * np.eye(5)
     jacobian = np.array(
-        [(np.log(laws.predict(law(x + s), n, d)) - np.log(laws.predict(law(x - s), n, d))) / 2e-5 for s in steps]
+        [
+            (np.log(power_law.predict(law(x + s), n, d)) - np.log(power_law.predict(law(x - s), n, d))) / 2e-5
+            for s in steps
+        ]
     ).T
     gradient = np.array([(ladder.decision(law(x + s)) - ladder.decision(law(x - s))) / 2e-5 for s in steps])
     covariance = np.linalg.pinv(jacobian.T @ jacobian / ladder.noise**2, rcond=1e-15)
@@ -58,11 +61,11 @@ def variance(ladder: Ladder, extra: list[int], draw: np.ndarray) -> float:
 
 def test_sensitivities_by_finite_differences():
     n, d = np.array([1e8, 3e9]), np.array([1e10, 4e10])
-    problem = minimise.Problem.of(n, d, np.ones(2))
+    problem = solver.Problem.of(n, d, np.ones(2))
     theta = problem.to_theta(TRUTH[None])
     found = design.sensitivities(problem, theta, n, d)[0]
     for k, step in enumerate(1e-6 * np.eye(5)):
-        ends = [np.log(laws.predict(problem.to_parameters(theta[0] + s * step), n, d)) for s in (1, -1)]
+        ends = [np.log(power_law.predict(problem.to_parameters(theta[0] + s * step), n, d)) for s in (1, -1)]
         assert found[:, k] == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5)
 
 
@@ -139,7 +142,9 @@ def table() -> RunTable:
     rows = []
     for architecture, shift in (("early", 1.0), ("late", 1.01)):
         n, d = regular_grid(1e20, (5, 4))
-        losses = laws.predict(TRUTH, n, d) * np.exp(0.003 * np.random.default_rng(1).standard_normal(len(n))) * shift
+        losses = (
+            power_law.predict(TRUTH, n, d) * np.exp(0.003 * np.random.default_rng(1).standard_normal(len(n))) * shift
+        )
         for i, (p, t, y) in enumerate(zip(n, d, losses)):
             rows.append(
                 {"run": f"{architecture}-{i}", "architecture": architecture, "params": p, "tokens": t, "loss": y}
@@ -150,7 +155,7 @@ def table() -> RunTable:
 @pytest.mark.parametrize("decision", ["params", "loss", "exponent", "difference"])
 def test_every_decision(table, decision):
     groups = None if decision == "difference" else ["late"]
-    plan = plan_runs(table, Request(budget=1e21, decision=decision, groups=groups, resamples=60, max_runs=5))
+    plan = choose_runs(table, RunsRequest(budget=1e21, decision=decision, groups=groups, resamples=60, max_runs=5))
     for kind, ratio in (("interval", "interval_width_ratio"), ("noise_interval", "noise_width_ratio")):
         now, later = plan["now"][kind], plan["predicted"][kind]
         assert now[0] <= later[0] <= later[1] <= now[1]
@@ -169,7 +174,7 @@ def test_what_the_runs_do_not_determine_is_told(table, tmp_path):
     for row in rows[1:]:
         row["loss_text"] = row["loss"]
     few = RunTable(path="made.csv", rows=rows, lines=list(range(2, len(rows) + 2)))
-    plan = plan_runs(few, Request(budget=1e21, loss_column="loss_text", resamples=60, max_runs=2))
+    plan = choose_runs(few, RunsRequest(budget=1e21, loss_column="loss_text", resamples=60, max_runs=2))
     found = "\n".join(plan["warnings"])
     for text in ("1 runs have no loss_text", "with 2 distinct params, A, alpha and E", "only 3 trunks"):
         assert found.count(text) == 1, text
@@ -186,7 +191,7 @@ def test_what_the_runs_do_not_determine_is_told(table, tmp_path):
     )
     command = [sys.executable, str(ROOT / "tools" / "next_runs.py"), str(path), "--budget", "1e21", "--bootstrap", "60"]
     command += ["--loss-column", "loss_text", "--max-runs", "2", "--out", str(tmp_path / "next")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "warning from the fit of late: only 3 trunks" in done.stderr
     assert json.loads((tmp_path / "next" / "next_runs.json").read_text())["warnings"] == plan["warnings"]
 
@@ -195,7 +200,7 @@ def test_a_bend_is_not_promised_away():
     """Chinchilla's runs bend: noise is a fifth of the width, and more runs narrow nothing but that fifth."""
     runs = read_runs(ROOT / "tests" / "data" / "chinchilla_runs.csv")
     runs = runs.select(runs.numbers("loss") < np.sort(runs.numbers("loss"))[-5])
-    plan = plan_runs(runs, Request(budget=1e21, resamples=100, max_runs=5))
+    plan = choose_runs(runs, RunsRequest(budget=1e21, resamples=100, max_runs=5))
     assert np.ptp(plan["now"]["noise_interval"]) < 0.5 * np.ptp(plan["now"]["interval"])
     assert plan["noise_width_ratio"] < 0.97 < 0.985 < plan["interval_width_ratio"] < 1
     assert any("neighbouring runs err together" in text for text in plan["warnings"])
@@ -206,23 +211,23 @@ def test_a_bend_is_not_promised_away():
 
 def test_extrapolation_is_told(table):
     request = {"budget": 1e21, "groups": ["late"], "resamples": 30, "max_runs": 1}
-    far = plan_runs(table, Request(**request, at=1e27))
+    far = choose_runs(table, RunsRequest(**request, at=1e27))
     assert any("extrapolation: 1e+27 FLOPs are " in text for text in far["warnings"])
     for decision in ("params", "exponent"):  # ten times by default; an exponent is about no compute
         at = 1e27 if decision == "exponent" else None
-        plan = plan_runs(table, Request(**request, decision=decision, at=at))
+        plan = choose_runs(table, RunsRequest(**request, decision=decision, at=at))
         assert not any("extrapolation" in text for text in plan["warnings"])
 
 
 def test_runs_not_cooled_down_are_told(table):
     for row in table.rows:
         row["cooled"] = False
-    plan = plan_runs(table, Request(budget=1e21, groups=["late"], resamples=30, max_runs=1))
+    plan = choose_runs(table, RunsRequest(budget=1e21, groups=["late"], resamples=30, max_runs=1))
     assert any("not cooled down" in text for text in plan["warnings"])
 
 
 def test_fits_without_fault_are_not_warned_of(table):
-    plan = plan_runs(table, Request(budget=1e21, decision="difference", resamples=60, max_runs=2))
+    plan = choose_runs(table, RunsRequest(budget=1e21, decision="difference", resamples=60, max_runs=2))
     assert plan["warnings"] == [] and "Warning" not in to_markdown(plan)
 
 
@@ -239,7 +244,7 @@ def test_fits_without_fault_are_not_warned_of(table):
 )
 def test_bad_requests(table, changes, message):
     with pytest.raises(InputError, match=message):
-        plan_runs(table, Request(**{"budget": 1e21, "resamples": 60, **changes}))
+        choose_runs(table, RunsRequest(**{"budget": 1e21, "resamples": 60, **changes}))
 
 
 def test_the_script(tmp_path, table):
@@ -249,12 +254,11 @@ def test_the_script(tmp_path, table):
         writer.writeheader()
         writer.writerows(table.rows)
     command = [sys.executable, str(ROOT / "tools" / "next_runs.py"), str(path), "--budget", "1e21", "--bootstrap", "50"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     good = [*command, "--group", "early", "--out", str(tmp_path / "next")]
-    done = subprocess.run(good, capture_output=True, text=True, env=env)
+    done = subprocess.run(good, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     plan = json.loads((tmp_path / "next" / "next_runs.json").read_text())
     with (tmp_path / "next" / "next_runs.csv").open() as handle:
         assert [float(r["flops"]) for r in csv.DictReader(handle)] == [r["flops"] for r in plan["runs"]]
-    bad = subprocess.run([*command, "--out", str(tmp_path / "none")], capture_output=True, text=True, env=env)
+    bad = subprocess.run([*command, "--out", str(tmp_path / "none")], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.strip().count("\n") == 0 and not (tmp_path / "none").exists()

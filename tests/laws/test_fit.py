@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megamm_laws.fitting import fit as fitting
+from megamm_laws.fitting.diagnostics import warnings_of
+from megamm_laws.fitting.fits_file import read_laws
+from megamm_laws.fitting.outputs import fit_table
+from megamm_laws.law import power_law, solver
+from megamm_laws.runs.table import RunTable, check_rows, read_runs
 from scipy.optimize import approx_fprime, minimize, nnls
 
 from megamm.errors import InputError
-from megamm.scaling import fit as fitting
-from megamm.scaling import laws, minimise
-from megamm.scaling.diagnostics import warnings_of
-from megamm.scaling.fit_outputs import fit_table
-from megamm.scaling.fits_file import read_laws
-from megamm.scaling.runs import RunTable, check_rows, read_runs
 
 ROOT = Path(__file__).parents[2]
 PLANTED = np.array([1.9, 420.0, 0.33, 1500.0, 0.36])
@@ -38,7 +37,7 @@ def planted(noise: float = 0.0, seed: int = 0, sizes: int = 6, lengths: int = 6,
     params, tokens = (
         x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e10, sizes), np.geomspace(1e9, 1e12, lengths), indexing="ij")
     )
-    loss = laws.predict(law, params, tokens)
+    loss = power_law.predict(law, params, tokens)
     loss = loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(loss)))
     return make_table(params, tokens, loss, **columns)
 
@@ -99,9 +98,9 @@ def test_every_start_of_a_resample_agrees(chinchilla, chinchilla_fit):
     rng = np.random.default_rng(3)
     weights, _ = fitting.resample(chinchilla, fitting.cluster_labels(chinchilla), 20, rng)
     one = problem.to_theta(chinchilla_fit.parameters)
-    _, quick = minimise.minimise(problem, np.tile(one, (20, 1)), weights)
-    grid = minimise.starts(problem)
-    _, thorough = minimise.minimise(problem, np.tile(grid, (20, 1)), np.repeat(weights, len(grid), axis=0))
+    _, quick = solver.minimise(problem, np.tile(one, (20, 1)), weights)
+    grid = solver.starts(problem)
+    _, thorough = solver.minimise(problem, np.tile(grid, (20, 1)), np.repeat(weights, len(grid), axis=0))
     assert (quick <= thorough.reshape(20, -1).min(axis=1) * (1 + 1e-7)).all()
 
 
@@ -117,12 +116,12 @@ def test_derivatives_by_finite_differences(theta, seed):
     problem = fitting.fit_problem(table, "loss")
     weights = np.random.default_rng(seed).integers(0, 4, (1, len(table))).astype(float)
     theta, delta = np.array(theta), 0.2
-    residual = np.log(laws.predict(problem.to_parameters(theta), table.numbers("params"), table.numbers("tokens")))
+    residual = np.log(power_law.predict(problem.to_parameters(theta), table.numbers("params"), table.numbers("tokens")))
     if (np.abs(np.abs(residual - problem.y) - delta) < 1e-3).any():
         return  # the second derivative jumps at delta
 
     def at(x):
-        return minimise.evaluate(problem, x[None], weights, delta)
+        return solver.evaluate(problem, x[None], weights, delta)
 
     _, gradient, hessian, reweighted = at(theta)
     numeric = [(at(theta + h)[0][0] - at(theta - h)[0][0]) / 2e-6 for h in 1e-6 * np.eye(5)]
@@ -137,7 +136,7 @@ def test_starts_solve_the_non_negative_least_squares():
     problem = fitting.fit_problem(table, "loss")
     scale = np.exp(-problem.y)
     floor = 1e-2 * np.exp(np.median(problem.y))
-    for E, a, alpha, b, beta in minimise.starts(problem):
+    for E, a, alpha, b, beta in solver.starts(problem):
         X = np.stack([scale, scale * np.exp(-alpha * problem.u), scale * np.exp(-beta * problem.v)], axis=1)
         expected = np.maximum(nnls(X, np.ones(len(scale)))[0], floor)
         np.testing.assert_allclose([E, np.exp(a), np.exp(b)], expected, rtol=1e-5)
@@ -146,14 +145,14 @@ def test_starts_solve_the_non_negative_least_squares():
 def test_weights_count_runs():
     table = planted(noise=0.01)
     problem = fitting.fit_problem(table, "loss")
-    theta = minimise.starts(problem)[:3]
+    theta = solver.starts(problem)[:3]
     twice = table.select(np.ones(len(table), bool))
     twice.rows, twice.lines = table.rows + table.rows[:5], table.lines + table.lines[:5]
     weights = np.ones((1, len(table)))
     weights[0, :5] = 2
-    weighted = minimise.minimise(problem, theta, weights)[1].min()
+    weighted = solver.minimise(problem, theta, weights)[1].min()
     repeated = fitting.fit_problem(twice, "loss")
-    expected = minimise.minimise(repeated, repeated.to_theta(problem.to_parameters(theta)), np.ones((1, 41)))[1]
+    expected = solver.minimise(repeated, repeated.to_theta(problem.to_parameters(theta)), np.ones((1, 41)))[1]
     assert weighted == pytest.approx(expected.min(), rel=1e-9)
 
 
@@ -169,7 +168,7 @@ def test_planted_law_is_recovered_exactly(values):
 
 def test_noisy_planted_law_lies_in_the_intervals():
     """Of 20 noisy tables, about 19 should hold each true value in its 95% interval; 15 at the least."""
-    truth = dict(zip(laws.PARAMETERS, PLANTED))
+    truth = dict(zip(power_law.PARAMETERS, PLANTED))
     inside = dict.fromkeys(truth, 0)
     for seed in range(20):
         intervals = fitting.fit_group(planted(noise=0.005, seed=seed), resamples=200, seed=seed).intervals
@@ -214,7 +213,7 @@ def test_shared_trunk_noise_widens_the_intervals():
     params = np.repeat(np.geomspace(1e7, 1e10, 12), 4)
     tokens = np.tile(np.geomspace(1e9, 1e12, 4), 12)
     noise = np.repeat(rng.normal(0, 0.01, 12), 4)
-    loss = laws.predict(PLANTED, params, tokens) * np.exp(noise)
+    loss = power_law.predict(PLANTED, params, tokens) * np.exp(noise)
     trunks = [f"t{i // 4}" for i in range(48)]
     apart = fitting.fit_group(make_table(params, tokens, loss), resamples=400)
     together = fitting.fit_group(make_table(params, tokens, loss, trunk=trunks), resamples=400)
@@ -254,10 +253,10 @@ def told(table: RunTable, **options) -> str:
 def test_a_good_table_has_no_warnings():
     """Profiles of equal compute around the optimum."""
     flops = np.repeat(np.geomspace(1e18, 1e22, 7), 7)
-    params = laws.optimum(PLANTED, flops)[0] * np.tile(np.geomspace(0.25, 4, 7), 7)
+    params = power_law.optimum(PLANTED, flops)[0] * np.tile(np.geomspace(0.25, 4, 7), 7)
     tokens = flops / (6 * params)
     noise = 0.001 * np.random.default_rng(0).standard_normal(49)
-    assert told(make_table(params, tokens, laws.predict(PLANTED, params, tokens) * np.exp(noise))) == ""
+    assert told(make_table(params, tokens, power_law.predict(PLANTED, params, tokens) * np.exp(noise))) == ""
 
 
 def test_warnings_name_what_is_wrong():
@@ -286,7 +285,7 @@ def test_few_distinct_sizes_are_told(sizes, lengths, part):
 def test_unidentified_exponents_are_told():
     params = np.geomspace(1e8, 4e8, 7)
     tokens = 20 * params
-    loss = laws.predict(PLANTED, params, tokens) * np.exp(0.01 * np.random.default_rng(0).standard_normal(7))
+    loss = power_law.predict(PLANTED, params, tokens) * np.exp(0.01 * np.random.default_rng(0).standard_normal(7))
     text = told(make_table(params, tokens, loss))
     assert "exponents are not identified" in text
     assert "7 runs for 5 parameters" in text
@@ -297,7 +296,7 @@ def test_extrapolated_optimum_is_told():
     params, tokens = np.meshgrid(np.geomspace(1e7, 1e8, 5), np.geomspace(1e11, 1e12, 5))
     params, tokens = params.ravel(), tokens.ravel()
     assert "extrapolation: the optimal params" in told(
-        make_table(params, tokens, laws.predict(PLANTED, params, tokens))
+        make_table(params, tokens, power_law.predict(PLANTED, params, tokens))
     )
 
 
@@ -306,7 +305,7 @@ def test_extrapolated_optimum_is_told():
 
 def tool(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / "fit_scaling_laws.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def write_csv(path: Path, rows: list[dict]) -> Path:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megamm_laws.fitting.fits_file import digest, read_fits_file, read_laws
+from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.law import power_law
+from megamm_laws.runs.table import RunTable, check_rows
 
 from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.fits_file import digest, read_fits_file, read_laws
-from megamm.scaling.plan.inputs import read_fits
-from megamm.scaling.runs import RunTable, check_rows
+from megamm.planning.inputs import read_fits
 
 LAW = {"E": 1.9, "A": 420.0, "alpha": 0.33, "B": 1500.0, "beta": 0.36}
 ENTRY = {
@@ -140,7 +140,7 @@ def test_files_of_two_fits_are_not_mixed(tmp_path):
     n, d = (x.ravel() for x in np.meshgrid(np.geomspace(1e8, 1e9, 4), np.geomspace(1e9, 1e11, 4)))
     for seed in (0, 1):
         noise = np.exp(0.003 * np.random.default_rng(seed).standard_normal(16))
-        losses = laws.predict(list(LAW.values()), n, d) * noise
+        losses = power_law.predict(list(LAW.values()), n, d) * noise
         rows = [{"params": p, "tokens": t, "loss": y} for p, t, y in zip(n, d, losses)]
         table = check_rows(RunTable(path="made.csv", rows=rows, lines=list(range(2, 18))))
         write_fits(tmp_path / str(seed), fit_table(table, resamples=10))

@@ -1,7 +1,6 @@
 """Declared forms of law: published values, derivatives, planted laws, optima by search, bad input."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,16 +20,16 @@ from form_factory import (
     table_of,
     two_groups,
 )
+from megamm_laws.fitting.form_fit import descend_all, fit_form
+from megamm_laws.fitting.form_warnings import form_warnings
+from megamm_laws.fitting.shared import fit_shared
+from megamm_laws.law import power_law
+from megamm_laws.law.forms import FORMS
+from megamm_laws.law.forms.base import Form, FormProblem, amplitude, exponent
+from megamm_laws.law.forms.optimum import compute_optimum
+from megamm_laws.runs.table import write_runs
 
 from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.forms import FORMS
-from megamm.scaling.forms.base import Form, FormProblem, amplitude, exponent
-from megamm.scaling.forms.fitting import descend_all, fit_form
-from megamm.scaling.forms.optimum import compute_optimum
-from megamm.scaling.forms.shared import fit_shared
-from megamm.scaling.forms.warnings import form_warnings
-from megamm.scaling.runs import write_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,9 +45,9 @@ def test_repeated_data_of_muennighoff():
 
 def test_fresh_data_and_small_models_are_not_discounted():
     n, d = np.array([1e8, 1e9]), np.array([1e12, 1e11])
-    plain = np.array([MUENNIGHOFF[p] for p in laws.PARAMETERS])
+    plain = np.array([MUENNIGHOFF[p] for p in power_law.PARAMETERS])
     found = FORMS["repeated"].predict(MUENNIGHOFF, n, d, unique_tokens=[1e13, 1e13])
-    np.testing.assert_allclose(found, laws.predict(plain, n, d), rtol=1e-12)
+    np.testing.assert_allclose(found, power_law.predict(plain, n, d), rtol=1e-12)
     assert FORMS["repeated"].predict(MUENNIGHOFF, n, d, unique_tokens=[1e10, 1e10]).min() > found.min()
 
 
@@ -172,7 +171,7 @@ def test_a_form_of_ones_own_is_a_page():
 
     n, d = (x.ravel() for x in np.meshgrid(SIZES, LENGTHS))
     law = np.array([0.0, 50.0, 0.12, 90.0, 0.2])
-    rows = [{"params": a, "tokens": b, "loss": y} for a, b, y in zip(n, d, laws.predict(law, n, d))]
+    rows = [{"params": a, "tokens": b, "loss": y} for a, b, y in zip(n, d, power_law.predict(law, n, d))]
     fit = fit_form(table_of(rows), NoFloor(), resamples=10)
     np.testing.assert_allclose(fit.parameters, [50.0, 0.12, 90.0, 0.2], rtol=1e-5)
 
@@ -182,13 +181,13 @@ def test_a_form_of_ones_own_is_a_page():
 
 def test_optimum_by_search_is_the_closed_form_where_there_is_one():
     """The plain law behind the interface of a form, whose optimum laws.py has in closed form."""
-    flops, plain = np.array([1e20, 1e23]), np.array([MUENNIGHOFF[p] for p in laws.PARAMETERS])
+    flops, plain = np.array([1e20, 1e23]), np.array([MUENNIGHOFF[p] for p in power_law.PARAMETERS])
     draws = {name: np.full(3, value) for name, value in MUENNIGHOFF.items()}
     for values, shape in ((MUENNIGHOFF, (2,)), (draws, (3, 2))):
         n, d, loss = compute_optimum(PlainForm(), values, flops, 1.2)
         assert n.shape == d.shape == loss.shape == shape
-        np.testing.assert_allclose(n, np.broadcast_to(laws.optimum(plain, flops, 1.2)[0], shape), rtol=1e-3)
-        np.testing.assert_allclose(loss, np.broadcast_to(laws.frontier_loss(plain, flops, 1.2), shape), rtol=1e-7)
+        np.testing.assert_allclose(n, np.broadcast_to(power_law.optimum(plain, flops, 1.2)[0], shape), rtol=1e-3)
+        np.testing.assert_allclose(loss, np.broadcast_to(power_law.frontier_loss(plain, flops, 1.2), shape), rtol=1e-7)
         np.testing.assert_allclose(6 * 1.2 * n * d, np.broadcast_to(flops, shape), rtol=1e-9)
 
 
@@ -279,13 +278,13 @@ def test_tool_fits_a_form(tmp_path):
     write_runs(tmp_path / "runs.csv", rows)
     command = [sys.executable, str(ROOT / "tools" / "fit_scaling_laws.py"), str(tmp_path / "runs.csv")]
     command += ["--out", str(tmp_path / "out"), "--form", "mixture-exponential", "--bootstrap", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (entry,) = json.loads((tmp_path / "out" / "fits.json").read_text())["fits"]
     assert entry["form"] == "mixture-exponential" and entry["objective_name"] == "huber_log"
     assert set(entry["parameters"]) == set(VALUES["mixture-exponential"])
-    assert set(entry["intervals"]) == {*entry["parameters"], *laws.EXPONENTS}
-    assert set(entry["law"]["parameters"]) == set(laws.PARAMETERS)
+    assert set(entry["intervals"]) == {*entry["parameters"], *power_law.EXPONENTS}
+    assert set(entry["law"]["parameters"]) == set(power_law.PARAMETERS)
     assert set(entry["optimal_mixture"]["shares"]) == {"caption", "interleaved", "text"}
     with np.load(tmp_path / "out" / "bootstrap.npz", allow_pickle=False) as draws:
         assert draws["all@mixture-exponential"].shape == (20, 8)

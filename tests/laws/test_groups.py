@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-
-from megamm.scaling import laws
-from megamm.scaling.accounting import runs_of
-from megamm.scaling.fit_outputs import fit_table
-from megamm.scaling.groups import native_groups, native_runs
-from megamm.scaling.isoflop import fit_isoflop_table
-from megamm.scaling.next_runs import Request, plan_runs
-from megamm.scaling.runs import RunTable, check_rows
+from megamm_laws.comparison.recounted import runs_of
+from megamm_laws.fitting.isoflop import fit_isoflop_table
+from megamm_laws.fitting.outputs import fit_table
+from megamm_laws.law import power_law
+from megamm_laws.proposals.next_runs import RunsRequest, choose_runs
+from megamm_laws.runs.groups import native_groups, native_runs
+from megamm_laws.runs.table import RunTable, check_rows
 
 LAW = np.array([1.9, 420.0, 0.30, 1500.0, 0.335])
 LINE = "9 runs with init llm were left out of the law of native runs: line 2 (run llm-0), "
@@ -18,8 +17,8 @@ LINE = "9 runs with init llm were left out of the law of native runs: line 2 (ru
 def rows_of(name: str, gain: float, sizes: int, **columns) -> list[dict]:
     """Budgets of four sizes around the optimum, losses lower by the share ``gain``."""
     flops = np.repeat(np.geomspace(1e18, 1e21, sizes), sizes)
-    n = laws.optimum(LAW, flops)[0] * np.tile(np.geomspace(0.3, 3, sizes), sizes)
-    losses = laws.predict(LAW, n, flops / (6 * n)) * (1 - gain)
+    n = power_law.optimum(LAW, flops)[0] * np.tile(np.geomspace(0.3, 3, sizes), sizes)
+    losses = power_law.predict(LAW, n, flops / (6 * n)) * (1 - gain)
     losses *= np.exp(0.002 * np.random.default_rng(0).standard_normal(len(n)))
     return [
         {"run": f"{name}-{i}", "params": p, "tokens": c / (6 * p), "loss": y} | columns
@@ -82,6 +81,6 @@ def test_a_group_left_small_says_why(table):
 
 def test_comparisons_and_proposals_leave_them_out(table):
     assert len(runs_of(table, None, "all")) == 16
-    plan = plan_runs(table, Request(budget=1e21, resamples=20, max_runs=2))
+    plan = choose_runs(table, RunsRequest(budget=1e21, resamples=20, max_runs=2))
     assert plan["groups"]["all"]["n_runs"] == 16
     assert any(text.startswith(f"from the fit of all: {LINE}") for text in plan["warnings"])

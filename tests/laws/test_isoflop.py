@@ -1,19 +1,18 @@
 """IsoFLOP optima: the published exponents, closed forms, and what is said about bad profiles."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from megamm_laws.fitting.isoflop import FLOOR, budgets, fit_isoflop_table, fit_isoflops
+from megamm_laws.fitting.pictures import isoflop_chart
+from megamm_laws.law import power_law
+from megamm_laws.runs.table import RunTable, check_rows, read_runs
 
 from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.fit_plots import isoflop_chart
-from megamm.scaling.isoflop import FLOOR, budgets, fit_isoflop_table, fit_isoflops
-from megamm.scaling.runs import RunTable, check_rows, read_runs
 
 ROOT = Path(__file__).parents[2]
 LAW = np.array([1.8, 480.0, 0.35, 2100.0, 0.37])
@@ -23,9 +22,9 @@ def made(budget_flops, factors, law=LAW, shift=1.0, **columns) -> RunTable:
     rows = []
     for flops in budget_flops:
         for factor in factors:
-            n = float(laws.optimum(law, np.array([flops]))[0][0] * shift * factor)
+            n = float(power_law.optimum(law, np.array([flops]))[0][0] * shift * factor)
             d = flops / (6 * n)
-            row = {"params": n, "tokens": d, "loss": float(laws.predict(law, [n], [d])[0])}
+            row = {"params": n, "tokens": d, "loss": float(power_law.predict(law, [n], [d])[0])}
             rows.append(row | columns)
     return check_rows(RunTable(path="made.csv", rows=rows, lines=list(range(2, len(rows) + 2))))
 
@@ -51,9 +50,9 @@ def test_planted_law_gives_its_closed_form():
     assert fit.exponents["b"] == pytest.approx(0.35 / 0.72, abs=2e-3)
     assert fit.parabola_a == pytest.approx(0.37 / 0.72, abs=2e-3)
     best = np.exp([profile.optimum for profile in fit.profiles])
-    np.testing.assert_allclose(best[:, 0], laws.optimum(LAW, flops)[0], rtol=0.05)
-    np.testing.assert_allclose(best[:, 2], laws.frontier_loss(LAW, flops), rtol=1e-4)
-    slope = np.polyfit(np.log(flops), np.log(laws.frontier_loss(LAW, flops)), 1)[0]
+    np.testing.assert_allclose(best[:, 0], power_law.optimum(LAW, flops)[0], rtol=0.05)
+    np.testing.assert_allclose(best[:, 2], power_law.frontier_loss(LAW, flops), rtol=1e-4)
+    slope = np.polyfit(np.log(flops), np.log(power_law.frontier_loss(LAW, flops)), 1)[0]
     assert fit.exponents["c"] == pytest.approx(slope, rel=0.05)  # other weights
     assert fit.warnings == []
 
@@ -188,8 +187,7 @@ def test_bad_input(flops, factors, options, expected):
 def test_tool_writes_whole_folders(tmp_path):
     source, out = ROOT / "tests" / "data" / "isoflop_refinedweb_tuned.csv", tmp_path / "out"
     command = [sys.executable, str(ROOT / "tools" / "fit_isoflops.py"), str(source), "--out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, str(out)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (entry,) = json.loads((out / "isoflops.json").read_text())["fits"]
     assert set(entry["exponents"]) == set(entry["intervals"]) == {"a", "b", "c"}
@@ -198,7 +196,5 @@ def test_tool_writes_whole_folders(tmp_path):
     assert "a (N* ~ C^a) | 0.49" in (out / "isoflops.md").read_text()
     assert (out / "isoflops.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "isoflops.pdf").read_bytes().startswith(b"%PDF")
-    bad = subprocess.run(
-        [*command, str(tmp_path / "bad"), "--draws", "2"], capture_output=True, text=True, env=environment
-    )
+    bad = subprocess.run([*command, str(tmp_path / "bad"), "--draws", "2"], capture_output=True, text=True)
     assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1 and not (tmp_path / "bad").exists()

@@ -7,19 +7,29 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megamm_laws.runs.collect import Options, collect
+from megamm_laws.runs.readers.curve import Curve, rows_of
+from megamm_laws.runs.readers.names import key_of_tag
 
 from megamm.errors import InputError
-from megamm.scaling.collect import Options, collect
-from megamm.scaling.logs.curve import Curve, rows_of
-from megamm.scaling.logs.names import key_of
 
 # ---------------------------------------------------------------------------------------------- Megatron-LM
 
 ARGUMENTS = {
-    "global_batch_size": 8, "hidden_size": 64, "ffn_hidden_size": 256, "num_layers": 4, "seq_length": 128,
-    "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "untie_embeddings_and_output_weights": True,
-    "train_iters": 100, "add_bias_linear": False, "swiglu": True, "rampup_batch_size": None, "world_size": 16,
-}  # fmt: skip
+    "global_batch_size": 8,
+    "hidden_size": 64,
+    "ffn_hidden_size": 256,
+    "num_layers": 4,
+    "seq_length": 128,
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 1,
+    "untie_embeddings_and_output_weights": True,
+    "train_iters": 100,
+    "add_bias_linear": False,
+    "swiglu": True,
+    "rampup_batch_size": None,
+    "world_size": 16,
+}
 
 
 def megatron_log(
@@ -366,17 +376,47 @@ def test_wandb_runs_are_cooled_if_the_last_rate_is_far_below_that_of_the_config(
 
 PIECES = st.sampled_from(
     [
-        " iteration 10/ 20 |", " iteration 9999999999999999999/0 |", " lm loss: 1.0 |", " lm loss: nan |", " : |", "||",
-        " consumed samples: -3 |", " validation loss at iteration 5 |", " lm loss value: x |", "  seq_length .... 128",
-        "  moe_layer_freq ....... 0", "  num_experts ..... 0", "  num_layers ...... 4", "[titan] step: 3  loss: 1.2.3",
-        "[titan] step: 4  loss: 3.5  tps: 0  tflops: .", "validate step: 4 loss: 2.0 root - INFO", "\033[31m",
-        '"min_lr_factor": -', '"decay_ratio": 1e', "size: , total parameters", " step: 1 loss: 2 tps: 1,",
-        '{"_step": null}', '{"_step": NaN, "loss": 3}', '{"_step": 1, "loss": "a"}', '{"summary": "{", "name": 3}',
-        '{"summary": {"_step": -1, "loss": 2.5, "params": 1e400}}', "[]", "Step,a - eval/loss", "nan,3", "1,inf",
+        " iteration 10/ 20 |",
+        " iteration 9999999999999999999/0 |",
+        " lm loss: 1.0 |",
+        " lm loss: nan |",
+        " : |",
+        "||",
+        " consumed samples: -3 |",
+        " validation loss at iteration 5 |",
+        " lm loss value: x |",
+        "  seq_length .... 128",
+        "  moe_layer_freq ....... 0",
+        "  num_experts ..... 0",
+        "  num_layers ...... 4",
+        "[titan] step: 3  loss: 1.2.3",
+        "[titan] step: 4  loss: 3.5  tps: 0  tflops: .",
+        "validate step: 4 loss: 2.0 root - INFO",
+        "\033[31m",
+        '"min_lr_factor": -',
+        '"decay_ratio": 1e',
+        "size: , total parameters",
+        " step: 1 loss: 2 tps: 1,",
+        '{"_step": null}',
+        '{"_step": NaN, "loss": 3}',
+        '{"_step": 1, "loss": "a"}',
+        '{"summary": "{", "name": 3}',
+        '{"summary": {"_step": -1, "loss": 2.5, "params": 1e400}}',
+        "[]",
+        "Step,a - eval/loss",
+        "nan,3",
+        "1,inf",
         "_step,loss",
-        "Name,State,loss", "a,finished", "a,finished,3,4", "run,params,tokens,loss", "\n", "\x00", "\ufeff", "x,1,2,3",
+        "Name,State,loss",
+        "a,finished",
+        "a,finished,3,4",
+        "run,params,tokens,loss",
+        "\n",
+        "\x00",
+        "\ufeff",
+        "x,1,2,3",
     ]
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -442,7 +482,7 @@ def test_a_file_of_no_known_kind(tmp_path):
     ],
 )
 def test_names_of_tags(tag, key):
-    assert key_of(tag) == key
+    assert key_of_tag(tag) == key
 
 
 def test_patches_of_an_intermediate_checkpoint_are_its_share():

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 from form_factory import PLAIN, VALUES, planted, table_of
+from megamm_laws.fitting.form_fit import fit_form
+from megamm_laws.fitting.form_warnings import form_warnings
+from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.law import power_law
+from megamm_laws.law.forms import FORMS
+from megamm_laws.law.forms.shares import read_shares
+from megamm_laws.law.forms.simplex import mixture_entry, optimal_mixture, optimal_mixture_draws, simplex_grid
 
 from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.forms import FORMS
-from megamm.scaling.forms.fitting import fit_form
-from megamm.scaling.forms.mixtures import read_shares
-from megamm.scaling.forms.simplex import mixture_entry, optimal_mixture, optimal_mixture_draws, simplex_grid
-from megamm.scaling.forms.warnings import form_warnings
 
 
 def test_simplex_grid():
@@ -67,7 +67,7 @@ def test_law_at_the_mean_mixture(name):
     law, at = FORMS[name].law(VALUES[name], columns)
     n, d = np.array([1e8, 1e10]), np.array([1e12, 1e10])
     expected = FORMS[name].predict(VALUES[name], n, d, **{key: [value] * 2 for key, value in at.items()})
-    np.testing.assert_allclose(laws.predict(law, n, d), expected, rtol=1e-9)
+    np.testing.assert_allclose(power_law.predict(law, n, d), expected, rtol=1e-9)
     assert sum(at.values()) == pytest.approx(1)
 
 

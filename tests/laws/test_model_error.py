@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-from megamm.scaling.calibration import SCENARIOS, Scenario, simulate
-from megamm.scaling.fit import fit_group, fit_problem, optima
-from megamm.scaling.fits_page import to_markdown
-from megamm.scaling.model_error import LENGTHS, _smooth, refit, simulated_fits
+from megamm_laws.fitting.fit import fit_group, fit_problem, optima
+from megamm_laws.fitting.page import to_markdown
+from megamm_laws.uncertainty.model_error import LENGTHS, _smooth, refit_losses, simulated_fits
+from simulated.ladders import SCENARIOS, Scenario, simulate
 
 GRID = {"sizes": 10, "lengths": 6}
 
@@ -76,7 +75,7 @@ def test_a_refit_is_the_fit_of_its_own_losses():
     problem = fit_problem(table, "loss")
     theta = optima(problem)[0][0]
     rows = [problem.y + 0.01 * np.sin(6 * problem.u), problem.y + 0.01 * np.cos(4 * problem.v)]
-    found = refit(problem, np.stack([theta, theta]), np.stack(rows))
+    found = refit_losses(problem, np.stack([theta, theta]), np.stack(rows))
     for fitted, y in zip(found, rows):
         assert fitted == pytest.approx(optima(replace(problem, y=y))[0][0], rel=1e-5)
 

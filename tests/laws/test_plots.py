@@ -1,6 +1,5 @@
 """Pictures of fits: they hold the data, in both drawings, and are written whole."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.charts import to_pdf, to_plotly, to_png
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.fit_plots import colours, isoflop_chart
-from megamm.scaling.isoflop import fit_isoflops
-from megamm.scaling.plots import (
+from megamm_laws.fitting.isoflop import fit_isoflops
+from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.fitting.pictures import colours, isoflop_chart
+from megamm_laws.law import power_law
+from megamm_laws.pictures.charts import to_pdf, to_png
+from megamm_laws.pictures.plots import (
     LOG_A,
     LOG_B,
     PALETTE,
@@ -28,8 +25,11 @@ from megamm.scaling.plots import (
     isoflops,
     residuals,
 )
-from megamm.scaling.plots import write_charts as write
-from megamm.scaling.runs import read_runs, write_runs
+from megamm_laws.pictures.plots import write_charts as write
+from megamm_laws.runs.table import read_runs, write_runs
+
+from megamm.errors import InputError
+from megamm.report.plotly_charts import to_plotly
 
 ROOT = Path(__file__).parents[2]
 LAW = np.array([1.9, 420.0, 0.33, 1500.0, 0.36])
@@ -37,9 +37,9 @@ LAW = np.array([1.9, 420.0, 0.33, 1500.0, 0.36])
 
 def group(name: str = "early", **changes) -> Group:
     params, tokens = np.repeat(np.geomspace(1e8, 1e9, 4), 3), np.tile(np.geomspace(1e9, 1e10, 3), 4)
-    predicted = laws.predict(LAW, params, tokens)
+    predicted = power_law.predict(LAW, params, tokens)
     grid = np.geomspace(1e18, 1e20, 16)
-    curve = laws.frontier_loss(LAW, grid)
+    curve = power_law.frontier_loss(LAW, grid)
     rng = np.random.default_rng(0)
     alpha = rng.normal(0.33, 0.02, 400)
     values = {
@@ -96,7 +96,7 @@ def test_amplitudes_are_named_by_where_they_are_taken():
 
 def test_legends_stay_inside_the_picture_and_off_the_curves(tmp_path, monkeypatch):
     """Many groups of long names: no legend leaves the figure, none lies on a panel of many curves."""
-    monkeypatch.setattr("megamm.scaling.charts.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr("megamm_laws.pictures.charts.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     drawn = []
     to_png(frontiers([group(f"{i}-" + "long-name-" * (3 + 4 * (i == 3))) for i in range(9)]))
     params, losses = np.geomspace(1e8, 1e9, 5), np.linspace(3, 2, 5)
@@ -131,9 +131,9 @@ def test_charts_without_data_are_left_out():
 def test_isoflops_line_passes_through_exact_optima():
     budgets = []
     for flops in (1e18, 1e19, 1e20):
-        best = float(laws.optimum(LAW, np.array([flops]))[0][0])
+        best = float(power_law.optimum(LAW, np.array([flops]))[0][0])
         params = best * np.geomspace(0.2, 5, 7)
-        losses = laws.predict(LAW, params, flops / 6 / params)
+        losses = power_law.predict(LAW, params, flops / 6 / params)
         interval = (best / 1.1, best * 1.1)
         budgets.append(
             Budget(
@@ -163,9 +163,9 @@ def isoflop_rows() -> list[dict]:
     """Three budgets of seven sizes around the optimum of LAW, without noise."""
     rows = []
     for flops in (1e18, 1e19, 1e20):
-        best = float(laws.optimum(LAW, np.array([flops]))[0][0])
+        best = float(power_law.optimum(LAW, np.array([flops]))[0][0])
         for n in best * np.geomspace(0.2, 5, 7):
-            loss = float(laws.predict(LAW, np.array([n]), np.array([flops / 6 / n]))[0])
+            loss = float(power_law.predict(LAW, np.array([n]), np.array([flops / 6 / n]))[0])
             rows.append({"run": f"{flops:g}-{n:g}", "architecture": "early", "params": n, "tokens": flops / 6 / n})
             rows[-1] |= {"flops": flops, "loss": loss}
     return rows
@@ -176,7 +176,7 @@ def test_chart_of_an_isoflop_fit(tmp_path):
     fit = fit_isoflops(read_runs(tmp_path / "runs.csv"), group="early", noise=1e-4, draws=50)
     left, right = isoflop_chart(fit, "isoflop_0", "early fusion").panels
     assert left.title == "early fusion: loss over size at equal compute"
-    optima = laws.optimum(LAW, np.array([1e18, 1e19, 1e20]))[0]
+    optima = power_law.optimum(LAW, np.array([1e18, 1e19, 1e20]))[0]
     np.testing.assert_allclose(traces(right)[-2].y, optima, rtol=0.03)
 
 
@@ -197,16 +197,15 @@ def test_tool(tmp_path):
         for i, (n, d) in enumerate((n, d) for n in np.geomspace(1e8, 2e9, 5) for d in np.geomspace(1e9, 5e10, 4))
     ]
     for row in rows:
-        row["loss"] = laws.predict(LAW, np.array([row["params"]]), np.array([row["tokens"]]))[0] * np.exp(
+        row["loss"] = power_law.predict(LAW, np.array([row["params"]]), np.array([row["tokens"]]))[0] * np.exp(
             rng.normal(0, 1e-3)
         )
     write_runs(tmp_path / "runs.csv", rows)
     write_fits(tmp_path / "fits", fit_table(read_runs(tmp_path / "runs.csv"), resamples=50))
     command = [sys.executable, str(ROOT / "tools" / "plot_fits.py"), str(tmp_path / "fits")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def run(*rest) -> subprocess.CompletedProcess:
-        return subprocess.run([*command, *map(str, rest)], capture_output=True, text=True, env=environment)
+        return subprocess.run([*command, *map(str, rest)], capture_output=True, text=True)
 
     done = run("--runs", tmp_path / "runs.csv", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr

@@ -1,17 +1,16 @@
 """Run tables: reading, checking, collecting and writing."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from megamm_laws.runs import conventions
+from megamm_laws.runs.collect import Options, collect, read_facts
+from megamm_laws.runs.table import read_runs, suspected_duplicates, table_warnings, write_runs
 
 from megamm.errors import InputError
-from megamm.scaling import conventions
-from megamm.scaling.collect import Options, collect, read_facts
-from megamm.scaling.runs import read_runs, suspected_duplicates, table_warnings, write_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -190,7 +189,7 @@ def test_bad_results_name_the_file(tmp_path, change, expected):
 
 def tool(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / "collect_runs.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_tool(tmp_path):
@@ -213,9 +212,17 @@ def test_tool(tmp_path):
 # ---------------------------------------------------------------------------------------------- conventions
 
 LATE = {
-    "run": "late-1", "architecture": "late", "params": 1000.0, "params_active": 1000.0, "params_embedding": 300.0,
-    "params_head": 150.0, "params_vision": 200.0, "tokens": 50.0, "tokens_vision": 20.0, "flops_exact": 123456.0,
-}  # fmt: skip
+    "run": "late-1",
+    "architecture": "late",
+    "params": 1000.0,
+    "params_active": 1000.0,
+    "params_embedding": 300.0,
+    "params_head": 150.0,
+    "params_vision": 200.0,
+    "tokens": 50.0,
+    "tokens_vision": 20.0,
+    "flops_exact": 123456.0,
+}
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from form_factory import table_of, two_groups
-
-from megamm.scaling import minimise
-from megamm.scaling.fit import Fit
-from megamm.scaling.fit_outputs import fit_table
-from megamm.scaling.forms.base import FormProblem
-from megamm.scaling.forms.fitting import descend_all
-from megamm.scaling.forms.shared import SharedExponents, examine_shared, fit_shared
-from megamm.scaling.runs import RunTable
+from megamm_laws.fitting.fit import Fit
+from megamm_laws.fitting.form_fit import descend_all
+from megamm_laws.fitting.outputs import fit_table
+from megamm_laws.fitting.shared import SharedExponents, examine_shared, fit_shared
+from megamm_laws.law import solver
+from megamm_laws.law.forms.base import FormProblem
+from megamm_laws.runs.table import RunTable
 
 
 def test_shared_exponents():
@@ -48,8 +47,8 @@ def test_shared_problem_of_one_group_is_the_plain_fit():
     table = two_groups(0.33)["early"]
     problem = FormProblem.of(SharedExponents(), table, columns={"group": np.zeros(len(table))})
     best = descend_all(problem)[1][0]
-    plain = minimise.Problem.of(*(table.numbers(c) for c in ("params", "tokens", "loss")))
-    expected = minimise.minimise(plain, minimise.starts(plain), np.ones((1, len(table))))[1].min()
+    plain = solver.Problem.of(*(table.numbers(c) for c in ("params", "tokens", "loss")))
+    expected = solver.minimise(plain, solver.starts(plain), np.ones((1, len(table))))[1].min()
     assert best == pytest.approx(expected, rel=1e-6)
 
 

@@ -5,23 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.optimize import curve_fit, minimize
-from scipy.stats import t as student
-
-from megamm.scaling import laws
-from megamm.scaling.approaches import disagreement, envelope, side_by_side
-from megamm.scaling.diagnostics import examine, extrapolation, hold_outs, warnings_of
-from megamm.scaling.fit import Fit, fit_group
-from megamm.scaling.fits_page import to_markdown
-from megamm.scaling.runs import RunTable, check_rows, read_runs
-from megamm.scaling.stability import drop_table, drop_warnings
-from megamm.scaling.uncertainty import (
+from megamm_laws.fitting.approaches import disagreement, envelope, side_by_side
+from megamm_laws.fitting.diagnostics import examine, extrapolation, hold_outs, warnings_of
+from megamm_laws.fitting.fit import Fit, fit_group
+from megamm_laws.fitting.page import to_markdown
+from megamm_laws.fitting.stability import drop_table, drop_warnings
+from megamm_laws.law import power_law
+from megamm_laws.runs.table import RunTable, check_rows, read_runs
+from megamm_laws.uncertainty.intervals import (
     deviance_scale,
     joint_intervals,
     optimum_intervals,
     profile_intervals,
     simultaneous,
 )
+from scipy.optimize import curve_fit, minimize
+from scipy.stats import t as student
 
 ROOT = Path(__file__).parents[2]
 LAW = np.array([1.9, 420.0, 0.33, 1500.0, 0.36])
@@ -38,10 +37,10 @@ def table_of(params, tokens, loss, **columns) -> RunTable:
 def isoflop_table(noise: float, seed: int = 0) -> RunTable:
     """Profiles of equal compute around the optimum."""
     flops = np.repeat(np.geomspace(1e18, 1e22, 7), 7)
-    params = laws.optimum(LAW, flops)[0] * np.tile(np.geomspace(0.25, 4, 7), 7)
+    params = power_law.optimum(LAW, flops)[0] * np.tile(np.geomspace(0.25, 4, 7), 7)
     tokens = flops / (6 * params)
     rng = np.random.default_rng(seed)
-    return table_of(params, tokens, laws.predict(LAW, params, tokens) * np.exp(noise * rng.standard_normal(49)))
+    return table_of(params, tokens, power_law.predict(LAW, params, tokens) * np.exp(noise * rng.standard_normal(49)))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,9 @@ def test_optimum_intervals(everything):
     flops = np.array([1e21, 5e22])
     for entry, c in zip(optimum_intervals(everything, flops), flops):
         assert 6 * entry["params"] * entry["tokens"] == pytest.approx(c, rel=1e-6)
-        assert entry["loss"] == pytest.approx(laws.frontier_loss(everything.parameters, np.array([c]))[0], rel=1e-9)
+        assert entry["loss"] == pytest.approx(
+            power_law.frontier_loss(everything.parameters, np.array([c]))[0], rel=1e-9
+        )
         for name in ("params", "tokens", "loss"):
             (low, high), (lower, higher) = entry[f"{name}_interval"], entry[f"{name}_joint_interval"]
             assert lower <= low < entry[name] < high <= higher
@@ -225,7 +226,7 @@ def test_three_approaches_agree_on_a_planted_law():
 
 def test_approaches_that_cannot_be_used_say_why():
     n, d = (x.ravel() for x in np.meshgrid(np.geomspace(1e8, 1e9, 3), np.geomspace(2e9, 9e10, 4)))
-    entries = side_by_side(fit_group(table_of(n, d, laws.predict(LAW, n, d)), resamples=20))
+    entries = side_by_side(fit_group(table_of(n, d, power_law.predict(LAW, n, d)), resamples=20))
     assert "budgets" in entries[1]["skipped"] and "a" in entries[2]
 
 
@@ -236,7 +237,9 @@ def test_few_ratios_and_far_predictions_are_told():
     n = np.geomspace(1e8, 1e10, 12)
     rng = np.random.default_rng(0)
     d = 20 * n
-    fit = fit_group(table_of(n, d, laws.predict(LAW, n, d) * np.exp(0.002 * rng.standard_normal(12))), resamples=50)
+    fit = fit_group(
+        table_of(n, d, power_law.predict(LAW, n, d) * np.exp(0.002 * rng.standard_normal(12))), resamples=50
+    )
     assert any("only 1 distinct tokens per parameter" in text for text in warnings_of(fit))
     assert extrapolation(9e22, (1e18, 1e22)) is None
     assert "20 times the largest run" in extrapolation(2e23, (1e18, 1e22))
@@ -250,7 +253,7 @@ def test_tables_that_determine_nothing_still_give_finite_json(kind):
         n, d = 10 ** rng.uniform(7, 9, n_runs), 10 ** rng.uniform(8, 10, n_runs)
         if kind == "one size":
             n = np.full(n_runs, 1e8)
-        loss = laws.predict(LAW, n, d)
+        loss = power_law.predict(LAW, n, d)
         if kind == "constant loss":
             loss = np.full(n_runs, 3.0)
         if kind == "random loss":

@@ -2,82 +2,22 @@
 
 Each group's frontier is L*(C) = min of L(N, D) over all N, D with C = 6 kappa (N/N0)^growth N D. C counts what the
 runs' ``flops`` counted (for late fusion its encoder too), through the group's kappa and growth; see
-``accounting.recount`` for other counts. Bands come from the bootstrap draws of both fits, paired at random since the
+``recounted.recount`` for other counts. Bands come from the bootstrap draws of both fits, paired at random since the
 groups were resampled independently; those of fits with shared exponents belong together row by row.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.fit import LEVEL, Fit
+from megamm_laws.errors import InputError
+from megamm_laws.law.fitted import SHARED, Law
+from megamm_laws.law.percentiles import LEVEL, percentile_band
 
 POINTS = 256
-CHINCHILLA, SHARED = "chinchilla", "shared"
 PLAUSIBLE = (1e9, 1e32)
 """FLOPs between which a training run can lie: seconds on a phone, a million times the largest of 2026."""
 NOT_SEPARABLE = "not separable at 95%"
-
-
-@dataclass(kw_only=True)
-class Law:
-    """A fitted law and what its compute costs.
-
-    Attributes:
-        parameters: (5,) E, A, alpha, B, beta.
-        draws: (R, 5), the same of each draw behind the intervals.
-        kappa: FLOPs per 6ND of a model with ``reference`` parameters.
-        flops_range: compute of the runs.
-        growth: power of N with which FLOPs per 6ND change, 0 where they do not.
-        reference: N0, parameters.
-        form: as in fits.json; draws of two `shared` laws of one fit belong together row by row.
-        warnings: what the fit itself is to be distrusted for.
-    """
-
-    name: str
-    parameters: np.ndarray
-    draws: np.ndarray
-    kappa: float
-    flops_range: tuple[float, float]
-    growth: float = 0.0
-    reference: float = 1.0
-    form: str = CHINCHILLA
-    warnings: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of_fit(cls, fit: Fit) -> "Law":
-        return cls(
-            name=fit.group,
-            parameters=fit.parameters,
-            draws=fit.draws,
-            kappa=fit.kappa,
-            flops_range=fit.flops_range,
-            form=fit.form,
-            warnings=list(fit.warnings),
-        )
-
-    def frontier(self, flops: np.ndarray, parameters: np.ndarray | None = None) -> np.ndarray:
-        """L*(C): (m,) FLOPs to nats, (m,) or (R, m) for ``parameters`` (R, 5) in place of the fitted ones."""
-        return laws.frontier_loss(self._effective(parameters), flops, self.kappa)
-
-    def flops_for(self, loss: np.ndarray, parameters: np.ndarray | None = None) -> np.ndarray:
-        """FLOPs at which the frontier reaches ``loss`` (..., m), infinite where it never does."""
-        return laws.frontier_flops(self._effective(parameters)[..., None, :], loss, self.kappa)
-
-    def band(self, flops: np.ndarray) -> np.ndarray:
-        """Pointwise 95% band of the frontier, (2, m)."""
-        return _percentiles(self.frontier(flops, self.draws))
-
-    def _effective(self, parameters: np.ndarray | None) -> np.ndarray:
-        """The law in M = N (N/N0)^growth, of which C = 6 kappa M D: the plain closed form holds for M and D."""
-        values = np.array(self.parameters if parameters is None else parameters, float)
-        if self.growth:
-            alpha = values[..., 2]
-            values[..., 1] *= self.reference ** (-alpha * self.growth / (1 + self.growth))
-            values[..., 2] = alpha / (1 + self.growth)
-        return values
 
 
 @dataclass(kw_only=True)
@@ -159,7 +99,7 @@ def compare(first: Law, second: Law, flops_range: tuple[float, float] | None = N
     draws = _pairs(first, second)
     difference = first.frontier(flops) - second.frontier(flops)
     resampled = first.frontier(flops, draws[0]) - second.frontier(flops, draws[1])
-    pointwise = _percentiles(resampled)
+    pointwise = percentile_band(resampled)
     return Comparison(
         first=first.name,
         second=second.name,
@@ -168,7 +108,7 @@ def compare(first: Law, second: Law, flops_range: tuple[float, float] | None = N
         pointwise=pointwise,
         simultaneous=_simultaneous(difference, resampled, pointwise),
         gain=_gain(first, second, flops),
-        gain_interval=_percentiles(_gain(first, second, flops, draws)),
+        gain_interval=percentile_band(_gain(first, second, flops, draws)),
         crossover=_crossover(flops, difference, resampled),
         crossing_share=float((np.diff(np.sign(resampled), axis=1) != 0).any(axis=1).mean()),
         extrapolated=low < both[0] * (1 - 1e-9) or high > both[1] * (1 + 1e-9),
@@ -191,7 +131,7 @@ def common_range(first: Law, second: Law) -> tuple[float, float]:
 def gain_at(first: Law, second: Law, flops: float) -> Gain:
     """The compute that ``second`` needs for the loss of ``first`` at ``flops``, with its 95% interval."""
     at = np.array([flops], float)
-    low, high = _percentiles(_gain(first, second, at, _pairs(first, second)))[:, 0]
+    low, high = percentile_band(_gain(first, second, at, _pairs(first, second)))[:, 0]
     return Gain(
         first=first.name,
         second=second.name,
@@ -231,13 +171,6 @@ def verdict(comparison: Comparison) -> str:
     if rest and parts[0][0] > 0:
         rest = f"; elsewhere from {flops[0]:.2g} to {flops[-1]:.2g} they are {NOT_SEPARABLE}"
     return "; ".join(text for *_, text in parts) + f" FLOPs at 95% (simultaneous band){rest}{note}."
-
-
-def _percentiles(values: np.ndarray) -> np.ndarray:
-    """95% percentile interval over the first axis, (2, m); infinite values are allowed."""
-    tail = 50 * (1 - LEVEL)
-    finite = np.isfinite(values).all()
-    return np.percentile(values, [tail, 100 - tail], axis=0, method="linear" if finite else "nearest")
 
 
 def _simultaneous(center: np.ndarray, draws: np.ndarray, pointwise: np.ndarray) -> np.ndarray:
@@ -287,7 +220,7 @@ def _crossover(flops: np.ndarray, difference: np.ndarray, draws: np.ndarray) -> 
             crossings.append(_zero(log_c, draw, int(down[0])))
         else:
             crossings.append(np.inf if draw[-1] > 0 else -np.inf)
-    ends = _percentiles(np.array(crossings)[:, None])[:, 0]
+    ends = percentile_band(np.array(crossings)[:, None])[:, 0]
     low, high = (float(np.exp(x)) if np.isfinite(x) else None for x in ends)
     return Crossover(flops=float(np.exp(position)), interval=(low, high), further=len(changes) - 1)
 

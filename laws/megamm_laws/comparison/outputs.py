@@ -9,11 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.files import atomic_path, write_text
-from megamm.scaling.accounting import ACCOUNTINGS, Accounted, compare_accountings, group_column, runs_of
-from megamm.scaling.charts import Axis, Chart, Panel, Series, to_pdf, to_png
-from megamm.scaling.compare import (
+from megamm_laws.comparison.compare import (
     Comparison,
     Crossover,
     Gain,
@@ -22,9 +18,13 @@ from megamm.scaling.compare import (
     gain_at,
     verdict,
 )
-from megamm.scaling.fits_file import FitEntry, check_runs, read_plain_fits
-from megamm.scaling.runs import RunTable
-from megamm.scaling.units import power
+from megamm_laws.comparison.recounted import COUNTED, Recounted, compare_under_conventions, group_column, runs_of
+from megamm_laws.errors import InputError
+from megamm_laws.files import atomic_path, write_text
+from megamm_laws.fitting.fits_file import FitEntry, check_runs, read_plain_fits
+from megamm_laws.pictures.charts import Axis, Chart, Panel, Series, to_pdf, to_png
+from megamm_laws.pictures.units import power
+from megamm_laws.runs.table import RunTable
 
 MISFIT = 0.05
 """A run whose FLOPs are off the fitted cost by more than this share is worth a note."""
@@ -36,7 +36,7 @@ class Report:
 
     groups: tuple[str, str]
     loss_column: str
-    accounted: list[Accounted]
+    accounted: list[Recounted]
     gains: dict[str, list[Gain]]
     """By count of FLOPs."""
     notes: list[str]
@@ -67,11 +67,11 @@ def compare_fits(
     fits = read_plain_fits(folder, loss_column)
     pair = _pair(fits, groups, folder, loss_column)
     column = group_column(table, set(fits))
-    tables = tuple(runs_of(table, column, fit.group, loss_column) for fit in pair)
-    for fit, runs in zip(pair, tables):
+    one_runs, other_runs = (runs_of(table, column, fit.group, loss_column) for fit in pair)
+    for fit, runs in zip(pair, (one_runs, other_runs)):
         check_runs(fit, runs, folder)
-    first, second = (fit.law for fit in pair)
-    accounted, notes = compare_accountings(first, second, tables, flops_range)
+    first, second = (fit.plain_law for fit in pair)
+    accounted, notes = compare_under_conventions(first, second, (one_runs, other_runs), flops_range)
     gains = {}
     for one in accounted:
         points = list(at) or [common_range(*one.laws)[1]]
@@ -79,7 +79,7 @@ def compare_fits(
         for law, cost in zip(one.laws, one.costs):
             if cost.misfit > MISFIT:
                 notes.append(
-                    f"{ACCOUNTINGS[one.counting]}: FLOPs of {law.name} leave kappa*N^{1 + cost.growth:.3g}*D by up to "
+                    f"{COUNTED[one.counting]}: FLOPs of {law.name} leave kappa*N^{1 + cost.growth:.3g}*D by up to "
                     f"{cost.misfit:.0%}; vary size and shape together, or compare one mixture at a time"
                 )
     return Report(
@@ -120,7 +120,7 @@ def write_comparison(folder: Path | str, report: Report) -> list[Path]:
         raise InputError(f"{folder}: is a file; --out names a folder")
     document = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
     page = to_markdown(report)
-    files = {}
+    files: dict[str, bytes] = {}
     for one in report.accounted:
         chart = lead_chart(f"lead_{one.counting}", one.comparison, report.groups)
         files |= {f"{chart.name}.png": to_png(chart), f"{chart.name}.pdf": to_pdf(chart)}
@@ -140,7 +140,7 @@ def to_json(report: Report) -> dict[str, Any]:
         entries.append(
             {
                 "counting": one.counting,
-                "explained": ACCOUNTINGS[one.counting],
+                "explained": COUNTED[one.counting],
                 "verdict": verdict(comparison),
                 "extrapolated": comparison.extrapolated,
                 "cost": {
@@ -198,7 +198,7 @@ def to_markdown(report: Report) -> str:
     for one in report.accounted:
         comparison = one.comparison
         lines += [
-            f"## {ACCOUNTINGS[one.counting]}",
+            f"## {COUNTED[one.counting]}",
             "",
             f"- {verdict(comparison)}",
             f"- {crossover_sentence(comparison)}",

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.scaling import conventions
-from megamm.scaling.compare import Comparison, Law, compare
-from megamm.scaling.fit import distinct
-from megamm.scaling.groups import native_runs
-from megamm.scaling.runs import RunTable
+from megamm_laws.comparison.compare import Comparison, compare
+from megamm_laws.errors import InputError
+from megamm_laws.fitting.fit import distinct
+from megamm_laws.law.fitted import Law
+from megamm_laws.runs import conventions
+from megamm_laws.runs.groups import native_runs
+from megamm_laws.runs.table import RunTable
 
-ACCOUNTINGS = {
+COUNTED = {
     "counted": "front end counted",
     "decoder": "front end not counted",
     "exact": "every matrix product counted",
@@ -55,7 +56,7 @@ def recount(law: Law, table: RunTable, counting: str) -> tuple[Law, Cost]:
 
     Args:
         table: the runs that the law was fitted to.
-        counting: a key of ACCOUNTINGS.
+        counting: a key of COUNTED.
 
     Raises:
         conventions.MissingFactError: a run lacks a column that the count needs.
@@ -71,7 +72,7 @@ def recount(law: Law, table: RunTable, counting: str) -> tuple[Law, Cost]:
 
 
 @dataclass(kw_only=True)
-class Accounted:
+class Recounted:
     """Two groups compared under one count of FLOPs."""
 
     counting: str
@@ -80,9 +81,9 @@ class Accounted:
     comparison: Comparison
 
 
-def compare_accountings(
+def compare_under_conventions(
     first: Law, second: Law, tables: tuple[RunTable, RunTable], flops_range: tuple[float, float] | None = None
-) -> tuple[list[Accounted], list[str]]:
+) -> tuple[list[Recounted], list[str]]:
     """Both laws compared under each count that the runs allow, and lines on the counts that they do not.
 
     Args:
@@ -90,15 +91,16 @@ def compare_accountings(
         flops_range: as for compare.compare.
     """
     found, left_out = [], []
-    for counting, explained in ACCOUNTINGS.items():
+    for counting, explained in COUNTED.items():
         try:
-            pairs = [recount(law, table, counting) for law, table in zip((first, second), tables)]
+            (law, cost), (other, other_cost) = (
+                recount(law, table, counting) for law, table in zip((first, second), tables)
+            )
         except conventions.MissingFactError as error:
             left_out.append(f"{explained}: some runs have no {error}; collect them again")
             continue
-        laws, costs = zip(*pairs)
-        comparison = compare(*laws, flops_range)
-        found.append(Accounted(counting=counting, laws=laws, costs=costs, comparison=comparison))
+        comparison = compare(law, other, flops_range)
+        found.append(Recounted(counting=counting, laws=(law, other), costs=(cost, other_cost), comparison=comparison))
     return found, left_out
 
 

@@ -1,7 +1,7 @@
 """The three approaches of Hoffmann et al. 2022 on one table, side by side.
 
 1, envelope: the runs that no run of equal or less compute beats, and a line through their sizes.
-2, isoFLOP: the lowest point of each budget's profile (megamm.scaling.isoflop); no law across budgets.
+2, isoFLOP: the lowest point of each budget's profile (megamm_laws.fitting.isoflop); no law across budgets.
 3, parametric: the fitted law.
 
 Approach 1 was meant for whole training curves; on finished runs it sees only the sizes that were tried, so its
@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.scaling.fit import LEVEL, Fit, cluster_labels
-from megamm.scaling.isoflop import NOISE, fit_isoflops
-from megamm.scaling.runs import RunTable
+from megamm_laws.errors import InputError
+from megamm_laws.fitting.fit import Fit, cluster_labels
+from megamm_laws.fitting.isoflop import NOISE, fit_isoflops
+from megamm_laws.law.percentiles import LEVEL
+from megamm_laws.runs.table import RunTable
 
 MIN_ENVELOPE = 4
 RESAMPLES = 200
@@ -66,10 +67,10 @@ def _envelope_entry(fit: Fit) -> dict[str, Any]:
     clusters = cluster_labels(table)
     count = int(clusters.max()) + 1
     rng = np.random.default_rng(fit.seed)
-    draws = [
+    drawn = (
         _slope(table, fit.loss_column, np.isin(clusters, rng.integers(count, size=count))) for _ in range(RESAMPLES)
-    ]
-    draws = [draw for draw in draws if draw is not None]
+    )
+    draws = [draw for draw in drawn if draw is not None]
     if len(draws) < RESAMPLES // 2:
         return {"skipped": "most resamples have too few runs on the lower envelope"}
     tail = 50 * (1 - LEVEL)
@@ -90,9 +91,10 @@ def _isoflop_entry(fit: Fit) -> dict[str, Any]:
     # Runs scatter about the law by at least their noise; the intervals should not be narrower than that says.
     spread = 1.4826 * float(np.median(np.abs(fit.residuals - np.median(fit.residuals))))
     noise = min(0.5, max(NOISE, spread * float(np.median(fit.table.numbers(fit.loss_column)))))
-    options = {"group": fit.group, "loss_column": fit.loss_column, "noise": noise, "seed": fit.seed}
     try:
-        found = fit_isoflops(fit.table, draws=500, **options)
+        found = fit_isoflops(
+            fit.table, group=fit.group, loss_column=fit.loss_column, noise=noise, draws=500, seed=fit.seed
+        )
     except InputError:
         return {"skipped": "fewer than 2 budgets have 3 sizes or more around a minimum"}
     return {"a": found.exponents["a"], "interval": found.intervals["a"], "points": len(found.used), "noise": noise}

@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from megamm.scaling import laws
-from megamm.scaling.approaches import disagreement, side_by_side
-from megamm.scaling.fit import HOLDOUT_SHARE, Fit, distinct, hold_out
-from megamm.scaling.minimise import EXPONENT_BOUNDS
-from megamm.scaling.runs import RunTable, table_warnings
-from megamm.scaling.stability import drop_table, drop_warnings
-from megamm.scaling.uncertainty import joint_intervals, optimum_intervals, profile_intervals
+from megamm_laws.fitting.approaches import disagreement, side_by_side
+from megamm_laws.fitting.fit import HOLDOUT_SHARE, Fit, distinct, hold_out
+from megamm_laws.fitting.form_fit import FormFit
+from megamm_laws.fitting.stability import drop_table, drop_warnings
+from megamm_laws.law import power_law
+from megamm_laws.law.solver import EXPONENT_BOUNDS
+from megamm_laws.runs.table import RunTable, table_warnings
+from megamm_laws.uncertainty.intervals import joint_intervals, optimum_intervals, profile_intervals
 
 FEW_RUNS = 8
 FEW_CLUSTERS = 8
@@ -86,7 +87,9 @@ def identification(fit: Fit, partners: Sequence[RunTable] = ()) -> list[str]:
         )
     n = len(fit.table)
     if n < FEW_RUNS:
-        found.append(f"{n} runs for {len(laws.PARAMETERS)} parameters; intervals are too narrow below {FEW_RUNS} runs")
+        found.append(
+            f"{n} runs for {len(power_law.PARAMETERS)} parameters; intervals are too narrow below {FEW_RUNS} runs"
+        )
     for column, (constant, exponent) in {"params": ("A", "alpha"), "tokens": ("B", "beta")}.items():
         number, *others = (_levels(table.numbers(column)) for table in (fit.table, *partners))
         # An exponent that another group determines leaves two unknowns of this term, for which two sizes do.
@@ -140,7 +143,7 @@ def _starts(fit: Fit, shared: bool) -> list[str]:
     if spread.sum() < 2:
         return found
     correlation = np.corrcoef(values[:, spread].T)
-    names = np.array(laws.PARAMETERS)[spread]
+    names = np.array(power_law.PARAMETERS)[spread]
     for i, j in zip(*np.triu_indices(len(names), 1)):
         if abs(correlation[i, j]) > 0.99:
             found.append(f"{names[i]} and {names[j]} are correlated at {correlation[i, j]:.3f}: they trade off")
@@ -149,7 +152,7 @@ def _starts(fit: Fit, shared: bool) -> list[str]:
 
 def shared_errors(fit: Fit) -> list[str]:
     """Errors that more runs of the same kind do not average out."""
-    error, found = fit.model_error, []
+    error, found = fit.model_error, list[str]()
     if error is None:
         return found
     (low, high), (below, above) = fit.intervals["a"], fit.noise_intervals["a"]
@@ -191,7 +194,7 @@ def _stability(fit: Fit) -> list[str]:
 def _design(fit: Fit) -> list[str]:
     found = coverage(fit)
     params, tokens = fit.table.numbers("params"), fit.table.numbers("tokens")
-    best = laws.optimum(fit.parameters, np.array(fit.flops_range), fit.kappa)
+    best = power_law.optimum(fit.parameters, np.array(fit.flops_range), fit.kappa)
     for name, values, optimal in (("params", params, best[0]), ("tokens", tokens, best[1])):
         if optimal.min() < values.min() / SLACK or optimal.max() > values.max() * SLACK:
             found.append(
@@ -204,8 +207,8 @@ def _design(fit: Fit) -> list[str]:
     return found
 
 
-def coverage(fit: Fit) -> list[str]:
-    """What the runs lack under any law, a forms.fitting.FormFit included."""
+def coverage(fit: Fit | FormFit) -> list[str]:
+    """What the runs lack under any law."""
     found = []
     params, tokens, flops = (fit.table.numbers(c) for c in ("params", "tokens", "flops"))
     if np.ptp(np.log(params)) > 0 and np.ptp(np.log(tokens)) > 0:
@@ -224,8 +227,8 @@ def coverage(fit: Fit) -> list[str]:
     return found + table_warnings(fit.table)
 
 
-def bootstrap(fit: Fit) -> list[str]:
-    """Resamples that make intervals rough or too narrow; a forms.fitting.FormFit does too."""
+def bootstrap(fit: Fit | FormFit) -> list[str]:
+    """Resamples that make intervals rough or too narrow."""
     found = []
     trunks = [row["trunk"] for row in fit.table.rows if row.get("trunk")]
     if len(trunks) > len(set(trunks)) and fit.clusters == len(fit.table):
@@ -243,7 +246,7 @@ def bootstrap(fit: Fit) -> list[str]:
     return found
 
 
-def outliers(fit: Fit) -> list[str]:
+def outliers(fit: Fit | FormFit) -> list[str]:
     """The runs more than 6 usual deviations off the fit, by name, the furthest first."""
     residuals = fit.residuals
     middle = np.median(residuals)

@@ -2,8 +2,8 @@
 
 Objective `huber_log`: the sum over runs of Huber(log prediction - log loss) with delta 1e-3. Standard errors are
 those of the optimum over resampled runs; runs that share a trunk (the same constant-rate steps, so not independent)
-are resampled together. Intervals are percentiles of fits to simulated losses (megamm.scaling.model_error), which know
-what a surface that departs from the form, and what runs of one size or trunk share, does to a fit.
+are resampled together. Intervals are percentiles of fits to simulated losses (uncertainty/model_error.py), which
+know what a surface that departs from the form, and what runs of one size or trunk share, does to a fit.
 """
 
 import zlib
@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.scaling import laws, minimise
-from megamm.scaling.model_error import ModelError, simulated_fits
-from megamm.scaling.runs import RunTable
+from megamm_laws.errors import InputError
+from megamm_laws.law import power_law, solver
+from megamm_laws.law.fitted import Law
+from megamm_laws.law.percentiles import percentile_intervals
+from megamm_laws.runs.table import RunTable
+from megamm_laws.uncertainty.model_error import ModelError, simulated_fits
 
 OBJECTIVE = "huber_log"
 MIN_RUNS = 5
 MIN_RUNS_HOLDOUT = 8
 MIN_CLUSTERS = 4
 HOLDOUT_SHARE = 0.2
-LEVEL = 0.95
 MOST_DRAWS = 100_000
 AGREE_RELATIVE = 1e-6
 AGREE_ABSOLUTE = 1e-12
@@ -31,7 +32,7 @@ AGREE_ABSOLUTE = 1e-12
 
 @dataclass(kw_only=True)
 class Fit:
-    """A fitted law of one group of runs; arrays are float64 in the order of laws.PARAMETERS."""
+    """A fitted law of one group of runs; arrays are float64 in the order of power_law.PARAMETERS."""
 
     group: str
     form: str
@@ -65,19 +66,32 @@ class Fit:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def law(self) -> Law:
+        """The law with its draws, apart from the table that it was fitted to."""
+        return Law(
+            name=self.group,
+            parameters=self.parameters,
+            draws=self.draws,
+            kappa=self.kappa,
+            flops_range=self.flops_range,
+            form=self.form,
+            warnings=list(self.warnings),
+        )
+
+    @property
     def flops_range(self) -> tuple[float, float]:
         flops = self.table.numbers("flops")
         return float(flops.min()), float(flops.max())
 
     @property
     def exponents(self) -> dict[str, float]:
-        values = laws.exponents(self.parameters, self.flops_range, self.kappa)
+        values = power_law.exponents(self.parameters, self.flops_range, self.kappa)
         return {name: float(value) for name, value in values.items()}
 
     @property
     def exponent_draws(self) -> dict[str, np.ndarray]:
         """Each exponent over the draws, (R,)."""
-        return laws.exponents(self.draws, self.flops_range, self.kappa)
+        return power_law.exponents(self.draws, self.flops_range, self.kappa)
 
     @property
     def intervals(self) -> dict[str, list[float]]:
@@ -91,7 +105,7 @@ class Fit:
 
     def _percentiles(self, draws: np.ndarray) -> dict[str, list[float]]:
         """95% percentile intervals of every parameter and exponent over ``draws`` (R, 5)."""
-        values = dict(zip(laws.PARAMETERS, draws.T)) | laws.exponents(draws, self.flops_range, self.kappa)
+        values = dict(zip(power_law.PARAMETERS, draws.T)) | power_law.exponents(draws, self.flops_range, self.kappa)
         return percentile_intervals(values)
 
     @property
@@ -104,21 +118,15 @@ class Fit:
         return {
             "group": self.group,
             "form": self.form,
-            "parameters": dict(zip(laws.PARAMETERS, self.parameters.tolist())),
+            "parameters": dict(zip(power_law.PARAMETERS, self.parameters.tolist())),
             "starts": {"total": self.starts_total, "at_optimum": self.starts_at_optimum},
             "noise_intervals": self.noise_intervals,
-            "standard_errors": dict(zip(laws.PARAMETERS, self.resampled.std(axis=0, ddof=1).tolist())),
+            "standard_errors": dict(zip(power_law.PARAMETERS, self.resampled.std(axis=0, ddof=1).tolist())),
             **({} if self.model_error is None else {"model_error": asdict(self.model_error)}),
             **common_entry(self),
             **self.checks,
             "warnings": self.warnings,
         }
-
-
-def percentile_intervals(draws: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """95% percentile interval of each quantity over its draws (R,)."""
-    tail = 50 * (1 - LEVEL)
-    return {name: np.percentile(x, [tail, 100 - tail]).tolist() for name, x in draws.items()}
 
 
 def common_entry(fit: Any) -> dict[str, Any]:
@@ -160,21 +168,22 @@ def fit_group(
         InputError: unknown form or column, too few resamples, or fewer than 5 runs.
     """
     if form != "chinchilla":
-        raise InputError(f"--form: {form!r} is unknown; known: chinchilla (see fit_outputs.fit_table for the others)")
+        raise InputError(f"--form: {form!r} is unknown; known: chinchilla (see outputs.fit_table for the others)")
     table, dropped = measured_runs(table, loss_column, resamples)
     if len(table) < MIN_RUNS:
         lines = ", ".join(map(str, table.lines)) or "none"
         raise InputError(
             f"{table.path}: group {group!r}, column {loss_column}: {len(table)} runs (line {lines}), but the "
-            f"{len(laws.PARAMETERS)} parameters need at least {MIN_RUNS}; add runs or remove the group"
+            f"{len(power_law.PARAMETERS)} parameters need at least {MIN_RUNS}; add runs or remove the group"
         )
     problem = fit_problem(table, loss_column)
     ends, objectives = optima(problem)
     theta, objective = ends[0], float(objectives[0])
-    _, gradient, _, reweighted = minimise.evaluate(problem, theta[None], np.ones((1, len(table))), minimise.DELTA)
-    gradient = minimise.projected_gradient(problem, theta[None], gradient)[0]
+    _, gradient, _, reweighted = solver.evaluate(problem, theta[None], np.ones((1, len(table))), solver.DELTA)
+    gradient = solver.projected_gradient(problem, theta[None], gradient)[0]
     # The batch works on centred logarithms; the chain rule takes the gradient back to log A and log B.
     gradient[[2, 4]] -= gradient[[1, 3]] * [problem.mean_log_n, problem.mean_log_d]
+    # Of the group's name, so that a group has the same draws whichever others are in the table.
     rng = np.random.default_rng([seed, zlib.crc32(group.encode())])
     # Where the runs leave a direction flat, the starts end all along it, and so must the draws.
     near = ends[objectives <= objective * 1.01 + AGREE_ABSOLUTE]
@@ -189,8 +198,8 @@ def fit_group(
         starts_total=len(objectives),
         starts_at_optimum=int((objectives <= objective * (1 + AGREE_RELATIVE) + AGREE_ABSOLUTE).sum()),
         gradient_norm=float(np.linalg.norm(gradient)),
-        condition_number=minimise.condition_number(reweighted[0]),
-        kappa=laws.flops_factor(table.numbers("params"), table.numbers("tokens"), table.numbers("flops")),
+        condition_number=solver.condition_number(reweighted[0]),
+        kappa=power_law.flops_factor(table.numbers("params"), table.numbers("tokens"), table.numbers("flops")),
         seed=seed,
         **found,
     )
@@ -200,7 +209,7 @@ def fit_group(
 
 
 def _uncertainty(
-    problem: minimise.Problem,
+    problem: solver.Problem,
     theta: np.ndarray,
     starts: np.ndarray,
     table: RunTable,
@@ -210,8 +219,9 @@ def _uncertainty(
     """The fields of a Fit that tell how far ``theta`` (5,) may be off; resamples start from ``starts`` (m, 5)."""
     clusters = cluster_labels(table)
     weights, redrawn = resample(table, clusters, resamples, rng)
-    resampled, _ = minimise.minimise(problem, starts[rng.integers(len(starts), size=resamples)], weights)
+    resampled, _ = solver.minimise(problem, starts[rng.integers(len(starts), size=resamples)], weights)
     units = int(clusters.max()) + 1
+    # Runs without trunks share what their size shares: its tuning.
     groups = clusters if units < len(table) else distinct(table.numbers("params"))
     draws, model_error = simulated_fits(problem, theta, resampled, groups, rng)
     return {
@@ -246,7 +256,7 @@ def measured_runs(table: RunTable, loss_column: str, resamples: int) -> tuple[Ru
 
 def log_residuals(parameters: np.ndarray, table: RunTable, loss_column: str = "loss") -> np.ndarray:
     """log prediction - log loss of each run, (n,)."""
-    prediction = laws.predict(parameters, table.numbers("params"), table.numbers("tokens"))
+    prediction = power_law.predict(parameters, table.numbers("params"), table.numbers("tokens"))
     return np.log(prediction) - np.log(table.numbers(loss_column))
 
 
@@ -262,6 +272,7 @@ def cluster_labels(table: RunTable) -> np.ndarray:
     Of fewer than 4 units hardly a resample but the table itself determines the law, so that intervals would have
     no width: each run is then a unit of its own, and ``diagnostics`` says that the intervals are too narrow.
     """
+    # Branches of a trunk repeat its luck: they are one observation, not several.
     keys = [row.get("trunk") or i for i, row in enumerate(table.rows)]
     numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     if len(numbers) < MIN_CLUSTERS:
@@ -326,14 +337,14 @@ def hold_out(fit: Fit, share: float = HOLDOUT_SHARE) -> dict[str, Any]:
     parameters = problem.to_parameters(optima(problem)[0][0])
     kept_back = table.select(held)
     error = np.expm1(log_residuals(parameters, kept_back, fit.loss_column))
-    return hold_out_entry(fit, held, error, float(laws.exponents(parameters, fit.flops_range)["a"]), share)
+    return hold_out_entry(fit, held, error, float(power_law.exponents(parameters, fit.flops_range)["a"]), share)
 
 
 def largest_runs(table: RunTable, share: float = HOLDOUT_SHARE) -> np.ndarray:
     """Which runs a hold-out keeps back, (n,) bool: the highest ``share`` by FLOPs, with any run tied with them."""
     flops = table.numbers("flops")
     number = max(1, round(share * len(table)))
-    return flops >= np.sort(flops)[-number] * (1 - 1e-9)
+    return flops >= np.sort(flops)[-number] * (1 - 1e-9)  # ties go together, or the order of the rows would decide
 
 
 def hold_out_entry(
@@ -364,13 +375,13 @@ def hold_out_entry(
     }
 
 
-def fit_problem(table: RunTable, loss_column: str) -> minimise.Problem:
-    """The runs of ``table`` as megamm.scaling.minimise needs them."""
-    return minimise.Problem.of(table.numbers("params"), table.numbers("tokens"), table.numbers(loss_column))
+def fit_problem(table: RunTable, loss_column: str) -> solver.Problem:
+    """The runs of ``table`` as megamm_laws.law.solver needs them."""
+    return solver.Problem.of(table.numbers("params"), table.numbers("tokens"), table.numbers(loss_column))
 
 
-def optima(problem: minimise.Problem) -> tuple[np.ndarray, np.ndarray]:
+def optima(problem: solver.Problem) -> tuple[np.ndarray, np.ndarray]:
     """Where all starts end: theta (starts, 5) and objectives (starts,), the best first."""
-    theta, objective = minimise.minimise(problem, minimise.starts(problem), np.ones((1, len(problem.y))))
+    theta, objective = solver.minimise(problem, solver.starts(problem), np.ones((1, len(problem.y))))
     order = np.argsort(objective, kind="stable")
     return theta[order], objective[order]

@@ -1,7 +1,11 @@
-"""`fits.json` and `bootstrap.npz` read back and checked: every tool that takes fits takes them from here.
+"""`fits.json` and `bootstrap.npz`, written and read back: every tool that takes fits takes them from here.
 
-`fit_outputs.write_fits` writes them. A file made by hand or edited is as welcome as a written one, so that each field
-that a reader relies on is checked here, once, and an error names the file, the group, the field and what was expected.
+`fits.json` is the contract. `bootstrap.npz` holds per fit the draws behind its intervals, a float64 array (R, 5) of
+E, A, alpha, B, beta, under :func:`key_of`; for a form of megamm_laws.law.forms (R, P) of its own parameters under
+`key@form` and of the plain law that it implies under `key@form/law`; no pickled objects.
+
+A file made by hand or edited is as welcome as a written one, so that each field that a reader relies on is checked
+here, once, and an error names the file, the group, the field and what was expected.
 """
 
 import hashlib
@@ -9,7 +13,7 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.compare import Law
-from megamm.scaling.runs import RunTable
+from megamm_laws.errors import InputError
+from megamm_laws.fitting.fit import Fit
+from megamm_laws.fitting.form_fit import FormFit
+from megamm_laws.law import power_law
+from megamm_laws.law.fitted import Law
+from megamm_laws.runs.table import RunTable
 
 FIX = "run tools/fit_scaling_laws.py again"
 HIGHEST_LOSS = 1e6
@@ -44,6 +50,13 @@ class FitEntry:
     def loss_column(self) -> str:
         return self.entry["loss_column"]
 
+    @property
+    def plain_law(self) -> Law:
+        """``law`` of a fit from :func:`read_plain_fits`, which has one."""
+        if self.law is None:
+            raise ValueError(f"group {self.group}: form {self.entry['form']} has no law in N and D")
+        return self.law
+
 
 def key_of(group: str, loss_column: str = "loss") -> str:
     """Key of a fit's draws in bootstrap.npz: the group, followed by the column if that is not ``loss``."""
@@ -53,6 +66,25 @@ def key_of(group: str, loss_column: str = "loss") -> str:
 def digest(draws: bytes) -> str:
     """What fits.json keeps of bootstrap.npz as ``bootstrap_sha256``, so that no two fits are mixed."""
     return hashlib.sha256(draws).hexdigest()
+
+
+def to_bytes(fits: Sequence[Fit | FormFit]) -> tuple[bytes, bytes]:
+    """Contents of fits.json and bootstrap.npz."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{key: array for fit in fits for key, array in _draws_of(fit).items()})
+    draws = buffer.getvalue()
+    document = {"fits": [fit.to_json() for fit in fits], "bootstrap_sha256": digest(draws)}
+    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode(), draws
+
+
+def _draws_of(fit: Fit | FormFit) -> dict[str, np.ndarray]:
+    """Arrays of `bootstrap.npz`: of a form, all its parameters under `key@form`, its plain law under `key@form/law`."""
+    key = key_of(fit.group, fit.loss_column)
+    if isinstance(fit, Fit):
+        return {key: fit.draws}
+    key = f"{key}@{fit.form.name}"
+    law = fit.law_of(fit.draws)
+    return {key: fit.draws} | ({} if law is None else {f"{key}/law": law[0]})
 
 
 def read_fits_file(path: Path | str) -> list[FitEntry]:
@@ -95,7 +127,7 @@ def read_plain_fits(path: Path | str, loss_column: str = "loss") -> dict[str, Fi
 
 def read_laws(path: Path | str, loss_column: str = "loss") -> dict[str, Law]:
     """The laws of read_plain_fits."""
-    return {group: fit.law for group, fit in read_plain_fits(path, loss_column).items()}
+    return {group: fit.plain_law for group, fit in read_plain_fits(path, loss_column).items()}
 
 
 def check_runs(fit: FitEntry, runs: RunTable, path: Path | str) -> None:
@@ -201,7 +233,7 @@ def _check_entry(raw: Any, path: Path, number: int) -> dict[str, Any]:
         raise InputError(f"{path}: fit {number}: expected a mapping, found {_short(raw)}; {FIX}")
     if not _is_name(raw.get("group")):
         raise InputError(f"{path}: fit {number}: group: expected a name, found {_short(raw.get('group'))}; {FIX}")
-    entry = {"loss_column": "loss", "warnings": [], "holdout": None} | raw
+    entry: dict[str, Any] = {"loss_column": "loss", "warnings": [], "holdout": None} | raw
     for name, (expected, holds) in FIELDS.items():
         section, _, key = name.rpartition(".")
         value = (entry[section] if section else entry).get(key)
@@ -215,15 +247,15 @@ def _law(entry: dict[str, Any], path: Path, draws: dict[str, np.ndarray]) -> Law
     where, plain = f"{path}: group {entry['group']}", "law" not in entry
     section = "parameters" if plain else "law.parameters"
     values = entry["parameters"] if plain else entry["law"].get("parameters", {})
-    if plain and entry["form"] not in laws.FORMS and set(values) != set(laws.PARAMETERS):
+    if plain and entry["form"] not in power_law.FORMS and set(values) != set(power_law.PARAMETERS):
         return None
-    for name in laws.PARAMETERS:
+    for name in power_law.PARAMETERS:
         value = values.get(name)
         if not (_is_number(value) and (value > 0 or (name == "E" and value == 0))):
             expected = "a number of zero or more" if name == "E" else "a number above zero"
             raise InputError(f"{where}: {section}.{name}: expected {expected}, found {_short(value)}; {FIX}")
-    parameters, ranges = np.array([values[name] for name in laws.PARAMETERS], float), entry["ranges"]
-    loss = laws.predict(parameters, np.array([ranges["params"][1]]), np.array([ranges["tokens"][1]]))[0]
+    parameters, ranges = np.array([values[name] for name in power_law.PARAMETERS], float), entry["ranges"]
+    loss = power_law.predict(parameters, np.array([ranges["params"][1]]), np.array([ranges["tokens"][1]]))[0]
     if not 0 < loss < HIGHEST_LOSS:
         raise InputError(
             f"{where}: {section}: expected a loss above 0 and below {HIGHEST_LOSS:.0e} at the largest runs, "
@@ -235,7 +267,7 @@ def _law(entry: dict[str, Any], path: Path, draws: dict[str, np.ndarray]) -> Law
         parameters=parameters,
         draws=_check_draws(draws, key if plain else f"{key}@{entry['form']}/law", path.with_name("bootstrap.npz")),
         kappa=float(entry["kappa"]),
-        flops_range=tuple(map(float, ranges["flops"])),
+        flops_range=(float(ranges["flops"][0]), float(ranges["flops"][1])),
         form=entry["form"],
         warnings=list(entry["warnings"]),
     )
@@ -246,7 +278,7 @@ def _check_draws(draws: dict[str, np.ndarray], key: str, path: Path) -> np.ndarr
     if key not in draws:
         raise InputError(f"{path}: array {key!r}: not found, {path.name} has {', '.join(draws) or 'none'}; {FIX}")
     values = draws[key]
-    if values.dtype.kind not in "fiu" or values.ndim != 2 or values.shape[1] != len(laws.PARAMETERS):
+    if values.dtype.kind not in "fiu" or values.ndim != 2 or values.shape[1] != len(power_law.PARAMETERS):
         raise InputError(
             f"{path}: array {key!r}: expected numbers of shape (R, 5), found {values.dtype} {values.shape}; {FIX}"
         )

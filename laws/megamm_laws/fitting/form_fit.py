@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.scaling import laws, minimise
-from megamm.scaling.fit import (
+from megamm_laws.errors import InputError
+from megamm_laws.fitting.fit import (
     AGREE_ABSOLUTE,
     AGREE_RELATIVE,
     cluster_labels,
@@ -16,13 +15,14 @@ from megamm.scaling.fit import (
     hold_out_entry,
     largest_runs,
     measured_runs,
-    percentile_intervals,
     resample,
 )
-from megamm.scaling.forms import FORMS
-from megamm.scaling.forms.base import Form, FormProblem
-from megamm.scaling.runs import RunTable
-from megamm.scaling.stability import SHOWN, drop_plan, drop_rows, refit
+from megamm_laws.fitting.stability import SHOWN, drop_plan, drop_rows, refit
+from megamm_laws.law import power_law, solver
+from megamm_laws.law.forms import FORMS
+from megamm_laws.law.forms.base import Form, FormProblem
+from megamm_laws.law.percentiles import percentile_intervals
+from megamm_laws.runs.table import RunTable
 
 POLISHED = 8
 DROP_STARTS = 4
@@ -88,7 +88,7 @@ class FormFit:
         found = self.law_of(self.parameters)
         if found is None:
             return {}
-        return {k: float(v) for k, v in laws.exponents(found[0], self.flops_range, self.kappa).items()}
+        return {k: float(v) for k, v in power_law.exponents(found[0], self.flops_range, self.kappa).items()}
 
     @property
     def intervals(self) -> dict[str, list[float]]:
@@ -96,7 +96,7 @@ class FormFit:
         draws = dict(zip(self.names, self.draws.T))
         found = self.law_of(self.draws)
         if found is not None:
-            draws |= laws.exponents(found[0], self.flops_range, self.kappa)
+            draws |= power_law.exponents(found[0], self.flops_range, self.kappa)
         return percentile_intervals(draws)
 
     @property
@@ -109,7 +109,7 @@ class FormFit:
         found = self.law_of(self.parameters)
         law = {}
         if found is not None:
-            law = {"law": {"at": found[1], "parameters": dict(zip(laws.PARAMETERS, found[0].tolist()))}}
+            law = {"law": {"at": found[1], "parameters": dict(zip(power_law.PARAMETERS, found[0].tolist()))}}
         return {
             "group": self.group,
             "form": self.form.name,
@@ -157,12 +157,12 @@ def fit_form(
         )
     ends, objectives = descend_all(problem)
     theta, objective = ends[0], float(objectives[0])
-    _, gradient, _, reweighted = problem.evaluate(theta[None], np.ones((1, len(table))), minimise.DELTA)
+    _, gradient, _, reweighted = problem.evaluate(theta[None], np.ones((1, len(table))), solver.DELTA)
     clusters = cluster_labels(table)
     rng = np.random.default_rng([seed, zlib.crc32(group.encode())])
     weights, redrawn = resample(table, clusters, resamples, rng)
     near = ends[objectives <= objective * 1.01 + AGREE_ABSOLUTE]
-    draws, _ = minimise.minimise(problem, near[rng.integers(len(near), size=resamples)], weights)
+    draws, _ = solver.minimise(problem, near[rng.integers(len(near), size=resamples)], weights)
     fit = FormFit(
         group=group,
         form=form,
@@ -175,9 +175,9 @@ def fit_form(
         starts_total=len(objectives),
         starts_at_optimum=int((objectives <= objective * (1 + AGREE_RELATIVE) + AGREE_ABSOLUTE).sum()),
         starts_near=int((objectives <= objective * 1.01 + AGREE_ABSOLUTE).sum()),
-        gradient_norm=float(np.linalg.norm(minimise.projected_gradient(problem, theta[None], gradient))),
-        condition_number=minimise.condition_number(reweighted[0]),
-        kappa=laws.flops_factor(*(table.numbers(c) for c in ("params", "tokens", "flops"))),
+        gradient_norm=float(np.linalg.norm(solver.projected_gradient(problem, theta[None], gradient))),
+        condition_number=solver.condition_number(reweighted[0]),
+        kappa=power_law.flops_factor(*(table.numbers(c) for c in ("params", "tokens", "flops"))),
         seed=seed,
         clusters=int(clusters.max()) + 1,
         redrawn=redrawn,
@@ -209,9 +209,9 @@ def descend_all(problem: FormProblem, starts: np.ndarray | None = None) -> tuple
     """
     starts = problem.starts() if starts is None else starts
     one = np.ones((1, len(problem.y)))
-    theta, objective = minimise.minimise(problem, starts, one)
+    theta, objective = solver.minimise(problem, starts, one)
     leaders = np.argsort(objective, kind="stable")[:POLISHED]
-    again = minimise.minimise(replace(problem, continuation=()), theta[leaders], one)
+    again = solver.minimise(replace(problem, continuation=()), theta[leaders], one)
     theta[leaders], objective[leaders] = again
     order = np.argsort(objective, kind="stable")
     return theta[order], objective[order]

@@ -1,9 +1,9 @@
 """What to distrust in the fit of a declared form."""
 
-from megamm.scaling.diagnostics import bootstrap, coverage, outliers
-from megamm.scaling.forms.fitting import FormFit
-from megamm.scaling.forms.mixtures import domains
-from megamm.scaling.stability import drop_warnings
+from megamm_laws.fitting.diagnostics import bootstrap, coverage, outliers
+from megamm_laws.fitting.form_fit import FormFit
+from megamm_laws.fitting.stability import drop_warnings
+from megamm_laws.law.forms.shares import domains
 
 FEW_PER_PARAMETER = 3
 OUTSIDE = 0.02

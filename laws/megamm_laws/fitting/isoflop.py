@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
-from megamm.errors import InputError
-from megamm.scaling.fit import LEVEL, check_draws
-from megamm.scaling.groups import native_groups
-from megamm.scaling.runs import RunTable, table_warnings
+from megamm_laws.errors import InputError
+from megamm_laws.fitting.fit import check_draws
+from megamm_laws.law.percentiles import LEVEL
+from megamm_laws.runs.groups import native_groups
+from megamm_laws.runs.table import RunTable, table_warnings
 
 NOISE = 0.002
 """Standard deviation of a loss between seeds, nats: the value of Porian et al. for losses below e^3."""
@@ -277,7 +278,7 @@ def fit_isoflop_table(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[IsoFlopFit]:
-    """Fit each group and loss column, as fit_outputs.fit_table does.
+    """Fit each group and loss column, as outputs.fit_table does.
 
     Raises:
         InputError: see :func:`fit_isoflops`.
@@ -288,9 +289,9 @@ def fit_isoflop_table(
     for group, runs in groups.items():
         for column in columns:
             progress(f"fitting {group}, {column}")
-            options = {"noise": noise, "draws": draws, "seed": seed}
-            fits.append(fit_isoflops(runs, group=group, loss_column=column, **options))
-            fits[-1].warnings[:0] = initialised[group]
+            fit = fit_isoflops(runs, group=group, loss_column=column, noise=noise, draws=draws, seed=seed)
+            fit.warnings[:0] = initialised[group]
+            fits.append(fit)
     return fits
 
 
@@ -330,8 +331,10 @@ def _parabola(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _parabola_exponent(profiles: list[Profile]) -> float | None:
-    pairs = [(np.log(p.flops), np.log(p.parabola)) for p in profiles if np.isfinite(p.parabola)]
-    return float(np.polyfit(*zip(*pairs), 1)[0]) if len(pairs) >= MIN_BUDGETS else None
+    kept = [p for p in profiles if np.isfinite(p.parabola)]
+    if len(kept) < MIN_BUDGETS:
+        return None
+    return float(np.polyfit(np.log([p.flops for p in kept]), np.log([p.parabola for p in kept]), 1)[0])
 
 
 def _warnings(fit: IsoFlopFit) -> list[str]:

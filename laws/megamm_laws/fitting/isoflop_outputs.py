@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from megamm.files import write_text
-from megamm.scaling.charts import Chart
-from megamm.scaling.fit_plots import isoflop_chart
-from megamm.scaling.isoflop import FLOOR, IsoFlopFit
-from megamm.scaling.plots import write_charts
+from megamm_laws.files import write_text
+from megamm_laws.fitting.isoflop import FLOOR, IsoFlopFit
+from megamm_laws.fitting.pictures import isoflop_chart
+from megamm_laws.pictures.charts import Chart
+from megamm_laws.pictures.plots import write_charts
 
 
 def write_isoflops(folder: Path | str, fits: list[IsoFlopFit]) -> list[Path]:

@@ -1,36 +1,31 @@
 """Fit every group of a table and write the folder of results.
 
-The folder holds `fits.json` (the contract), `fits.md` (the same for people), `bootstrap.npz` (per fit the
-draws behind its intervals, a float64 array (R, 5) of E, A, alpha, B, beta; keys by fits_file.key_of; for a form of
-megamm.scaling.forms (R, P) of its own parameters under `key@form` and of the plain law it implies under
-`key@form/law`; no pickled objects) and plots.
+The folder holds `fits.json` and `bootstrap.npz` (see fits_file.py), `fits.md` (the same for people) and plots.
 """
 
-import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.files import atomic_path, write_text
-from megamm.scaling import laws
-from megamm.scaling.charts import to_pdf, to_png
-from megamm.scaling.diagnostics import examine
-from megamm.scaling.fit import MIN_RUNS, Fit, fit_group
-from megamm.scaling.fit_plots import colours, fitted_group
-from megamm.scaling.fits_file import digest, key_of
-from megamm.scaling.fits_page import to_markdown
-from megamm.scaling.forms import FORMS
-from megamm.scaling.forms.fitting import FormFit, fit_form
-from megamm.scaling.forms.shared import NAME as SHARED
-from megamm.scaling.forms.shared import examine_shared, fit_shared
-from megamm.scaling.forms.simplex import mixture_entry
-from megamm.scaling.forms.warnings import form_warnings
-from megamm.scaling.groups import native_groups
-from megamm.scaling.plots import frontiers, residuals
-from megamm.scaling.runs import RunTable
+from megamm_laws.errors import InputError
+from megamm_laws.files import atomic_path
+from megamm_laws.fitting.diagnostics import examine
+from megamm_laws.fitting.fit import MIN_RUNS, Fit, fit_group
+from megamm_laws.fitting.fits_file import to_bytes
+from megamm_laws.fitting.form_fit import FormFit, fit_form
+from megamm_laws.fitting.form_warnings import form_warnings
+from megamm_laws.fitting.page import to_markdown
+from megamm_laws.fitting.pictures import colours, fitted_group
+from megamm_laws.fitting.shared import NAME as SHARED
+from megamm_laws.fitting.shared import examine_shared, fit_shared
+from megamm_laws.law import power_law
+from megamm_laws.law.forms import FORMS
+from megamm_laws.law.forms.simplex import mixture_entry
+from megamm_laws.pictures.charts import to_pdf, to_png
+from megamm_laws.pictures.plots import frontiers, residuals
+from megamm_laws.runs.groups import native_groups
+from megamm_laws.runs.table import RunTable
 
 
 def fit_table(
@@ -56,8 +51,8 @@ def fit_table(
     Raises:
         InputError: every group has fewer than 5 runs; see also fit.fit_group and runs.RunTable.groups.
     """
-    if form not in (*laws.FORMS, *FORMS):
-        raise InputError(f"--form: {form!r} is unknown; known: {', '.join((*laws.FORMS, *FORMS))}")
+    if form not in (*power_law.FORMS, *FORMS):
+        raise InputError(f"--form: {form!r} is unknown; known: {', '.join((*power_law.FORMS, *FORMS))}")
     groups, initialised = native_groups(table, group_by)
     every = losses == "all"
     columns = table.loss_columns if every else [name.strip() for name in losses.split(",")]
@@ -66,7 +61,7 @@ def fit_table(
             text = f"group {group} has {len(groups.pop(group))} runs, fewer than {MIN_RUNS}: not fitted"
             left_out("; ".join([text, *initialised[group]]))
     options = {"resamples": resamples, "seed": seed}
-    fits = []
+    fits: list[Fit | FormFit] = []
     if form == SHARED:
         enough = [c for c in columns if not every or all(_measured(runs, c) >= MIN_RUNS for runs in groups.values())]
         for column in enough:
@@ -91,19 +86,21 @@ def _fit_columns(
     progress: Callable[[str], None],
 ) -> list[Fit | FormFit]:
     """The fits of one group, one per loss column, with their warnings."""
-    fits = []
+    fits: list[Fit | FormFit] = []
     for column in columns:
         progress(f"fitting {group}, {column}")
         if form in FORMS:
-            fit = fit_form(runs, form, group=group, loss_column=column, **options)
-            fit.warnings += form_warnings(fit)
+            of_form = fit_form(runs, form, group=group, loss_column=column, **options)
+            of_form.warnings += form_warnings(of_form)
+            fits.append(of_form)
         else:
             fit = fit_group(runs, group=group, loss_column=column, form=form, **options)
             examine(fit)
-        fits.append(fit)
-    targets = [fit for fit in fits if fit.loss_column != "loss"]
-    if len(targets) > 1 and "optimal_mixture" in targets[0].__dict__.get("extras", {}):
-        fits[0].extras["optimal_mixture_of_losses"] = mixture_entry(targets)
+            fits.append(fit)
+    with_mixture = [fit for fit in fits if isinstance(fit, FormFit) and "optimal_mixture" in fit.extras]
+    targets = [fit for fit in with_mixture if fit.loss_column != "loss"]
+    if len(targets) > 1:
+        with_mixture[0].extras["optimal_mixture_of_losses"] = mixture_entry(targets)
     return fits
 
 
@@ -120,33 +117,18 @@ def write_fits(folder: Path | str, fits: list[Fit | FormFit]) -> list[Path]:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; --out names a folder")
-    page = to_markdown(fits)
-    plots = draw_plots(fits)
-    draws = io.BytesIO()
-    np.savez(draws, **{key: array for fit in fits for key, array in _draws_of(fit).items()})
-    document = {"fits": [fit.to_json() for fit in fits], "bootstrap_sha256": digest(draws.getvalue())}
-    document = json.dumps(document, indent=2, allow_nan=False)
-    for name, content in {**plots, "bootstrap.npz": draws.getvalue()}.items():
+    page, plots = to_markdown(fits), draw_plots(fits)
+    document, draws = to_bytes(fits)
+    files = plots | {"bootstrap.npz": draws, "fits.md": page.encode(), "fits.json": document}
+    for name, content in files.items():  # fits.json last: whoever finds it finds the rest
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
-    write_text(folder / "fits.md", page)
-    write_text(folder / "fits.json", document + "\n")  # last: whoever finds it finds the rest
     return [folder / name for name in ("fits.json", "fits.md", "bootstrap.npz", *plots)]
-
-
-def _draws_of(fit: Fit | FormFit) -> dict[str, np.ndarray]:
-    """Arrays of `bootstrap.npz`: of a form, all its parameters under `key@form`, its plain law under `key@form/law`."""
-    key = key_of(fit.group, fit.loss_column)
-    if isinstance(fit, Fit):
-        return {key: fit.draws}
-    key = f"{key}@{fit.form.name}"
-    law = fit.law_of(fit.draws)
-    return {key: fit.draws} | ({} if law is None else {f"{key}/law": law[0]})
 
 
 def draw_plots(fits: list[Fit | FormFit]) -> dict[str, bytes]:
     """Frontiers and residuals of each loss column, as PNG and PDF by name; tools/plot_fits.py draws more."""
-    files = {}
+    files: dict[str, bytes] = {}
     for column in dict.fromkeys(fit.loss_column for fit in fits):
         chosen = [fit for fit in fits if fit.loss_column == column]
         palette = colours([fit.group for fit in chosen])

@@ -4,18 +4,19 @@ from typing import Any
 
 import numpy as np
 
-from megamm.scaling import laws
-from megamm.scaling.fit import Fit
+from megamm_laws.fitting.fit import Fit
+from megamm_laws.fitting.form_fit import FormFit
+from megamm_laws.law import power_law
 
 MEANINGS = {"a": "a (N* ~ C^a)", "b": "b (D* ~ C^b)", "c": "c (L* ~ C^c)", "d": "d (D* ~ N*^d)"}
 
 
-def to_markdown(fits: list[Fit]) -> str:
+def to_markdown(fits: list[Fit | FormFit]) -> str:
     """All fits as a page: constants, exponents, intervals, drop-k tables, held-out error, warnings."""
     lines = ["# Scaling-law fits", "", "Loss in nats; 95% intervals in brackets.", ""]
     for fit in fits:
         entry = fit.to_json()
-        formula = entry.get("formula") or laws.FORMS[fit.form].formula
+        formula = entry["formula"] if isinstance(fit, FormFit) else power_law.FORMS[fit.form].formula
         lines += [f"## {title(fit)}: {escape(formula)}", "", *_warnings(fit), ""]
         lines += [*_constants(fit, entry), "", *_facts(fit, entry), ""]
         for key, section in SECTIONS.items():
@@ -24,7 +25,7 @@ def to_markdown(fits: list[Fit]) -> str:
     return "\n".join(lines)
 
 
-def title(fit: Fit) -> str:
+def title(fit: Fit | FormFit) -> str:
     """The group, with the loss column if that is not ``loss``, safe in Markdown."""
     return escape(fit.group if fit.loss_column == "loss" else f"{fit.group}, {fit.loss_column}")
 
@@ -34,8 +35,8 @@ def escape(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table."""
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown markdown_table."""
     return [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
 
 
@@ -50,11 +51,11 @@ def interval(ends: Any, digits: int = 5) -> str:
     return "[" + ", ".join("?" if x is None else f"{x:.{digits}g}" for x in ends) + "]"
 
 
-def _warnings(fit: Fit) -> list[str]:
+def _warnings(fit: Fit | FormFit) -> list[str]:
     return [f"- **Warning**: {escape(text)}" for text in fit.warnings] or ["No warnings."]
 
 
-def _constants(fit: Fit, entry: dict[str, Any]) -> list[str]:
+def _constants(fit: Fit | FormFit, entry: dict[str, Any]) -> list[str]:
     joint = entry.get("joint", {}).get("intervals", {})
     profile = entry.get("profile_intervals", {})
     rows = []
@@ -63,7 +64,7 @@ def _constants(fit: Fit, entry: dict[str, Any]) -> list[str]:
         cells = [MEANINGS.get(name, name), f"{value:.5g}", interval(entry["intervals"][name])]
         rows.append([*cells, *(interval(ends.get(name)) for ends in others)])
     head = ["quantity", "value", "95% interval", "by noise alone", "joint 95%", "profile likelihood 95%"]
-    lines = table(head, rows)
+    lines = markdown_table(head, rows)
     if "law" in entry:
         law, at = entry["law"]["parameters"], entry["law"]["at"]
         where = ", ".join(
@@ -85,7 +86,7 @@ def _constants(fit: Fit, entry: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _facts(fit: Fit, entry: dict[str, Any]) -> list[str]:
+def _facts(fit: Fit | FormFit, entry: dict[str, Any]) -> list[str]:
     unit = "runs" if fit.clusters == len(fit.table) else "trunks"
     return [
         f"- runs: {entry['n_runs']}; FLOPs {fit.flops_range[0]:.3g} to {fit.flops_range[1]:.3g}; "
@@ -112,7 +113,7 @@ def _form_error(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _held_out(fit: Fit) -> str:
+def _held_out(fit: Fit | FormFit) -> str:
     result = fit.holdout
     if "skipped" in result:
         return f"skipped, {result['skipped']}"
@@ -134,7 +135,7 @@ def _optimum(entry: dict[str, Any]) -> list[str]:
             row.append(f"{best[name]:.{digits}g} {interval(best[f'{name}_interval'], digits)}")
             row.append(interval(best[f"{name}_joint_interval"], digits))
         rows.append(row)
-    return ["Optimum:", "", *table(["FLOPs", "N*", "joint", "D*", "joint", "L*", "joint"], rows)]
+    return ["Optimum:", "", *markdown_table(["FLOPs", "N*", "joint", "D*", "joint", "L*", "joint"], rows)]
 
 
 def _approaches(entry: dict[str, Any]) -> list[str]:
@@ -145,7 +146,11 @@ def _approaches(entry: dict[str, Any]) -> list[str]:
             rows.append([*head, "", "", found["skipped"]])
         else:
             rows.append([*head, f"{found['a']:.4f}", interval(found["interval"], 4), str(found["points"])])
-    return ["N* ~ C^a by three approaches:", "", *table(["approach", "a", "95% interval", "runs or budgets"], rows)]
+    return [
+        "N* ~ C^a by three approaches:",
+        "",
+        *markdown_table(["approach", "a", "95% interval", "runs or budgets"], rows),
+    ]
 
 
 def _drop_table(entry: dict[str, Any]) -> list[str]:
@@ -155,7 +160,7 @@ def _drop_table(entry: dict[str, Any]) -> list[str]:
         cells = [str(row["k"]), row["dropped"], *(f"{row[name]:.4f}" for name in names)]
         rows.append([*cells, f"{row['objective']:.4g}", ", ".join(row["outside"])])
     head = ["k", "dropped", *names, "objective", "out of its interval"]
-    return ["Without the k runs of highest loss or of largest FLOPs:", "", *table(head, rows)]
+    return ["Without the k runs of highest loss or of largest FLOPs:", "", *markdown_table(head, rows)]
 
 
 def _hold_outs(entry: dict[str, Any]) -> list[str]:
@@ -173,7 +178,7 @@ def _hold_outs(entry: dict[str, Any]) -> list[str]:
     if not rows:
         return ["Held out: too few runs."]
     head = ["held back", "times the compute of the rest", "error of their loss", "a without", "drift", "in half-widths"]
-    return ["Without the runs of largest FLOPs, these predicted:", "", *table(head, rows)]
+    return ["Without the runs of largest FLOPs, these predicted:", "", *markdown_table(head, rows)]
 
 
 def _sharing(entry: dict[str, Any]) -> list[str]:
@@ -194,7 +199,7 @@ def _mixture(entry: dict[str, Any], key: str = "optimal_mixture") -> list[str]:
     what = best["losses"][0] if len(best["losses"]) == 1 else f"the mean of {', '.join(best['losses'])}"
     size = f"{best['params']:.3g} parameters and {best['tokens']:.3g} tokens"
     head = f"Mixture with the lowest value of {escape(what)} at {size}"
-    lines = table(["domain", "share", "95% interval", "measured"], rows)
+    lines = markdown_table(["domain", "share", "95% interval", "measured"], rows)
     return [f"{head}: {best['loss']:.4f} nats", "", *lines]
 
 
@@ -207,7 +212,7 @@ def _sparsities(entry: dict[str, Any]) -> list[str]:
             row.append(f"{value} {interval(best[f'{name}_interval'], digits)}".rstrip())
         rows.append(row)
     head = ["sparsity", "FLOPs / 6ND", "N* (all parameters)", "D*", "L*", "a"]
-    return [f"Optimum at {entry['optimum_by_sparsity'][0]['flops']:.3g} FLOPs:", "", *table(head, rows)]
+    return [f"Optimum at {entry['optimum_by_sparsity'][0]['flops']:.3g} FLOPs:", "", *markdown_table(head, rows)]
 
 
 SECTIONS = {

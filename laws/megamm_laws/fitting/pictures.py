@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from megamm.scaling import laws
-from megamm.scaling.charts import Chart
-from megamm.scaling.compare import Law
-from megamm.scaling.fit import Fit
-from megamm.scaling.forms.fitting import FormFit
-from megamm.scaling.isoflop import IsoFlopFit
-from megamm.scaling.plots import LOG_A, LOG_B, PALETTE, Budget, Group, blend, isoflops
-from megamm.scaling.runs import RunTable
+from megamm_laws.fitting.fit import Fit
+from megamm_laws.fitting.form_fit import FormFit
+from megamm_laws.fitting.isoflop import IsoFlopFit
+from megamm_laws.law import power_law
+from megamm_laws.law.fitted import Law
+from megamm_laws.pictures.charts import Chart
+from megamm_laws.pictures.plots import LOG_A, LOG_B, PALETTE, Budget, Group, blend, isoflops
+from megamm_laws.runs.table import RunTable
 
 POINTS = 96
 DARKEST = 0.9
@@ -28,8 +28,8 @@ def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *,
     """
     params, tokens = runs.numbers("params"), runs.numbers("tokens")
     grid = np.geomspace(*law.flops_range, POINTS)
-    draws = dict(zip(laws.PARAMETERS, law.draws.T))
-    E, A, alpha, B, beta = (draws[key] for key in laws.PARAMETERS)
+    draws = dict(zip(power_law.PARAMETERS, law.draws.T))
+    E, A, alpha, B, beta = (draws[key] for key in power_law.PARAMETERS)
     held = fit.get("holdout") or {}
     held_out = exponents = None
     if "relative_errors" in held:
@@ -45,7 +45,7 @@ def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *,
         tokens=tokens,
         flops=runs.numbers("flops"),
         losses=runs.numbers(loss_column),
-        predicted=laws.predict(law.parameters, params, tokens),
+        predicted=power_law.predict(law.parameters, params, tokens),
         grid=grid,
         frontier=law.frontier(grid),
         band=law.band(grid),
@@ -65,7 +65,7 @@ def fitted_group(fit: Fit | FormFit, colour: str) -> Group:
     """The arrays of a fit at hand; a form of more than N and D has residuals, but no frontier (empty arrays)."""
     if isinstance(fit, Fit):
         name = fit.group
-        return group_of(Law.of_fit(fit), fit.table, fit.loss_column, fit.to_json(), name=name, colour=colour)
+        return group_of(fit.law, fit.table, fit.loss_column, fit.to_json(), name=name, colour=colour)
     runs = fit.table
     losses = runs.numbers(fit.loss_column)
     return Group(
@@ -87,9 +87,11 @@ def isoflop_chart(fit: IsoFlopFit, name: str, title: str | None = None) -> Chart
     """The profiles of an isoFLOP fit and the line through their minima; ``title`` is the group as people call it."""
     budgets = []
     for profile in fit.profiles:
-        usable = profile.problem is None
-        ends = profile.interval[:, 0] if usable else None
-        best = np.exp(profile.optimum) if usable else None
+        optimum, interval = None, None
+        if profile.problem is None:
+            n, _, loss = np.exp(profile.optimum)
+            low, high = profile.interval[:, 0]
+            optimum, interval = (float(n), float(loss)), (float(low), float(high))
         budgets.append(
             Budget(
                 flops=profile.flops,
@@ -97,8 +99,8 @@ def isoflop_chart(fit: IsoFlopFit, name: str, title: str | None = None) -> Chart
                 losses=profile.loss,
                 grid=profile.grid,
                 curve=profile.curve,
-                optimum=(float(best[0]), float(best[2])) if usable else None,
-                interval=(float(ends[0]), float(ends[1])) if usable else None,
+                optimum=optimum,
+                interval=interval,
             )
         )
     chart = isoflops(name, budgets, fit.coefficients["params"], fit.exponents["a"], fit.loss_column)

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from scipy.special import fdtrc
 
-from megamm.errors import InputError
-from megamm.scaling import laws, minimise
-from megamm.scaling.diagnostics import warnings_of
-from megamm.scaling.fit import (
+from megamm_laws.errors import InputError
+from megamm_laws.fitting.diagnostics import warnings_of
+from megamm_laws.fitting.fit import (
     AGREE_ABSOLUTE,
     AGREE_RELATIVE,
     MIN_RUNS,
@@ -28,10 +27,11 @@ from megamm.scaling.fit import (
     optima,
     resample,
 )
-from megamm.scaling.forms.base import Data, Form, FormProblem, Parameter, Point, Term, amplitude, exponent
-from megamm.scaling.runs import RunTable
-from megamm.scaling.stability import drop_plan, drop_rows, refit
-from megamm.scaling.uncertainty import deviance_scale, joint_intervals, optimum_intervals
+from megamm_laws.fitting.stability import drop_plan, drop_rows, refit
+from megamm_laws.law import power_law, solver
+from megamm_laws.law.forms.base import Data, Form, FormProblem, Parameter, Point, Term, amplitude, exponent
+from megamm_laws.runs.table import RunTable
+from megamm_laws.uncertainty.intervals import deviance_scale, joint_intervals, optimum_intervals
 
 NAME = "shared"
 
@@ -40,7 +40,7 @@ class SharedExponents(Form):
     """E, A and B of each group, alpha and beta of all; the column ``group`` numbers the group of each run."""
 
     name = NAME
-    formula = laws.FORMS[NAME].formula
+    formula = power_law.FORMS[NAME].formula
     source = "Hoffmann et al. 2022, equation 10, with exponents in common"
 
     def parameters(self, columns: dict[str, np.ndarray]) -> list[Parameter]:
@@ -79,14 +79,14 @@ def fit_shared(
     whole = _join(tables)
     labels = np.repeat(np.arange(len(tables)), [len(t) for t in tables]).astype(float)
     problem = FormProblem.of(SharedExponents(), whole, loss_column, columns={"group": labels})
-    theta, objectives = minimise.minimise(problem, problem.starts(), np.ones((1, len(whole))))
+    theta, objectives = solver.minimise(problem, problem.starts(), np.ones((1, len(whole))))
     best = int(objectives.argmin())
     objective = float(objectives[best])
-    _, gradient, _, reweighted = problem.evaluate(theta[best][None], np.ones((1, len(whole))), minimise.DELTA)
+    _, gradient, _, reweighted = problem.evaluate(theta[best][None], np.ones((1, len(whole))), solver.DELTA)
     seeds = [np.random.default_rng([seed, zlib.crc32(name.encode())]) for name in groups]
     drawn = [resample(table, cluster_labels(table), resamples, rng) for table, rng in zip(tables, seeds)]
     weights = np.concatenate([w for w, _ in drawn], axis=1)
-    draws, _ = minimise.minimise(problem, np.repeat(theta[best][None], resamples, axis=0), weights)
+    draws, _ = solver.minimise(problem, np.repeat(theta[best][None], resamples, axis=0), weights)
     values, draws = (problem.to_parameters(x) for x in (theta[best], draws))
     held_out = _hold_out(tables, loss_column)
     sharing = _sharing(tables, problem, theta[best], objective, loss_column)
@@ -105,9 +105,9 @@ def fit_shared(
             objective=objective,
             starts_total=len(objectives),
             starts_at_optimum=int((objectives <= objective * (1 + AGREE_RELATIVE) + AGREE_ABSOLUTE).sum()),
-            gradient_norm=float(np.linalg.norm(minimise.projected_gradient(problem, theta[best][None], gradient))),
-            condition_number=minimise.condition_number(reweighted[0]),
-            kappa=laws.flops_factor(*(table.numbers(c) for c in ("params", "tokens", "flops"))),
+            gradient_norm=float(np.linalg.norm(solver.projected_gradient(problem, theta[best][None], gradient))),
+            condition_number=solver.condition_number(reweighted[0]),
+            kappa=power_law.flops_factor(*(table.numbers(c) for c in ("params", "tokens", "flops"))),
             seed=seed,
             clusters=int(cluster_labels(table).max()) + 1,
             redrawn=drawn[g][1],
@@ -205,7 +205,7 @@ def _hold_out(tables: list[RunTable], column: str) -> dict[str, Any]:
         return {"skipped": f"fewer than {MIN_RUNS} runs of a group would be left"}
     labels = np.repeat(np.arange(len(rest)), [len(t) for t in rest]).astype(float)
     problem = FormProblem.of(SharedExponents(), _join(rest), column, columns={"group": labels})
-    theta, objective = minimise.minimise(problem, problem.starts(), np.ones((1, len(labels))))
+    theta, objective = solver.minimise(problem, problem.starts(), np.ones((1, len(labels))))
     return {"parameters": problem.to_parameters(theta[int(objective.argmin())]), "held": held}
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from megamm.scaling import laws, minimise
-from megamm.scaling.fit import MIN_RUNS_HOLDOUT, Fit, distinct, fit_problem
-from megamm.scaling.runs import RunTable
+from megamm_laws.fitting.fit import MIN_RUNS_HOLDOUT, Fit, distinct, fit_problem
+from megamm_laws.law import power_law, solver
+from megamm_laws.runs.table import RunTable
 
 STEPS = (1, 2, 3, 5, 10, 20)
 DROP_SHARE = 0.1
@@ -28,7 +28,7 @@ def drop_table(fit: Fit) -> list[dict[str, Any]]:
     """
     plan = drop_plan(fit.table, fit.loss_column, MIN_RUNS_HOLDOUT)
     best, objective = _refit(fit, np.stack([weights for *_, weights in plan]))
-    values = dict(zip(laws.PARAMETERS, best.T)) | laws.exponents(best, fit.flops_range, fit.kappa)
+    values = dict(zip(power_law.PARAMETERS, best.T)) | power_law.exponents(best, fit.flops_range, fit.kappa)
     return drop_rows(plan, fit.table, {name: values[name] for name in SHOWN}, objective, fit.noise_intervals)
 
 
@@ -103,7 +103,7 @@ def _spans(table: RunTable, keep: np.ndarray) -> bool:
 def _refit(fit: Fit, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Optimum for each row of ``weights`` (m, n): parameters (m, 5) and objective (m,)."""
     problem = fit_problem(fit.table, fit.loss_column)
-    starts = np.concatenate([problem.to_theta(fit.parameters)[None], minimise.starts(problem, STARTS_PER_AXIS)])
+    starts = np.concatenate([problem.to_theta(fit.parameters)[None], solver.starts(problem, STARTS_PER_AXIS)])
     theta, objective = refit(problem, np.clip(starts, *problem.bounds), weights)
     return problem.to_parameters(theta), objective
 
@@ -111,7 +111,7 @@ def _refit(fit: Fit, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def refit(problem: Any, starts: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The best of all ``starts`` (s, P) for each row of ``weights`` (m, n): theta (m, P) and objective (m,)."""
     m, s = len(weights), len(starts)
-    theta, objective = minimise.minimise(problem, np.tile(starts, (m, 1)), np.repeat(weights, s, axis=0))
+    theta, objective = solver.minimise(problem, np.tile(starts, (m, 1)), np.repeat(weights, s, axis=0))
     objective = objective.reshape(m, s)
     best = objective.argmin(axis=1)
     return theta.reshape(m, s, -1)[np.arange(m), best], objective[np.arange(m), best]

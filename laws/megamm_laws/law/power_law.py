@@ -4,7 +4,7 @@ N parameters, D tokens, C = 6*kappa*N*D FLOPs; kappa is 1 for a plain decoder an
 encoder, how its counted FLOPs compare with 6*N*D (see :func:`flops_factor`).
 
 Parameters are arrays of float64 whose last axis is (E, A, alpha, B, beta); every function takes leading axes,
-so that one call serves a fit and all its bootstrap draws. Form: Hoffmann et al. 2022, equation 10; exponents
+so that one call serves a fit and all its bootstrap draws. PlainForm: Hoffmann et al. 2022, equation 10; exponents
 of the optimum: equation 4 there.
 """
 
@@ -24,8 +24,8 @@ def predict(parameters: np.ndarray, params: np.ndarray, tokens: np.ndarray) -> n
 
 
 @dataclass(kw_only=True, frozen=True)
-class Form:
-    """A law in N and D alone; laws with further variables are in megamm.scaling.forms."""
+class PlainForm:
+    """A law in N and D alone; laws with further variables are in megamm_laws.law.forms."""
 
     name: str
     formula: str
@@ -34,8 +34,10 @@ class Form:
 
 
 FORMS = {
-    "chinchilla": Form(name="chinchilla", formula="E + A/N^alpha + B/D^beta", parameters=PARAMETERS, predict=predict),
-    "shared": Form(
+    "chinchilla": PlainForm(
+        name="chinchilla", formula="E + A/N^alpha + B/D^beta", parameters=PARAMETERS, predict=predict
+    ),
+    "shared": PlainForm(
         name="shared",
         formula="E + A/N^alpha + B/D^beta, alpha and beta shared by all groups",
         parameters=PARAMETERS,

@@ -13,6 +13,7 @@ float64.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -21,6 +22,20 @@ CONTINUATION = (3e-2, 5e-3)
 EXPONENT_BOUNDS = (0.01, 3.0)
 CHUNK = 64
 """Problems solved together: their arrays stay in the cache."""
+
+
+class Solvable(Protocol):
+    """What :func:`minimise` needs of a problem: :class:`Problem`, or that of any form (forms.base.FormProblem)."""
+
+    y: np.ndarray
+    """(n,) log loss."""
+    continuation: tuple[float, ...]
+    held: tuple[int, ...]
+
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def evaluate(self, theta: np.ndarray, weights: np.ndarray, delta: float) -> tuple[np.ndarray, ...]: ...
 
 
 @dataclass(kw_only=True)
@@ -132,26 +147,28 @@ def starts(problem: Problem, per_axis: int = 6) -> np.ndarray:
 
 
 def minimise(
-    problem: Problem, theta: np.ndarray, weights: np.ndarray, delta: float = DELTA
+    problem: Solvable, theta: np.ndarray, weights: np.ndarray, delta: float = DELTA
 ) -> tuple[np.ndarray, np.ndarray]:
     """Descend from each ``theta`` (b, 5) on runs weighted by ``weights`` (b, n) or (1, n).
 
     Returns theta (b, 5) and objective (b,) at the optima found.
     """
     theta = np.array(theta, float)
+    # A view: one row of weights may stand for a thousand starts.
     weights = np.broadcast_to(weights, (len(theta), len(problem.y)))
     objective = np.empty(len(theta))
     for begin in range(0, len(theta), CHUNK):
         part = slice(begin, begin + CHUNK)
         for stage in (*(d for d in problem.continuation if d > delta), delta):
             last = stage == delta
+            # A stage before the last has only to bring theta near: its optimum is not the one that is wanted.
             theta[part], objective[part] = _descend(
                 problem, theta[part], weights[part], stage, 200 if last else 6, 1e-11 if last else 1e-3
             )
     return theta, objective
 
 
-def projected_gradient(problem: Problem, theta: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+def projected_gradient(problem: Solvable, theta: np.ndarray, gradient: np.ndarray) -> np.ndarray:
     """The gradient (b, 5) without the components that push theta against a bound."""
     low, high = problem.bounds
     blocked = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
@@ -167,7 +184,7 @@ def condition_number(matrix: np.ndarray) -> float:
 
 
 def _descend(
-    problem: Problem, theta: np.ndarray, weights: np.ndarray, delta: float, steps: int, tolerance: float
+    problem: Solvable, theta: np.ndarray, weights: np.ndarray, delta: float, steps: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Projected, damped Newton at one delta; problems leave the batch as they converge."""
     low, high = problem.bounds
@@ -175,6 +192,7 @@ def _descend(
     result = np.empty(len(theta))
     live = np.arange(len(theta))
     x, w = theta, weights
+    # As in Levenberg-Marquardt: a step that helped is trusted more, one that did not is braked hard.
     damping = np.full(len(x), 0.3)
     value, gradient, hessian, reweighted = problem.evaluate(x, w, delta)
     for _ in range(steps):
@@ -204,7 +222,7 @@ def _descend(
 
 
 def _step(
-    problem: Problem,
+    problem: Solvable,
     theta: np.ndarray,
     gradient: np.ndarray,
     hessian: np.ndarray,
@@ -217,6 +235,7 @@ def _step(
     free[:, list(problem.held)] = False
     identity = np.eye(theta.shape[1])
     diagonal = np.einsum("bii->bi", reweighted)
+    # Where runs leave a parameter free the matrix is singular; a ridge picks the shortest of all steps there.
     ridge = 1e-12 * diagonal.max(-1, keepdims=True) + damping[:, None] * (1e-3 * diagonal) + 1e-30
     matrix = hessian + damping[:, None, None] * reweighted + ridge[:, :, None] * identity
     matrix = np.where(free[:, :, None] & free[:, None, :], matrix, identity)
@@ -224,3 +243,12 @@ def _step(
         return -np.linalg.solve(matrix, projected[:, :, None])[:, :, 0]
     except np.linalg.LinAlgError:  # one singular problem must not stop the batch
         return -np.einsum("bij,bj->bi", np.linalg.pinv(matrix), projected)
+
+
+def sensitivities(problem: Problem, theta: np.ndarray, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Gradient of log L in theta (R, 5) at each of (m,) runs: (R, m, 5)."""
+    u, v = np.log(params) - problem.mean_log_n, np.log(tokens) - problem.mean_log_d
+    term_n = np.exp(theta[:, 1:2] - theta[:, 2:3] * u)
+    term_d = np.exp(theta[:, 3:4] - theta[:, 4:5] * v)
+    columns = [np.ones_like(term_n), term_n, -u * term_n, term_d, -v * term_d]
+    return np.stack(columns, axis=-1) / (theta[:, 0:1] + term_n + term_d)[:, :, None]

@@ -1,21 +1,18 @@
-"""Charts as data, drawn twice: by plotly for the page and by matplotlib for PNG files."""
+"""Charts as data, drawn by matplotlib as PNG and PDF files (a page may draw the same data its own way)."""
 
-import html
 import io
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import plotly.graph_objects as go
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
-from megamm.scaling.units import digits, log_ticks
+from megamm_laws.pictures.units import digits, log_ticks
 
 GRID, AXIS, FONT = "#e4e7eb", "#5b6270", "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 LEGEND_SIZE = 9
@@ -43,8 +40,8 @@ class Series:
     """Points of one colour, joined by a line, marked, or both; ``band`` (2, m) is shaded around them."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
     colour: str
     line: str | None = "solid"
     width: float = 2.0
@@ -114,73 +111,6 @@ def padded(values: np.ndarray, log: bool) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-# -------------------------------------------------------------------------------------------------- plotly
-
-
-def to_plotly(panel: Panel, height: int) -> go.Figure:
-    """One panel as a plotly figure without a legend; all text is escaped."""
-    figure = go.Figure()
-    for series in panel.series:
-        if series.band is not None:
-            figure.add_trace(_plotly_band(series))
-        figure.add_trace(_plotly_trace(series))
-    if panel.baseline is not None:
-        figure.add_hline(panel.baseline, line={"color": AXIS, "width": 1})
-    figure.update_layout(
-        height=height, margin={"l": 58, "r": 14, "t": 8, "b": 46}, showlegend=False, hovermode="closest",
-        paper_bgcolor="white", plot_bgcolor="white", font={"family": FONT, "size": 12, "color": "#1f2430"},
-        hoverlabel={"bgcolor": "white", "font": {"family": FONT, "size": 12}},
-    )  # fmt: skip
-    for name in ("x", "y"):
-        axis, (low, high) = getattr(panel, name), extent(panel, name)
-        settings = {
-            "title": {"text": html.escape(axis.label), "font": {"size": 12, "color": AXIS}, "standoff": 8},
-            "gridcolor": GRID, "linecolor": "#b8bec7", "showline": True, "ticks": "outside", "ticklen": 4,
-            "tickcolor": "#b8bec7", "zeroline": False, "range": [low, high],
-        }  # fmt: skip
-        if axis.log:
-            values, texts = log_ticks(low, high, axis.form)
-            settings |= {"type": "log", "range": [math.log10(low), math.log10(high)]}
-            settings |= {"tickvals": values, "ticktext": texts}
-        else:
-            settings |= {"nticks": 6}
-        figure.update_layout({f"{name}axis": settings})
-    return figure
-
-
-def _plotly_trace(series: Series) -> go.Scatter:
-    modes = (["lines"] if series.line else []) + (["markers"] if series.marker else [])
-    return go.Scatter(
-        x=_floats(series.x), y=_floats(series.y), mode="+".join(modes), name=html.escape(series.name),
-        opacity=series.opacity,
-        line={"color": series.colour, "width": series.width, "dash": series.line or "solid"},
-        marker={"color": series.colour, "size": 7, "symbol": "circle-open" if series.marker == "ring" else "circle"},
-        text=[html.escape(t).replace("\n", "<br>") for t in series.hover] if series.hover else None,
-        hovertemplate="%{text}<extra></extra>" if series.hover else "%{y:.4g}",
-    )  # fmt: skip
-
-
-def _plotly_band(series: Series) -> go.Scatter:
-    x, (low, high) = np.asarray(series.x, float), series.band
-    return go.Scatter(
-        x=_floats([*x, *x[::-1]]), y=_floats([*high, *low[::-1]]), fill="toself", fillcolor=_faint(series.colour),
-        line={"width": 0}, hoverinfo="skip", mode="lines",
-    )  # fmt: skip
-
-
-def _faint(colour: str, opacity: float = 0.18) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"
-
-
-def _floats(values: Sequence[float]) -> list[float | None]:
-    """Plain lists at six significant digits keep the page small and its text readable."""
-    return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values]
-
-
-# ---------------------------------------------------------------------------------------------- matplotlib
-
-
 def to_png(chart: Chart) -> bytes:
     """The whole chart as a PNG file."""
     return _file(chart, "png")
@@ -197,7 +127,7 @@ def _file(chart: Chart, form: str) -> bytes:
     wide = 7.5 if columns == 1 else 4.2 * columns
     handles = [] if chart.legend_per_panel else _handles(chart.panels)
     across = _across(handles, wide)
-    lines = max((handle.get_label().count("\n") + 1 for handle in handles), default=0)
+    lines = max((str(handle.get_label()).count("\n") + 1 for handle in handles), default=0)
     tall = (3.3 * rows + 0.2 if columns > 1 else 4.4) + LEGEND_LINE * lines * -(-len(handles) // across)
     figure = Figure(figsize=(wide, tall), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -210,9 +140,9 @@ def _file(chart: Chart, form: str) -> bytes:
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=across, fontsize=LEGEND_SIZE, frameon=False)
     out = io.BytesIO()
-    dated = {"metadata": {"CreationDate": None}} if form == "pdf" else {}
+    metadata = {"CreationDate": None} if form == "pdf" else None
     with rc_context({"pdf.fonttype": 42}):
-        figure.savefig(out, format=form, dpi=130, **dated)
+        figure.savefig(out, format=form, dpi=130, metadata=metadata)
     return out.getvalue()
 
 
@@ -261,7 +191,7 @@ def _handles(panels: list[Panel]) -> list[Line2D]:
 
 def _across(handles: list[Line2D], wide: float) -> int:
     """Columns of a legend, at most 4, whose widest entry leaves them room in ``wide`` inches."""
-    lines = [line for handle in handles for line in handle.get_label().splitlines()]
+    lines = [line for handle in handles for line in str(handle.get_label()).splitlines()]
     widths = [TextPath((0, 0), line, size=LEGEND_SIZE).get_extents().width / 72 for line in lines]
     return max(1, min(4, len(handles), int(wide / (SWATCH + max(widths, default=1.0)))))
 

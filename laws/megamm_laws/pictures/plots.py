@@ -1,19 +1,19 @@
-"""The pictures of a scaling study, from plain arrays: charts that plotly draws for a page and matplotlib for a paper.
+"""The pictures of a scaling study, from plain arrays: charts as data, for a page or a paper.
 
 Frontiers with bands, residuals against N, D and C, correlations of the fitted constants, hold-out, and isoFLOP
 profiles. Colours are those of Okabe and Ito, told apart by colour-blind readers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.files import atomic_path
-from megamm.scaling.charts import Axis, Chart, Panel, Series, to_pdf, to_png
-from megamm.scaling.units import count, power
+from megamm_laws.errors import InputError
+from megamm_laws.files import atomic_path
+from megamm_laws.pictures.charts import Axis, Chart, Panel, Series, to_pdf, to_png
+from megamm_laws.pictures.units import count, power
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7a8089")
 DRAWS_SHOWN = 300
@@ -220,25 +220,25 @@ def isoflops(
         label = f"{power(budget.flops)} FLOPs"
         profiles.append(Series(name=label, x=budget.grid, y=budget.curve, colour=shade, legend=False))
         hover = [f"{label}\n{count(n)} parameters, loss {loss:.3f}" for n, loss in zip(budget.params, budget.losses)]
-        marks = {"colour": shade, "line": None, "marker": "dot", "hover": hover, "legend": i in named}
-        profiles.append(Series(name=label, x=budget.params, y=budget.losses, **marks))
+        measured = Series(name=label, x=budget.params, y=budget.losses, colour=shade, line=None, marker="dot")
+        profiles.append(replace(measured, hover=hover, legend=i in named))
         if budget.optimum is not None:
             n, loss = budget.optimum
             minima.append(Series(name="minimum", x=[n], y=[loss], colour="#1f2430", line=None, marker="ring"))
-    found = [b for b in budgets if b.optimum is not None]
-    flops = np.array([b.flops for b in found])
+    found = [(b.flops, b.optimum[0]) for b in budgets if b.optimum is not None]
+    flops = np.array([c for c, _ in found])
     grid = np.geomspace(flops.min(), flops.max(), 64) if len(found) else np.array([])
     bars = [
         Series(name="95%", x=[b.flops, b.flops], y=list(b.interval), colour=PALETTE[0], legend=False)
-        for b in found
-        if b.interval is not None
+        for b in budgets
+        if b.optimum is not None and b.interval is not None
     ]
     optima = [
         *bars,
         Series(
             name="minimum, with 95%",
             x=flops,
-            y=[b.optimum[0] for b in found],
+            y=[n for _, n in found],
             colour=PALETTE[0],
             line=None,
             marker="dot",
@@ -276,7 +276,7 @@ def write_charts(folder: Path | str, charts: Sequence[Chart]) -> list[Path]:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; --out names a folder")
-    files = {}
+    files: dict[str, bytes] = {}
     for chart in charts:
         files |= {f"{chart.name}.png": to_png(chart), f"{chart.name}.pdf": to_pdf(chart)}
     for name, content in files.items():

@@ -7,17 +7,17 @@ chapter 10). theta is unknown: everything is computed at every bootstrap draw an
 added one by one (rank-one updates), by gain over cost to a power; of a few powers the best design within the budget
 is kept, since gain per FLOP alone overlooks one large run that would do.
 
-theta = (E, log A', alpha, log B', beta) as in megamm.scaling.minimise.
+theta = (E, log A', alpha, log B', beta) as in megamm_laws.law.solver.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.minimise import Problem
+from megamm_laws.errors import InputError
+from megamm_laws.law import power_law
+from megamm_laws.law.solver import Problem, sensitivities
 
 COST_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PRIOR = np.array([2.0, 5.0, 0.5, 5.0, 0.5])
@@ -35,12 +35,12 @@ Decision = Callable[[np.ndarray], np.ndarray]
 
 def loss_at(flops: float, kappa: float = 1.0) -> Decision:
     """L*(C), the lowest loss that ``flops`` buy, in nats."""
-    return lambda parameters: laws.frontier_loss(parameters, np.array([flops]), kappa)[..., 0]
+    return lambda parameters: power_law.frontier_loss(parameters, np.array([flops]), kappa)[..., 0]
 
 
 def log_params_at(flops: float, kappa: float = 1.0) -> Decision:
     """log N*(C), the compute-optimal number of parameters."""
-    return lambda parameters: np.log(laws.optimum(parameters, np.array([flops]), kappa)[0][..., 0])
+    return lambda parameters: np.log(power_law.optimum(parameters, np.array([flops]), kappa)[0][..., 0])
 
 
 def allocation_exponent() -> Decision:
@@ -101,7 +101,7 @@ class _State:
     jacobian: np.ndarray
     """(R, m, 5) of the candidates, in units of the noise."""
     cost: np.ndarray
-    used: np.ndarray = field(default=None)
+    used: np.ndarray
 
     def variance(self) -> np.ndarray:
         """Variance of the decision at each draw, (R,)."""
@@ -119,15 +119,6 @@ class _State:
         scale = 1 + np.einsum("ri,ri->r", spread, self.jacobian[:, index])
         self.inverse = self.inverse - spread[:, :, None] * spread[:, None, :] / scale[:, None, None]
         self.used[index] = True
-
-
-def sensitivities(problem: Problem, theta: np.ndarray, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Gradient of log L in theta (R, 5) at each of (m,) runs: (R, m, 5)."""
-    u, v = np.log(params) - problem.mean_log_n, np.log(tokens) - problem.mean_log_d
-    term_n = np.exp(theta[:, 1:2] - theta[:, 2:3] * u)
-    term_d = np.exp(theta[:, 3:4] - theta[:, 4:5] * v)
-    columns = [np.ones_like(term_n), term_n, -u * term_n, term_d, -v * term_d]
-    return np.stack(columns, axis=-1) / (theta[:, 0:1] + term_n + term_d)[:, :, None]
 
 
 def gradient_of(problem: Problem, decision: Decision, theta: np.ndarray, step: float = 1e-5) -> np.ndarray:
@@ -152,7 +143,7 @@ def propose(ladders: list[Ladder], budget: float, max_runs: int = 40) -> list[Pr
 def _greedy(ladders: list[Ladder], budget: float, power: float, max_runs: int) -> list[Proposal]:
     states = [_start(ladder) for ladder in ladders]
     chosen: list[Proposal] = []
-    left, before = budget, sum(state.variance() for state in states)
+    left, before = budget, np.sum([state.variance() for state in states], axis=0)
     current = before
     while len(chosen) < max_runs:
         best = None
@@ -241,7 +232,7 @@ def form_dominates(noise_share: float) -> bool:
     return noise_share**2 < 0.5
 
 
-def noise_of(residuals: np.ndarray, parameters: int = len(laws.PARAMETERS)) -> float:
+def noise_of(residuals: np.ndarray, parameters: int = len(power_law.PARAMETERS)) -> float:
     """Standard deviation of log loss from a fit's residuals (n,): 1.4826 times their median size, over n - 5.
 
     At least 1e-4, so that simulated data without noise can be designed for.

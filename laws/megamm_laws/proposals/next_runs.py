@@ -1,4 +1,4 @@
-"""From a table of runs and a budget to the runs to make next (see megamm.scaling.design), as a table and JSON."""
+"""From a table of runs and a budget to the runs to make next (see design.py), as a table and JSON."""
 
 import csv
 import io
@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.files import write_json, write_text
-from megamm.scaling import laws
-from megamm.scaling.design import (
+from megamm_laws.errors import InputError
+from megamm_laws.files import write_json, write_text
+from megamm_laws.fitting.diagnostics import bootstrap, bounds, coverage, extrapolation, identification, shared_errors
+from megamm_laws.fitting.fit import Fit, fit_group
+from megamm_laws.law import power_law
+from megamm_laws.proposals.design import (
     FORM_DOMINATES,
     Decision,
     Ladder,
@@ -27,10 +29,8 @@ from megamm.scaling.design import (
     propose,
     ratio_range,
 )
-from megamm.scaling.diagnostics import bootstrap, bounds, coverage, extrapolation, identification, shared_errors
-from megamm.scaling.fit import Fit, fit_group
-from megamm.scaling.groups import native_groups
-from megamm.scaling.runs import RunTable
+from megamm_laws.runs.groups import native_groups
+from megamm_laws.runs.table import RunTable
 
 DECISIONS = {
     "params": "N*, the compute-optimal parameters",
@@ -45,7 +45,7 @@ REACH = 10.0
 
 
 @dataclass(kw_only=True)
-class Request:
+class RunsRequest:
     """What to propose runs for; FLOPs are counted as those of the runs."""
 
     budget: float
@@ -77,7 +77,9 @@ class Request:
             raise InputError(f"--ratios: {self.ratios[0]:g} to {self.ratios[1]:g} is empty; give the lower one first")
 
 
-def plan_runs(table: RunTable, request: Request, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def choose_runs(
+    table: RunTable, request: RunsRequest, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """Fit the groups and propose runs: what next_runs.json holds.
 
     Raises:
@@ -96,18 +98,18 @@ def plan_runs(table: RunTable, request: Request, progress: Callable[[str], None]
     at = request.at or REACH * max(fit.flops_range[1] for fit in fits)
     progress("choosing runs")
     ladders = [_ladder(fit, _decision(request.decision, at, fit), request) for fit in fits]
-    runs = propose(ladders, request.budget, request.max_runs)
-    if not runs:
+    proposed = propose(ladders, request.budget, request.max_runs)
+    if not proposed:
         raise InputError("--budget: no run within it shrinks the interval by 0.1%; raise it or the largest run")
     return {
         "decision": request.decision,
         "meaning": DECISIONS[request.decision],
         "at_flops": at,
         "budget": request.budget,
-        "spent": sum(run.flops for run in runs),
+        "spent": sum(run.flops for run in proposed),
         "groups": {fit.group: {"n_runs": len(fit.table), "noise": noise_of(fit.residuals)} for fit in fits},
-        **_narrowing(ladders, fits, runs[-1].width),
-        "runs": [vars(run) for run in runs],
+        **_narrowing(ladders, fits, proposed[-1].width),
+        "runs": [vars(run) for run in proposed],
         "warnings": [
             f"from the fit of {fit.group}: {text}"
             for fit in fits
@@ -126,7 +128,7 @@ def _warnings(fit: Fit, at: float | None) -> list[str]:
     return [*fit.warnings, *([far] if far else []), *found]
 
 
-def _groups(table: RunTable, request: Request) -> tuple[dict[str, RunTable], dict[str, list[str]]]:
+def _groups(table: RunTable, request: RunsRequest) -> tuple[dict[str, RunTable], dict[str, list[str]]]:
     """The groups asked for, by name, and what was left out of each."""
     tables, initialised = native_groups(table, request.group_by)
     unknown = [name for name in request.groups or [] if name not in tables]
@@ -148,15 +150,15 @@ def _decision(name: str, at: float, fit: Fit) -> Decision:
     return allocation_exponent() if name == "exponent" else loss_at(at, fit.kappa)
 
 
-def _ladder(fit: Fit, decision: Decision, request: Request) -> Ladder:
+def _ladder(fit: Fit, decision: Decision, request: RunsRequest) -> Ladder:
     """The group's runs and what may be added: from its smallest size and length to what one run may cost."""
     params, tokens = fit.table.numbers("params"), fit.table.numbers("tokens")
     largest = min(request.max_run_flops or np.inf, request.budget)
-    best = laws.optimum(fit.parameters, np.array([largest]), fit.kappa)
+    best = power_law.optimum(fit.parameters, np.array([largest]), fit.kappa)
     top_n = request.max_params or max(params.max(), min(best[0][0], 10 * params.max()))
     top_d = request.max_tokens or max(tokens.max(), min(best[1][0], 10 * tokens.max()))
-    ends = [(float(min(x.min(), top)), float(top)) for x, top in ((params, top_n), (tokens, top_d))]
-    candidates = candidate_grid(*ends, largest, fit.kappa, request.ratios or ratio_range(params, tokens))
+    sizes, lengths = ((float(min(x.min(), top)), float(top)) for x, top in ((params, top_n), (tokens, top_d)))
+    candidates = candidate_grid(sizes, lengths, largest, fit.kappa, request.ratios or ratio_range(params, tokens))
     return Ladder(
         name=fit.group,
         decision=decision,

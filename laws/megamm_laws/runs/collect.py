@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megamm.errors import InputError
-from megamm.scaling import conventions
-from megamm.scaling.logs.curve import Curve, rows_of
-from megamm.scaling.logs.megatron import read_megatron
-from megamm.scaling.logs.names import TagMap
-from megamm.scaling.logs.run_dirs import intermediate_rows, row_of_result
-from megamm.scaling.logs.tensorboard_events import MARK, has_events, read_events
-from megamm.scaling.logs.torchtitan import read_torchtitan
-from megamm.scaling.logs.wandb_export import read_wandb
-from megamm.scaling.runs import check_one_loss, csv_records, is_number, parse_number, read_runs
+from megamm_laws.errors import InputError
+from megamm_laws.runs import conventions
+from megamm_laws.runs.readers.curve import Curve, rows_of
+from megamm_laws.runs.readers.megatron import read_megatron
+from megamm_laws.runs.readers.names import TagMap
+from megamm_laws.runs.readers.run_dirs import intermediate_rows, row_of_result, set_aside
+from megamm_laws.runs.readers.tensorboard_events import MARK, has_events, read_events
+from megamm_laws.runs.readers.torchtitan import read_torchtitan
+from megamm_laws.runs.readers.wandb_export import read_wandb
+from megamm_laws.runs.table import check_one_loss, csv_records, is_number, parse_number, read_runs
 
 TEXT_LOGS = (".log", ".out", ".txt", ".jsonl", ".ndjson", ".csv")
 """Endings of the files that are tried as logs inside a folder."""
@@ -88,7 +88,8 @@ def collect(
             loss, a tag of the mapping that no log has, or nothing found.
     """
     options = options or Options()
-    options = replace(options, mapping=TagMap(options.mapping))
+    mapping = TagMap(options.mapping)
+    options = replace(options, mapping=mapping)
     if options.loss not in LOSSES:
         raise InputError(f"--loss: {options.loss!r} is unknown; known: {', '.join(LOSSES)}")
     paths = list(paths)
@@ -97,7 +98,7 @@ def collect(
         reasons = "; ".join(left_out[:SHOWN]) + (f"; and {len(left_out) - SHOWN} more" if left_out[SHOWN:] else "")
         why = f"; left out {len(left_out)}: {reasons}" if left_out else ""
         raise InputError(f"no finished run in {', '.join(map(str, paths))}{why}")
-    if unused := set(options.mapping) - options.mapping.used:
+    if unused := set(mapping) - mapping.used:
         raise InputError(f"--map: no log has the tag {', '.join(sorted(unused))}; correct or remove it")
     left_out += _facts_of_no_run(options, rows)
     rows = _count(rows, places, options)
@@ -119,7 +120,7 @@ def _gather(
         found = _read(path, options, progress)
         left_out += found.left_out
         for row, origin in zip(found.rows, found.origins):
-            if (key := f"{origin} {row['run']}") in origins:
+            if (key := f"{origin} {row['run']}") in origins:  # reached by two of the paths
                 continue
             origins.add(key)
             reason = _excluded(row, options)
@@ -170,11 +171,15 @@ def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) 
     """Everything at or below a folder; inside one of our run directories nothing further is looked for."""
     found = Collected()
     events: dict[tuple[str, Path], Curve] = {}
+    aside = set_aside(root)
     for place, subfolders, files in os.walk(root):
-        subfolders.sort()
+        subfolders.sort()  # the order of the file system would be the order of the table
         folder = Path(place)
         progress(f"reading {folder}")
-        if "result.json" in files:
+        if folder != root and (reason := aside.get(folder.resolve())):
+            subfolders.clear()
+            found.left_out.append(f"{folder}: set aside by its study: {reason}")
+        elif "result.json" in files:
             subfolders.clear()
             _add_run_directory(found, folder, root, options)
         elif "config.yaml" in files and not has_events(folder):
@@ -182,7 +187,7 @@ def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) 
             found.left_out.append(f"{folder}: unfinished (config.yaml but no result.json)")
         else:
             if has_events(folder):  # every start of a run may have a folder of its own
-                for curve in read_events(folder, options.mapping):
+                for curve in read_events(folder, options.mapping) or []:
                     first = events.setdefault((curve.name, folder.parent), curve)
                     if first is not curve:
                         first.merge(curve)

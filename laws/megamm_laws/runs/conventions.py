@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from megamm.errors import InputError
+from megamm_laws.errors import InputError
 
 FACTS = (
     "params_total",
@@ -90,6 +90,7 @@ class Facts:
     def encoder_flops(self) -> float:
         """6 N_v D_v, zero without an encoder."""
         vision = self.vision
+        # Only with an encoder: a run without one need not say how many patches went through it.
         return 6.0 * vision * self.need("tokens_vision") if vision else 0.0
 
     def decoder_flops(self, left_out: float = 0.0) -> float:
@@ -162,6 +163,7 @@ def convert(row: dict[str, Any], name: str) -> dict[str, Any]:
     convention, facts = CONVENTIONS[name], Facts(row)
     params, total = convention.params(facts), facts.total
     new = row | {"params": params, "flops": convention.flops(facts), COLUMN: name}
+    # Kept beside the new count, or a second conversion could not find its way back.
     new["params_total"] = total if params != total else None
     return new
 

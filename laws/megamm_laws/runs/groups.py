@@ -1,6 +1,6 @@
 """Which runs a law is fitted to: the groups of a table, each of runs that started alike."""
 
-from megamm.scaling.runs import RunTable
+from megamm_laws.runs.table import RunTable
 
 INIT = "init"
 NATIVE = ("native", "scratch", "false", "0", "no", "")

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.files import write_text
-from megamm.scaling import conventions
+from megamm_laws.errors import InputError
+from megamm_laws.files import write_text
+from megamm_laws.runs import conventions
 
 COLUMNS = ("run", "architecture", "mixture", "params", "params_active", "tokens", "flops", "loss")
 LOSS_COLUMNS = ("loss_text", "loss_caption", "loss_interleaved")
@@ -112,14 +112,14 @@ def read_runs(path: Path | str, *, comparable: bool = True) -> RunTable:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a byte-order mark
     except IsADirectoryError as error:
         raise InputError(f"{path}: is a directory; give the runs.csv written by collect_runs.py") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text; give a CSV file with the columns of runs.csv") from error
-    reader = csv.reader(io.StringIO(text), skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text), skipinitialspace=True)  # tables written by hand have spaces after commas
     rows, lines, header = [], [], None
     try:
         for cells in reader:
@@ -167,6 +167,7 @@ def check_rows(table: RunTable) -> RunTable:
             row["cooled"] = _flag(where, "cooled", raw["cooled"])
         if row.get("flops") is None:
             row["flops"] = 6.0 * row["params"] * row["tokens"]
+        # One name may stand for a run of each architecture and mixture; without names, all columns must agree.
         key = (name, row.get("architecture"), row.get("mixture")) if name else tuple(row.values())
         if key in seen:
             what = "column run: the same name as" if name else "all columns equal those of"
@@ -207,7 +208,7 @@ def csv_records(path: Path, reader: csv.DictReader) -> list[tuple[int, dict[str,
         for row in reader:
             if None in row or None in row.values():
                 given = sum(value is not None for value in row.values())
-                wanted = f"{len(reader.fieldnames)} cells as the header has"
+                wanted = f"{len(reader.fieldnames or ())} cells as the header has"
                 found = "more" if None in row else str(given)
                 raise InputError(f"{path}: line {reader.line_num}: expected {wanted}, found {found}")
             rows.append((reader.line_num, row))

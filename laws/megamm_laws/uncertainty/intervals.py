@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from scipy.special import fdtri
 
-from megamm.scaling import laws, minimise
-from megamm.scaling.fit import LEVEL, Fit, fit_problem
+from megamm_laws.fitting.fit import Fit, fit_problem
+from megamm_laws.law import power_law, solver
+from megamm_laws.law.percentiles import LEVEL
 
 POINTS = 25
 RATIO_POINTS = 11
@@ -44,8 +45,8 @@ def joint_intervals(fit: Fit) -> dict[str, Any]:
 
     A and B have no interval here on purpose: at N = 1 and D = 1, far from any run, they only mirror alpha and beta.
     """
-    values = dict(zip(laws.PARAMETERS, fit.parameters)) | fit.exponents
-    draws = dict(zip(laws.PARAMETERS, fit.draws.T)) | fit.exponent_draws
+    values = dict(zip(power_law.PARAMETERS, fit.parameters)) | fit.exponents
+    draws = dict(zip(power_law.PARAMETERS, fit.draws.T)) | fit.exponent_draws
     low, high = simultaneous(np.array([values[n] for n in JOINT]), np.stack([draws[n] for n in JOINT], axis=1))
     logs = np.stack([draws["E"], np.log(draws["A"]), draws["alpha"], np.log(draws["B"]), draws["beta"]])
     spread = logs.std(axis=1)
@@ -101,6 +102,7 @@ def profile_intervals(fit: Fit) -> dict[str, list[float | None]]:
     grid = _grid(ratio, intervals["a"], 0.01, 0.99, POINTS)
     sums = fit.resampled[:, 2] + fit.resampled[:, 4]
     total = _grid(theta[2] + theta[4], np.percentile(sums, [2.5, 97.5]), 0.05, 5.0, 2 * RATIO_POINTS + 1)
+    # a fixes only the ratio of the exponents: their sum is searched over too.
     values = np.stack([np.outer(1 - grid, total), np.outer(grid, total)], axis=-1)  # alpha, beta
     low, high = problem.bounds
     values = np.clip(values, low[[2, 4]], high[[2, 4]]).reshape(-1, 2)
@@ -111,13 +113,13 @@ def profile_intervals(fit: Fit) -> dict[str, list[float | None]]:
 
 def _log_optimum(fit: Fit, parameters: np.ndarray, flops: np.ndarray) -> np.ndarray:
     """(..., m, 3): log N*, log D*, log L*."""
-    params, tokens = laws.optimum(parameters, flops, fit.kappa)
-    return np.log(np.stack([params, tokens, laws.frontier_loss(parameters, flops, fit.kappa)], axis=-1))
+    params, tokens = power_law.optimum(parameters, flops, fit.kappa)
+    return np.log(np.stack([params, tokens, power_law.frontier_loss(parameters, flops, fit.kappa)], axis=-1))
 
 
 def _allowed_rise(fit: Fit) -> float:
     """By how much the objective may rise at 95%."""
-    number = len(laws.PARAMETERS)
+    number = len(power_law.PARAMETERS)
     quantile = float(fdtri(1, max(1, len(fit.table) - number), LEVEL))
     return 0.5 * quantile * deviance_scale(fit.residuals, number)
 
@@ -128,7 +130,7 @@ def deviance_scale(residuals: np.ndarray, number: int) -> float:
     Twice the rise of the `huber_log` objective under k restrictions, divided by this, is about chi-squared with k
     degrees of freedom if the residuals are independent and of one spread (Ronchetti 1982).
     """
-    size, delta = np.abs(residuals), minimise.DELTA
+    size, delta = np.abs(residuals), solver.DELTA
     # mean psi' is the share of residuals within delta, too few to count in a small ladder: count wider, scale down.
     width = max(delta, float(np.quantile(size, CENTRAL)))
     slope = (size <= width).mean() * delta / width
@@ -146,11 +148,11 @@ def _grid(center: float, interval: Any, lowest: float, highest: float, points: i
     return np.unique(np.concatenate([np.linspace(low, center, half), np.linspace(center, high, half)]))
 
 
-def _profile(problem: minimise.Problem, theta: np.ndarray, held: tuple[int, ...], values: np.ndarray) -> np.ndarray:
+def _profile(problem: solver.Problem, theta: np.ndarray, held: tuple[int, ...], values: np.ndarray) -> np.ndarray:
     """Lowest objective (m,) with the components ``held`` at each row of ``values`` (m, len(held))."""
     starts = np.tile(theta, (len(values), 1))
     starts[:, list(held)] = values
-    return minimise.minimise(replace(problem, held=held), starts, np.ones((1, len(problem.y))))[1]
+    return solver.minimise(replace(problem, held=held), starts, np.ones((1, len(problem.y))))[1]
 
 
 def _ends(grid: np.ndarray, rise: np.ndarray, allowed: float) -> list[float | None]:

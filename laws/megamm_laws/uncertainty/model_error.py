@@ -9,7 +9,7 @@ are judged by the restricted likelihood (Patterson and Thompson 1971, Biometrika
 parameters have not absorbed, under a prior that holds neither for certain. Each draw is then a fit, by the objective of
 the fit itself, to losses made from the law with errors of sizes drawn from the posterior: a parametric bootstrap.
 
-Shapes: n runs, R draws, k columns of a factor; theta (5,) as in megamm.scaling.minimise. Sizes are of log loss.
+Shapes: n runs, R draws, k columns of a factor; theta (5,) as in megamm_laws.law.solver. Sizes are of log loss.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,9 +18,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from megamm.scaling import laws, minimise
-from megamm.scaling.design import sensitivities
-from megamm.scaling.minimise import Problem
+from megamm_laws.law import power_law, solver
+from megamm_laws.law.solver import Problem, sensitivities
 
 PRIOR_BEND, PRIOR_OFFSETS = 0.4, 0.55
 """Probability, before any residual is seen, that the surface bends; that runs share offsets."""
@@ -102,8 +101,10 @@ def simulated_fits(
     judged = [_judge(basis, residual, (shapes[k], bend), (members, offset)) for bend, k, offset in hypotheses]
     log_posterior, squares = np.array(judged).T
     weights = np.exp(log_posterior - log_posterior.max())
+    # One hypothesis for each draw, by its weight: intervals then hold the doubt about what kind of error it is.
     picks = rng.choice(len(hypotheses), size=resamples, p=weights / weights.sum())
     bends, shape_of, offsets = np.array(hypotheses)[picks].T
+    # The noise is itself only estimated, from few degrees of freedom in a small ladder.
     noise = np.sqrt(squares[picks] / rng.chisquare(degrees, resamples))
     bends, offsets = noise * bends, noise * offsets
     errors = noise[:, None] * rng.standard_normal((resamples, n))
@@ -111,7 +112,7 @@ def simulated_fits(
     for shape, factor in enumerate(shapes):
         rows = np.flatnonzero(shape_of == shape)
         errors[rows] += bends[rows, None] * (rng.standard_normal((len(rows), factor.shape[1])) @ factor.T)
-    fits = refit(problem, starts, _log_law(problem, theta[None]) + errors)
+    fits = refit_losses(problem, starts, _log_law(problem, theta[None]) + errors)
     along_both = Component.of(np.sqrt(2) * bends)
     return fits, ModelError(bend=along_both, offsets=Component.of(offsets) if shared else None)
 
@@ -121,18 +122,18 @@ class _Targets(Problem):
     """Log losses that differ from problem to problem: ``evaluate`` is given them (b, n) in place of weights."""
 
     def evaluate(self, theta: np.ndarray, weights: np.ndarray, delta: float) -> tuple[np.ndarray, ...]:
-        return minimise.evaluate(replace(self, y=weights), theta, np.ones((1, weights.shape[1])), delta)
+        return solver.evaluate(replace(self, y=weights), theta, np.ones((1, weights.shape[1])), delta)
 
 
-def refit(problem: Problem, starts: np.ndarray, log_losses: np.ndarray) -> np.ndarray:
+def refit_losses(problem: Problem, starts: np.ndarray, log_losses: np.ndarray) -> np.ndarray:
     """Fits (R, 5) of the runs' sizes and lengths to ``log_losses`` (R, n), each from its row of ``starts`` (R, 5)."""
     targets = _Targets(**{f.name: getattr(problem, f.name) for f in fields(Problem)})
-    return minimise.minimise(targets, starts, log_losses)[0]
+    return solver.minimise(targets, starts, log_losses)[0]
 
 
 def _log_law(problem: Problem, theta: np.ndarray) -> np.ndarray:
     """Log loss (R, n) by the laws ``theta`` (R, 5)."""
-    return np.log(laws.predict(problem.to_parameters(theta), *_runs(problem)))
+    return np.log(power_law.predict(problem.to_parameters(theta), *_runs(problem)))
 
 
 def _runs(problem: Problem) -> tuple[np.ndarray, np.ndarray]:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.runs.table import RunTable
 from plan_factory import EARLY, LATE, make_table
 
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.plan.inputs import Fitted, read_fits
-from megamm.scaling.runs import RunTable
+from megamm.planning.inputs import Fitted, read_fits
 
 
 @pytest.fixture(scope="session")

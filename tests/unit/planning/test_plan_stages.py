@@ -3,16 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from megamm_laws.runs.table import RunTable
 from plan_factory import transfer_runs
 
-from megamm.scaling.plan.hardware import GPUS, stated_mfu
-from megamm.scaling.plan.inputs import Request
-from megamm.scaling.plan.proposal import make_plan
-from megamm.scaling.runs import RunTable
+from megamm.estimate.hardware import GPUS, stated_mfu
+from megamm.planning.inputs import PlanRequest
+from megamm.planning.proposal import make_plan
 
 
 def test_stages_lead_up_to_the_full_run(fits):
-    plan = make_plan(Request(flops=1e24, gpus=[GPUS["h100"]], prices=[2.0], efficiency=stated_mfu(0.4)), fits)
+    plan = make_plan(PlanRequest(flops=1e24, gpus=[GPUS["h100"]], prices=[2.0], efficiency=stated_mfu(0.4)), fits)
     pilot, mid, full = plan["stages"]
     assert pilot["flops"] < mid["flops"] < full["flops"] and mid["flops"] == pytest.approx(1e23)
     assert 0 < pilot["interval_width_ratio"] < 1
@@ -21,12 +21,12 @@ def test_stages_lead_up_to_the_full_run(fits):
     ends = [check["loss_of_one_run"][0] for check in full["checks"]]
     assert ends[0] > ends[1] > plan["model"]["loss_of_one_run"]["interval"][0]
     assert any("extrapolation" in text for text in plan["warnings"])
-    assert [s["stage"] for s in make_plan(Request(flops=1e21, pilot_share=0.0), fits)["stages"]] == ["full run"]
+    assert [s["stage"] for s in make_plan(PlanRequest(flops=1e21, pilot_share=0.0), fits)["stages"]] == ["full run"]
 
 
 def pilot_of(fits, **options) -> tuple[dict, list[str]]:
     """The pilot ladder of a plan and what the plan assumes of it."""
-    plan = make_plan(Request(flops=1e24, group="early", **options), fits)
+    plan = make_plan(PlanRequest(flops=1e24, group="early", **options), fits)
     return plan["stages"][0], [text for text in plan["assumptions"] if text.startswith("pilot ladder: ")]
 
 

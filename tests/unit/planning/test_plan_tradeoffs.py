@@ -2,18 +2,18 @@
 
 import numpy as np
 import pytest
+from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.law import power_law
+from megamm_laws.law.fitted import Law
+from megamm_laws.runs.table import RunTable
 from plan_factory import EARLY, transfer_runs
 
 from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.compare import Law
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.plan.inputs import Request, read_fits
-from megamm.scaling.plan.outputs import to_markdown
-from megamm.scaling.plan.proposal import make_plan
-from megamm.scaling.plan.tradeoffs import repeated_loss, repeated_optimum, serving_optimum
-from megamm.scaling.plan.transfer import NOT_FITTED, Transfer, break_even, fit_transfer
-from megamm.scaling.runs import RunTable
+from megamm.planning.inputs import PlanRequest, read_fits
+from megamm.planning.outputs import to_markdown
+from megamm.planning.proposal import make_plan
+from megamm.planning.tradeoffs import repeated_loss, repeated_optimum, serving_optimum
+from megamm.planning.transfer import NOT_FITTED, Transfer, break_even, fit_transfer
 
 MUENNIGHOFF = np.array([np.exp(0.6254804), np.exp(6.255414), 0.3526596, np.exp(7.3049974), 0.3526596])
 
@@ -30,7 +30,7 @@ def test_repeated_data_as_published(params, tokens, loss):
 
 
 def test_repeated_data_limits():
-    fresh = laws.predict(MUENNIGHOFF, np.array([1e9]), np.array([2e10]))[0]
+    fresh = power_law.predict(MUENNIGHOFF, np.array([1e9]), np.array([2e10]))[0]
     assert repeated_loss(MUENNIGHOFF, 1e9, 2e10, 2e10) == pytest.approx(fresh)
     assert repeated_loss(MUENNIGHOFF, 1e9, 2e10, 1e12) == pytest.approx(fresh)
     losses = [repeated_loss(MUENNIGHOFF, 1e9, 2e10, unique) for unique in (1e9, 5e9, 1e10, 2e10)]
@@ -38,7 +38,7 @@ def test_repeated_data_limits():
     best = repeated_optimum(MUENNIGHOFF, 1e22, 25e9)
     grid = np.geomspace(1e9, 1e11, 20001)
     assert best["loss"] == pytest.approx(repeated_loss(MUENNIGHOFF, grid, 1e22 / 6 / grid, 25e9).min(), abs=2e-5)
-    assert best["params"] < laws.optimum(MUENNIGHOFF, np.array([1e22]))[0][0]  # more epochs, fewer parameters
+    assert best["params"] < power_law.optimum(MUENNIGHOFF, np.array([1e22]))[0][0]  # more epochs, fewer parameters
 
 
 def test_serving_optimum_by_the_condition_of_lagrange():
@@ -46,7 +46,7 @@ def test_serving_optimum_by_the_condition_of_lagrange():
     served = 3e12
     best = serving_optimum(EARLY, 1e23, served)
     E, A, alpha, B, beta = EARLY
-    target = laws.frontier_loss(EARLY, np.array([1e23]))[0]
+    target = power_law.frontier_loss(EARLY, np.array([1e23]))[0]
     n, d = float(best["params"]), float(best["tokens"])
     assert E + A * n**-alpha + B * d**-beta == pytest.approx(target)
     slope = -(alpha * A * n ** (-alpha - 1)) / (beta * B * d ** (-beta - 1))  # dD/dN at equal loss
@@ -56,13 +56,13 @@ def test_serving_optimum_by_the_condition_of_lagrange():
 
 
 def test_short_data_moves_the_model(fits):
-    free = make_plan(Request(flops=1e23, group="early"), fits)
-    short = make_plan(Request(flops=1e23, group="early", unique_tokens=2e10, served_tokens=1e12), fits)
+    free = make_plan(PlanRequest(flops=1e23, group="early"), fits)
+    short = make_plan(PlanRequest(flops=1e23, group="early", unique_tokens=2e10, served_tokens=1e12), fits)
     assert short["model"]["params"] < free["model"]["params"]
     assert short["model"]["loss"]["value"] > free["model"]["loss"]["value"]
     assert short["repeated_data"]["short"] and short["repeated_data"]["epochs"] > 4
     assert short["repeated_data"]["loss_to_repetition"]["interval"][0] > 0
-    assert not make_plan(Request(flops=1e21, unique_tokens=1e13), fits)["repeated_data"]["short"]
+    assert not make_plan(PlanRequest(flops=1e21, unique_tokens=1e13), fits)["repeated_data"]["short"]
 
 
 # ------------------------------------------------------------------------------------------------ the transfer
@@ -86,23 +86,23 @@ def test_a_planted_transfer_law_is_found():
     assert low <= found["llm_for_nothing"]["tokens"] <= high
 
     def gain(tokens):
-        helped = laws.predict(EARLY, [1e9], [tokens + 6e10 * (tokens / 5e10) ** 0.3])[0]
-        return 1 - helped / laws.predict(EARLY, [1e9], [tokens])[0]
+        helped = power_law.predict(EARLY, [1e9], [tokens + 6e10 * (tokens / 5e10) ** 0.3])[0]
+        return 1 - helped / power_law.predict(EARLY, [1e9], [tokens])[0]
 
     at = found["llm_for_nothing"]["tokens"]
     assert gain(at / 1.1) > 0.01 > gain(at * 1.1)
 
 
 def test_without_llm_runs_nothing_is_fitted(fits, table):
-    assert make_plan(Request(flops=1e22), fits)["transfer"]["status"] == NOT_FITTED
-    assert make_plan(Request(flops=1e22, runs=table), fits)["transfer"]["status"] == NOT_FITTED
+    assert make_plan(PlanRequest(flops=1e22), fits)["transfer"]["status"] == NOT_FITTED
+    assert make_plan(PlanRequest(flops=1e22, runs=table), fits)["transfer"]["status"] == NOT_FITTED
     rows = [*({**row, "init": "native"} for row in table.rows), *transfer_runs(0.3, 0.4, 6e10).rows]
     both = RunTable(path="both.csv", rows=rows, lines=list(range(2, len(rows) + 2)))
-    found = make_plan(Request(flops=1e22, group="early", runs=both), fits)["transfer"]
+    found = make_plan(PlanRequest(flops=1e22, group="early", runs=both), fits)["transfer"]
     assert found["status"].startswith("fitted to 18") and found["break_even_tokens"]["llm_for_nothing"]["tokens"]
     rows[0]["init"] = "perhaps"
     with pytest.raises(InputError, match=r"line 2 .*'perhaps'"):
-        make_plan(Request(flops=1e22, runs=both), fits)
+        make_plan(PlanRequest(flops=1e22, runs=both), fits)
 
 
 def test_the_transfer_law_is_of_the_planned_loss_and_group(table, tmp_path):
@@ -116,7 +116,7 @@ def test_the_transfer_law_is_of_the_planned_loss_and_group(table, tmp_path):
     native = RunTable(path="made.csv", rows=rows[: len(table)], lines=table.lines)
     write_fits(tmp_path, fit_table(native, losses="loss_text", resamples=20))
     fits = read_fits(tmp_path, "loss_text")[0]
-    plan = make_plan(Request(flops=1e22, group="early", loss_column="loss_text", runs=runs), fits)
+    plan = make_plan(PlanRequest(flops=1e22, group="early", loss_column="loss_text", runs=runs), fits)
     found = plan["transfer"]
     assert found["status"].startswith("fitted to 18")
     early = next(fit.law for fit in fits if fit.law.name == "early")
@@ -130,7 +130,7 @@ def test_the_transfer_law_is_of_the_planned_loss_and_group(table, tmp_path):
 def test_llm_runs_of_another_group_alone_fit_nothing(fits, table):
     rows = [{**row, "architecture": "late"} for row in transfer_runs(0.3, 0.4, 6e10).rows]
     runs = RunTable(path="llm.csv", rows=rows, lines=list(range(2, len(rows) + 2)))
-    found = make_plan(Request(flops=1e22, group="early", runs=runs), fits)["transfer"]
+    found = make_plan(PlanRequest(flops=1e22, group="early", runs=runs), fits)["transfer"]
     assert found["status"].startswith("not fitted: 0 LLM-initialised runs of group early with loss")
 
 
@@ -153,7 +153,7 @@ def test_a_break_even_out_of_range_says_on_which_side(fits, worth, a, llm_tokens
     entry = found[key]
     assert entry["tokens"] is None and entry["interval"] == [None, None]
     assert (entry["status"], entry["tokens_range"], entry["interval_range"]) == (status, side, [side, side])
-    plan = make_plan(Request(flops=1e22), fits)
+    plan = make_plan(PlanRequest(flops=1e22), fits)
     plan["transfer"] = {"status": "fitted", "negligible_gain": 1e-4, "break_even_tokens": {key: entry}}
     words = {"everywhere": "no worse anywhere", "nowhere": "worse everywhere"}[status]
     end = {"below": "below 1e+08", "above": "above 1e+15"}[side]
@@ -169,7 +169,7 @@ def test_a_break_even_that_may_lie_out_of_range_is_not_called_everywhere(fits):
         "interval_range": ["within", "above"],
     }
     entry |= {"native_ahead": "below", "status": "everywhere", "draws_agree": 1.0}
-    plan = make_plan(Request(flops=1e22), fits)
+    plan = make_plan(PlanRequest(flops=1e22), fits)
     plan["transfer"] = {
         "status": "fitted",
         "negligible_gain": 1e-4,

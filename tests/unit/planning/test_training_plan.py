@@ -1,7 +1,6 @@
 """The training plan: its numbers against closed forms and published ones, the trade-offs, the files, the errors."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,21 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.law import power_law
+from megamm_laws.runs.table import RunTable, check_rows
 from plan_factory import EARLY
 from scipy.optimize import minimize_scalar
 
-from megamm.config import Config, ModelConfig, build
+from megamm.config import Config, ModelConfig
 from megamm.dry_run import describe
 from megamm.errors import InputError
-from megamm.scaling import laws
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.flops import count_parameters
-from megamm.scaling.plan.hardware import GPUS, bill, find_gpu, read_mfu, stated_mfu
-from megamm.scaling.plan.inputs import HUBER_DELTA, Request, losses_at, read_fits
-from megamm.scaling.plan.outputs import to_markdown, train_values, write_plan
-from megamm.scaling.plan.proposal import budget_flops, make_plan
-from megamm.scaling.plan.sizes import nearest_model, peak_lr
-from megamm.scaling.runs import RunTable, check_rows
+from megamm.estimate.hardware import GPUS, bill, find_gpu, read_mfu, stated_mfu
+from megamm.model.counts import count_parameters
+from megamm.planning.inputs import HUBER_DELTA, PlanRequest, losses_at, read_fits
+from megamm.planning.outputs import to_markdown, train_values, write_plan
+from megamm.planning.proposal import budget_flops, make_plan
+from megamm.planning.sizes import nearest_model, peak_lr
+from megamm.settings import build
 
 ROOT = Path(__file__).parents[3]
 SHAPE = ModelConfig(vocab_size=50432, image_size=224, patch_size=14)
@@ -35,7 +35,7 @@ SHAPE = ModelConfig(vocab_size=50432, image_size=224, patch_size=14)
 
 def test_plan_is_the_optimum_of_the_fit(fits):
     early = next(fit for fit in fits if fit.law.name == "early")
-    plan = make_plan(Request(flops=1e23, group="early"), fits)
+    plan = make_plan(PlanRequest(flops=1e23, group="early"), fits)
     _, A, alpha, B, beta = early.law.parameters
     found = minimize_scalar(
         lambda x: A * np.exp(-alpha * x) + B * (1e23 / 6 / np.exp(x)) ** -beta,
@@ -50,7 +50,7 @@ def test_plan_is_the_optimum_of_the_fit(fits):
     for name in ("params", "tokens", "loss"):
         low, high = best[name]["interval"]
         assert low < best[name]["value"] < high
-    truth = laws.optimum(EARLY, np.array([1e23]))[0][0]
+    truth = power_law.optimum(EARLY, np.array([1e23]))[0][0]
     assert best["params"]["interval"][0] < truth < best["params"]["interval"][1]
     law, run = (plan["model"][key]["interval"] for key in ("loss", "loss_of_one_run"))
     assert run[0] < law[0] and law[1] < run[1]
@@ -76,15 +76,15 @@ def test_noise_widens_at_both_ends_whatever_the_draws(fits, noise):
 
 def test_the_fits_that_lose_are_distrusted_too(fits):
     """Which group is best rests on the others' fits as much."""
-    chosen = make_plan(Request(flops=1e21), fits)["group"]
+    chosen = make_plan(PlanRequest(flops=1e21), fits)["group"]
     told = [replace(f, entry=f.entry | {"warnings": [f"w-{f.law.name}"]}) for f in fits]
-    found = make_plan(Request(flops=1e21), told)["warnings"]
+    found = make_plan(PlanRequest(flops=1e21), told)["warnings"]
     other = next(f.law.name for f in fits if f.law.name != chosen)
     assert found[-2:] == [f"from the fit: w-{chosen}", f"from the fit of {other}, compared: w-{other}"]
 
 
 def test_groups_are_compared_and_the_best_is_taken(fits):
-    plan = make_plan(Request(flops=1e22), fits)
+    plan = make_plan(PlanRequest(flops=1e22), fits)
     assert plan["group"] == "early"  # its losses are lower by construction: the same A with a higher alpha
     other = next(choice for choice in plan["choices"] if choice["group"] == "late")
     assert "early is ahead of late" in other["verdict"]
@@ -122,11 +122,11 @@ def test_budgets_are_one_another(fits):
     common = {"gpus": [h100], "prices": [2.0], "efficiency": stated_mfu(0.4)}
     h100_hour = 3600 * 989e12 * 0.4
     # Pilot and branched cool-downs are paid for too: 3% and 0.2 x (10% + 25%) of the full run.
-    assert budget_flops(Request(gpu_hours=1000, **common), law) == pytest.approx(1000 * h100_hour / 1.1)
-    assert budget_flops(Request(money=2000, **common), law) == pytest.approx(1000 * h100_hour / 1.1)
-    priced = Request(money=1e5, prep_rate=1e6, cpu_price=0.05, pilot_share=0.0, **common)
+    assert budget_flops(PlanRequest(gpu_hours=1000, **common), law) == pytest.approx(1000 * h100_hour / 1.1)
+    assert budget_flops(PlanRequest(money=2000, **common), law) == pytest.approx(1000 * h100_hour / 1.1)
+    priced = PlanRequest(money=1e5, prep_rate=1e6, cpu_price=0.05, pilot_share=0.0, **common)
     flops = budget_flops(priced, law)
-    tokens = laws.optimum(law.parameters, np.array([flops]), law.kappa)[1][0]
+    tokens = power_law.optimum(law.parameters, np.array([flops]), law.kappa)[1][0]
     assert 1.07 * flops / h100_hour * 2 + tokens / 1e6 * 0.05 == pytest.approx(1e5, rel=1e-6)
 
 
@@ -141,14 +141,14 @@ def test_all_stages_are_paid_from_the_budget(fits, amount):
             lambda plan: sum(stage["money"] for stage in plan["stages"]) + plan["data_preparation"]["money"],
         ),
     ):
-        plan = make_plan(Request(**common, **more), fits)
+        plan = make_plan(PlanRequest(**common, **more), fits)
         assert 0.85 < spent(plan) / amount < 1.001
         assert plan["total"]["share_of_budget"] == pytest.approx(spent(plan) / amount)
 
 
 def test_what_comes_on_top_of_the_flops_of_a_run_is_told(fits):
     """--flops is the run's own compute, so that N* and D* are those at C; the page says what else is spent."""
-    plan = make_plan(Request(flops=1e23), fits)
+    plan = make_plan(PlanRequest(flops=1e23), fits)
     assert plan["optimum"]["flops"] == 1e23 and plan["total"]["flops"] > 1.1e23
     assert "come on top of the budget" in to_markdown(plan)
     assert not any(text.startswith("over the budget") for text in plan["warnings"])
@@ -170,7 +170,7 @@ def test_bill():
 
 
 def test_every_cost_on_the_page_has_an_interval_or_says_why_not(fits):
-    request = Request(flops=1e24, gpus=[GPUS["h100"]], prices=[2.0], efficiency=stated_mfu(0.4))
+    request = PlanRequest(flops=1e24, gpus=[GPUS["h100"]], prices=[2.0], efficiency=stated_mfu(0.4))
     page = to_markdown(make_plan(request, fits))
     assert "(exact by assumption)" in page and "taken as exact: hours, days, money, MWh have no interval" in page
     ranged = replace(request, efficiency=replace(request.efficiency, interval=(0.3, 0.5)))
@@ -182,14 +182,13 @@ def test_every_cost_on_the_page_has_an_interval_or_says_why_not(fits):
     assert page.count("] money") == len(plan["stages"]) + 1
 
 
-def test_what_the_trainer_cannot_do_is_warned_of(fits):
-    """Tensor parallelism is not in train.yaml; rates are known for widths of 800 to 5120."""
-    wide = make_plan(Request(flops=1e25, tensor_parallel=8), fits)
-    assert any(text.startswith("layout: megamm.train has no tensor parallelism") for text in wide["warnings"])
+def test_a_rate_beyond_those_known_is_warned_of(fits):
+    """Rates are known for widths of 800 to 5120."""
+    wide = make_plan(PlanRequest(flops=1e25, tensor_parallel=8), fits)
     assert any(text.startswith("learning rate: 0.00024 is that of") for text in wide["warnings"])
     assert any("depth 24 at every size" in text and "flat beyond" in text for text in wide["assumptions"])
-    narrow = make_plan(Request(flops=1e21), fits)
-    assert not any(text.startswith(("layout", "learning rate")) for text in narrow["warnings"])
+    narrow = make_plan(PlanRequest(flops=1e21), fits)
+    assert not any(text.startswith("learning rate") for text in narrow["warnings"])
 
 
 def test_the_page_stays_a_page(fits):
@@ -198,7 +197,7 @@ def test_the_page_stays_a_page(fits):
     told = [replace(f, entry=f.entry | {"warnings": [*told, "held out: a is 0.574"]}) for f in fits]
     gpus = [GPUS[name] for name in ("h100", "b200", "mi300x")]
     asked = {"served_tokens": 1e13, "unique_tokens": 5e11, "prep_rate": 1e9, "cpu_price": 0.05, "tensor_parallel": 8}
-    request = Request(money=3e6, gpus=gpus, prices=[2.5, 5.0, 2.0], efficiency=stated_mfu(0.4), **asked)
+    request = PlanRequest(money=3e6, gpus=gpus, prices=[2.5, 5.0, 2.0], efficiency=stated_mfu(0.4), **asked)
     plan = make_plan(request, told)
     page = to_markdown(plan)
     assert sum(any(letter.isalnum() for letter in word) for word in page.split()) <= 650
@@ -225,7 +224,7 @@ def test_mfu_from_a_log(tmp_path):
 
 @pytest.mark.parametrize("group", ["early", "late"])
 def test_the_config_trains(fits, tmp_path, group):
-    request = Request(flops=1e22, group=group)
+    request = PlanRequest(flops=1e22, group=group)
     base = {"data": {"row_length": 2048}, "train": {"steps": 5}, "checkpoint": {"every": 77}}
     write_plan(tmp_path, make_plan(request, fits), request, base)
     values = yaml.safe_load((tmp_path / "train.yaml").read_text())
@@ -249,7 +248,7 @@ def test_no_config_for_a_model_that_is_not_the_plan(table, tmp_path):
     out.mkdir()
     (out / "train.yaml").write_text("of an earlier plan")
     for model, expected in ((None, ["none of the architectures", "5 times the budget"]), (SHAPE, ["5 times the"])):
-        request = Request(flops=1e21, model=model)
+        request = PlanRequest(flops=1e21, model=model)
         plan = make_plan(request, fits)
         assert [path.name for path in write_plan(out, plan, request, {})] == ["plan.json", "plan.md"]
         assert not (out / "train.yaml").exists()
@@ -262,20 +261,20 @@ def test_a_group_that_is_no_architecture_needs_a_shape(table, tmp_path):
     rows = [{k: v for k, v in r.items() if k != "architecture"} for r in table.rows if r["architecture"] == "early"]
     write_fits(tmp_path, fit_table(RunTable(path="made.csv", rows=rows, lines=table.lines[:25]), resamples=20))
     fits = read_fits(tmp_path)[0]
-    assert len(make_plan(Request(flops=1e21), fits)["no_train_config"]) == 1
-    assert make_plan(Request(flops=1e21, model=SHAPE), fits)["no_train_config"] == []
+    assert len(make_plan(PlanRequest(flops=1e21), fits)["no_train_config"]) == 1
+    assert make_plan(PlanRequest(flops=1e21, model=SHAPE), fits)["no_train_config"] == []
 
 
 def test_late_fusion_counted_with_its_encoder_is_built(table, tmp_path):
     """Patches are fewer than tokens, so that a tower's FLOPs are below 6 N_v D."""
     rows = [{**r, "flops": r["flops"] * 0.9} for r in table.rows if r["architecture"] == "late"]
     write_fits(tmp_path, fit_table(RunTable(path="made.csv", rows=rows, lines=table.lines[:25]), resamples=20))
-    plan = make_plan(Request(flops=1e22), read_fits(tmp_path)[0])
+    plan = make_plan(PlanRequest(flops=1e22), read_fits(tmp_path)[0])
     assert plan["model"]["architecture"] == "late" and plan["no_train_config"] == []
 
 
 def test_small_budgets_get_small_batches(fits):
-    request = Request(flops=1e19)
+    request = PlanRequest(flops=1e19)
     plan = make_plan(request, fits)
     train = train_values(plan, plan["build"], request, {})["train"]
     assert train["batch_rows"] < 2048 and train["tokens"] / (train["batch_rows"] * 1024) >= 2000
@@ -286,11 +285,13 @@ def test_a_plan_from_poor_fits_is_whole(tmp_path):
     """Five runs of two lengths: parameters at their bounds, infinite draws; the files hold no NaN and warn."""
     n, d = np.array([1e6, 1e6, 2e6, 2e6, 4e6]), np.array([1e7, 4e7, 1e7, 4e7, 4e7])
     noise = 0.02 * np.random.default_rng(0).standard_normal(5)
-    rows = [{"params": p, "tokens": t, "loss": y} for p, t, y in zip(n, d, laws.predict(EARLY, n, d) * np.exp(noise))]
+    rows = [
+        {"params": p, "tokens": t, "loss": y} for p, t, y in zip(n, d, power_law.predict(EARLY, n, d) * np.exp(noise))
+    ]
     poor = check_rows(RunTable(path="poor.csv", rows=rows, lines=list(range(2, 7))))
     write_fits(tmp_path, fit_table(poor, resamples=50))
     for flops in (1e15, 1e22):
-        request = Request(flops=flops, served_tokens=1e12, unique_tokens=1e7, pilot_share=0.1)
+        request = PlanRequest(flops=flops, served_tokens=1e12, unique_tokens=1e7, pilot_share=0.1)
         write_plan(tmp_path / "plan", make_plan(request, read_fits(tmp_path)[0]), request, {})
         plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
         assert any("not identified" in text for text in plan["warnings"])
@@ -324,7 +325,7 @@ CHEAP = {"gpus": [GPUS["h100"]], "prices": [2.0], "efficiency": stated_mfu(0.4)}
 )
 def test_bad_requests(fits, changes, message):
     with pytest.raises(InputError, match=message):
-        make_plan(Request(**changes), fits)
+        make_plan(PlanRequest(**changes), fits)
     with pytest.raises(InputError, match="--mfu"):
         stated_mfu(1.5)
     with pytest.raises(InputError, match="--gpu: 'tpu'"):
@@ -336,7 +337,7 @@ def test_fits_of_another_form(tmp_path, table):
     rows = [{**row, "unique_tokens": row["tokens"] / 4} for row in table.rows if row["architecture"] == "early"]
     runs = check_rows(RunTable(path="made.csv", rows=rows, lines=list(range(2, len(rows) + 2))))
     write_fits(tmp_path, fit_table(runs, form="repeated", resamples=20))
-    plan = make_plan(Request(flops=1e22), read_fits(tmp_path)[0])
+    plan = make_plan(PlanRequest(flops=1e22), read_fits(tmp_path)[0])
     assert any("law repeated at repetition none" in text for text in plan["assumptions"])
     document = json.loads((tmp_path / "fits.json").read_text())
     del document["fits"][0]["law"]
@@ -357,34 +358,34 @@ def test_unreadable_fits(tmp_path, folder):
 
 def test_the_script(folder, tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "plan_training.py"), str(folder / "fits.json")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     good = ["--money", "1e6", "--gpu", "h100", "mi300x", "--price", "2", "2.5", "--mfu", "0.4"]
     good += ["--inference-tokens", "1e12", "--unique-tokens", "1e11"]
-    done = subprocess.run([*command, *good, "--out", str(tmp_path / "plan")], capture_output=True, text=True, env=env)
+    done = subprocess.run([*command, *good, "--out", str(tmp_path / "plan")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "plan").iterdir()} == {"plan.json", "plan.md", "train.yaml"}
     dry = [sys.executable, "-m", "megamm.train", "--config", str(tmp_path / "plan" / "train.yaml"), "--dry-run"]
-    assert "parameters" in subprocess.run(dry, capture_output=True, text=True, env=env, check=True).stdout
-    bad = subprocess.run(
-        [*command, "--flops", "0", "--out", str(tmp_path / "x")], capture_output=True, text=True, env=env
-    )
+    assert "parameters" in subprocess.run(dry, capture_output=True, text=True, check=True).stdout
+    bad = subprocess.run([*command, "--flops", "0", "--out", str(tmp_path / "x")], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.strip().count("\n") == 0 and not (tmp_path / "x").exists()
 
 
 def test_mfu_from_an_estimate(folder, tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "plan_training.py"), str(folder / "fits.json"), "--gpu-hours=1e5"]
-    command += ["--mfu-from-estimate", str(ROOT / "examples" / "configs" / "early_275m.yaml"), "--out", str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    good = subprocess.run([*command, "--gpu", "h100"], capture_output=True, text=True, env=env)
+    command += ["--mfu-from-estimate", str(ROOT / "examples" / "nmm" / "early-275m.yaml"), "--out", str(tmp_path)]
+    good = subprocess.run([*command, "--gpu", "h100"], capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())
     low, high = plan["efficiency"]["interval"]
     assert low < plan["efficiency"]["mfu"] < high and "estimated" in plan["efficiency"]["source"]
     assert plan["budget"]["flops"]["interval"] == pytest.approx([x * 989e12 * 3600 * 1e5 / 1.2 for x in (low, high)])
     assert "estimated for 2.75e+08 parameters on 64 ranks of h100" in (tmp_path / "plan.md").read_text()
-    for more, match in (([], "--mfu-from-estimate: needs --gpu"), (["--gpu=h100", "--num-gpus=7"], "of the 7 ranks")):
-        bad = subprocess.run([*command, *more], capture_output=True, text=True, env=env)
-        assert bad.returncode == 2 and match in bad.stderr and bad.stderr.strip().count("\n") == 0
+    for more, match in (
+        ([], "--mfu-from-estimate: needs --gpu"),
+        (["--gpu=h100", "--num-gpus=7"], "the 7 data-parallel ranks"),
+    ):
+        bad = subprocess.run([*command, *more], capture_output=True, text=True)
+        # Below the misfit of a layout stand the nearest ones that fit.
+        assert bad.returncode == 2 and match in bad.stderr.splitlines()[0] and "Traceback" not in bad.stderr
 
 
 def test_figures_of_the_gpus():
@@ -399,7 +400,7 @@ def test_figures_of_the_gpus():
 
 def test_an_estimate_for_something_else_is_warned_of(fits):
     crowded = replace(stated_mfu(0.4), params=10**7, warnings=("90.0 GB do not fit",))
-    request = Request(flops=1e22, gpus=[GPUS["h100"]], efficiency=crowded, tensor_parallel=8)
+    request = PlanRequest(flops=1e22, gpus=[GPUS["h100"]], efficiency=crowded, tensor_parallel=8)
     text = "\n".join(make_plan(request, fits)["warnings"])
     for part in ("90.0 GB do not fit", "estimated for a model of 1e+07 parameters", "layout has 8"):
         assert part in text

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.scaling.runs import RunTable
+from megamm_laws.errors import InputError
+from megamm_laws.runs.table import RunTable
 
-SMALL = 1e-300
 COMPLEX_STEP = 1e-30
+"""The error goes with the square of the step, which is zero in float64."""
 DIFFERENCE_STEP = 1e-6
+"""Smaller, and rounding spoils the difference; larger, and curvature does."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -204,6 +205,22 @@ class Form:
         return loss if theta.ndim > 1 else loss[0]
 
 
+def chinchilla_parameters() -> list[Parameter]:
+    """E, A, alpha, B, beta."""
+    return [
+        amplitude("E"),
+        amplitude("A", "params", "alpha"),
+        exponent("alpha"),
+        amplitude("B", "tokens", "beta"),
+        exponent("beta"),
+    ]
+
+
+def chinchilla_terms(at: Point, data: Data) -> list[Term]:
+    """E, A/N^alpha and B/D^beta."""
+    return [at.linear({"E": 1.0}), at.linear({"A": 1.0, "alpha": -data.u}), at.linear({"B": 1.0, "beta": -data.v})]
+
+
 def column_numbers(table: RunTable, column: str, low: float, high: float, hint: str) -> np.ndarray:
     """A further column as numbers from ``low`` on and below ``high``, (n,).
 
@@ -215,8 +232,8 @@ def column_numbers(table: RunTable, column: str, low: float, high: float, hint: 
     values = []
     for row, place in zip(table.rows, table.places):
         try:
-            value = float(row.get(column))
-        except (TypeError, ValueError) as error:
+            value = float(row[column])
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{table.path}: {place}: column {column}: {row.get(column)!r} is not a number") from error
         if not low <= value < high:
             raise InputError(f"{table.path}: {place}: column {column}: {value:g} is not from {low:g} to {high:g}")
@@ -226,7 +243,7 @@ def column_numbers(table: RunTable, column: str, low: float, high: float, hint: 
 
 @dataclass(kw_only=True)
 class FormProblem:
-    """A form and its runs as megamm.scaling.minimise needs them: bounds and derivatives in theta (b, P)."""
+    """A form and its runs as megamm_laws.law.solver needs them: bounds and derivatives in theta (b, P)."""
 
     form: Form
     data: Data
@@ -234,6 +251,7 @@ class FormProblem:
     declared: list[Parameter]
     held: tuple[int, ...] = ()
     continuation: tuple[float, ...] = (1.0, 0.1, 3e-2, 5e-3)
+    """Begins wider than the plain law's, whose starts are nearer: least squares found their amplitudes."""
     index: dict[str, int] = field(default_factory=dict)
 
     @classmethod

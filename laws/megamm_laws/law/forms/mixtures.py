@@ -10,81 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.scaling.forms.base import Data, Form, Parameter, Point, Term, amplitude, column_numbers, exponent
-from megamm.scaling.runs import RunTable
-
-PREFIX = "share_"
-DOMAINS = ("caption", "interleaved", "text")
-"""Domains of a ``mixture`` column of three numbers."""
-ABSENT = -1000.0
-
-
-def read_shares(table: RunTable) -> dict[str, np.ndarray]:
-    """``share_<domain>`` (n,) of every domain, checked to sum to one.
-
-    Raises:
-        InputError: no shares can be read, or those of a row do not sum to 1.
-    """
-    names = [c for c in table.columns if c.startswith(PREFIX)]
-    if names:
-        shares = {name: column_numbers(table, name, 0.0, 1.0 + 1e-9, "a share") for name in names}
-    else:
-        parsed = [_parse(table.path, place, row.get("mixture")) for row, place in zip(table.rows, table.places)]
-        shares = {PREFIX + name: column for name, column in zip(DOMAINS, np.array(parsed).T)}
-    total = sum(shares.values())
-    for place, value in zip(table.places, total):
-        if abs(value - 1) > 0.01:
-            raise InputError(f"{table.path}: {place}: shares {', '.join(shares)} sum to {value:.3g}, not 1")
-    if len(shares) < 2:
-        raise InputError(f"{table.path}: one domain only ({', '.join(shares)}): there is no mixture to fit")
-    return {name: column / total for name, column in shares.items()}
-
-
-def _parse(path: str, place: str, text: Any) -> list[float]:
-    try:
-        values = [float(part) for part in str(text).split("-")]
-        total = sum(values)
-        if len(values) != len(DOMAINS) or min(values) < 0 or not (abs(total - 1) <= 0.01 or abs(total - 100) <= 1):
-            raise ValueError
-    except ValueError as error:
-        raise InputError(
-            f"{path}: {place}: column mixture: {text!r} is not three shares that sum to 100 (or 1), such as 45-45-10; "
-            f"or give columns {PREFIX}<domain>"
-        ) from error
-    return [value / total for value in values]
-
-
-def domains(columns: dict[str, np.ndarray]) -> list[str]:
-    """Names of the domains, in the order of the columns."""
-    return [name.removeprefix(PREFIX) for name in columns if name.startswith(PREFIX)]
-
-
-def log_share(columns: dict[str, np.ndarray], domain: str) -> np.ndarray:
-    """log of a share (n,), with ABSENT for zero."""
-    share = columns[PREFIX + domain]
-    return np.where(share > 0, np.log(np.maximum(share, 1e-300)), ABSENT)
-
-
-def mean_shares(columns: dict[str, np.ndarray]) -> dict[str, float]:
-    """Mean share of each domain over the runs: where a mixture law is given as a law of N and D."""
-    return {PREFIX + name: float(np.mean(columns[PREFIX + name])) for name in domains(columns)}
-
-
-def chinchilla_parameters() -> list[Parameter]:
-    """E, A, alpha, B, beta."""
-    return [
-        amplitude("E"),
-        amplitude("A", "params", "alpha"),
-        exponent("alpha"),
-        amplitude("B", "tokens", "beta"),
-        exponent("beta"),
-    ]
-
-
-def chinchilla_terms(at: Point, data: Data) -> list[Term]:
-    """E, A/N^alpha and B/D^beta."""
-    return [at.linear({"E": 1.0}), at.linear({"A": 1.0, "alpha": -data.u}), at.linear({"B": 1.0, "beta": -data.v})]
+from megamm_laws.law.forms.base import (
+    Data,
+    Form,
+    Parameter,
+    Point,
+    Term,
+    amplitude,
+    chinchilla_parameters,
+    chinchilla_terms,
+    exponent,
+)
+from megamm_laws.law.forms.shares import PREFIX, domains, log_share, mean_shares, read_shares
+from megamm_laws.law.forms.simplex import mixture_entry
+from megamm_laws.runs.table import RunTable
 
 
 class MixtureForm(Form):
@@ -116,8 +55,6 @@ class MixtureForm(Form):
         return [f"{number} distinct mixtures for {table.shape[1]} domains; at least {needed} are needed to tell"]
 
     def extras(self, fit) -> dict[str, Any]:
-        from megamm.scaling.forms.simplex import mixture_entry
-
         return {"optimal_mixture": mixture_entry([fit])}
 
 

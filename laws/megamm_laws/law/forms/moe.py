@@ -4,11 +4,22 @@ from typing import Any
 
 import numpy as np
 
-from megamm.scaling.forms.base import Data, Form, Parameter, Point, Term, amplitude, column_numbers, exponent
-from megamm.scaling.runs import RunTable
+from megamm_laws.law.forms.base import (
+    Data,
+    Form,
+    Parameter,
+    Point,
+    Term,
+    amplitude,
+    chinchilla_parameters,
+    chinchilla_terms,
+    column_numbers,
+    exponent,
+)
+from megamm_laws.runs.table import RunTable
 
 
-def signed(name: str) -> Parameter:
+def signed_amplitude(name: str) -> Parameter:
     """A power of the active share, of either sign."""
     return Parameter(name=name, start=(-0.6, 0.6), bounds=(-3.0, 3.0))
 
@@ -33,30 +44,24 @@ class MoeSparsity(Form):
 
     def parameters(self, columns: dict[str, np.ndarray]) -> list[Parameter]:
         return [
-            amplitude("E"),
-            amplitude("A", "params", "alpha"),
-            exponent("alpha"),
-            amplitude("B", "tokens", "beta"),
-            exponent("beta"),
+            *chinchilla_parameters(),
             amplitude("C"),
-            signed("lambda"),
+            signed_amplitude("lambda"),
             amplitude("F", "params", "gamma"),
-            signed("delta"),
+            signed_amplitude("delta"),
             exponent("gamma"),
         ]
 
     def terms(self, at: Point, data: Data) -> list[Term]:
         active = np.log1p(-data.columns["sparsity"])
         return [
-            at.linear({"E": 1.0}),
-            at.linear({"A": 1.0, "alpha": -data.u}),
-            at.linear({"B": 1.0, "beta": -data.v}),
+            *chinchilla_terms(at, data),
             at.linear({"C": 1.0, "lambda": -active}),
             at.linear({"F": 1.0, "delta": -active, "gamma": -data.u}),
         ]
 
     def extras(self, fit: Any) -> dict[str, Any]:
-        from megamm.scaling.forms.optimum import optima_by_sparsity
+        from megamm_laws.law.forms.optimum import optima_by_sparsity
 
         return optima_by_sparsity(fit)
 

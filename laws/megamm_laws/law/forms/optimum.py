@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from megamm.scaling.fit import LEVEL
-from megamm.scaling.forms.base import Form
+from megamm_laws.law.forms.base import Form
+from megamm_laws.law.percentiles import LEVEL
 
 POINTS = 161
 REACH = 300.0
@@ -26,11 +26,12 @@ def compute_optimum(
     found = []
     for c in np.asarray(flops, float):
         product = c / (6.0 * kappa)
+        # In log N, where the loss is nearly symmetric about its lowest point.
         log_n = np.log(np.sqrt(product)) + np.linspace(-np.log(REACH), np.log(REACH), POINTS)
         n = np.exp(log_n)
         fixed = {name: np.full(POINTS, value) for name, value in columns.items()}
         loss = np.atleast_2d(form.predict(values, n, product / n, **fixed))
-        i = np.clip(loss.argmin(axis=-1), 1, POINTS - 2)
+        i = np.clip(loss.argmin(axis=-1), 1, POINTS - 2)  # a parabola needs both neighbours
         rows = np.arange(len(loss))
         left, middle, right = loss[rows, i - 1], loss[rows, i], loss[rows, i + 1]
         curve = left - 2 * middle + right
@@ -41,7 +42,8 @@ def compute_optimum(
             (np.exp(best), product / np.exp(best), np.where(inside, middle - 0.25 * (left - right) * shift, np.nan))
         )
     shape = np.shape(next(iter(values.values())))
-    return tuple(np.stack(column, axis=-1).reshape(*shape, -1) for column in zip(*found))
+    params, tokens, loss = (np.stack(column, axis=-1).reshape(*shape, -1) for column in zip(*found))
+    return params, tokens, loss
 
 
 def optima_by_sparsity(fit: Any) -> dict[str, Any]:
@@ -51,7 +53,8 @@ def optima_by_sparsity(fit: Any) -> dict[str, Any]:
     """
     table, sparsity = fit.table, fit.problem.data.columns["sparsity"].round(3)
     ratio = table.numbers("flops") / (6 * table.numbers("params") * table.numbers("tokens"))
-    budgets = np.geomspace(*fit.flops_range, BUDGETS)
+    low, high = fit.flops_range
+    budgets = np.geomspace(low, high, BUDGETS)
     draws = dict(zip(fit.names, fit.draws[:DRAWS].T))
     entries = []
     for s in np.unique(sparsity):

@@ -2,8 +2,16 @@
 
 import numpy as np
 
-from megamm.scaling.forms.base import Data, Form, Parameter, Point, Term, amplitude, column_numbers, exponent
-from megamm.scaling.runs import RunTable
+from megamm_laws.law.forms.base import (
+    Data,
+    Form,
+    Parameter,
+    Point,
+    Term,
+    chinchilla_parameters,
+    column_numbers,
+)
+from megamm_laws.runs.table import RunTable
 
 
 def half_life(name: str) -> Parameter:
@@ -30,11 +38,7 @@ class RepeatedData(Form):
 
     def parameters(self, columns: dict[str, np.ndarray]) -> list[Parameter]:
         return [
-            amplitude("E"),
-            amplitude("A", "params", "alpha"),
-            exponent("alpha"),
-            amplitude("B", "tokens", "beta"),
-            exponent("beta"),
+            *chinchilla_parameters(),
             half_life("R_D"),
             half_life("R_N"),
         ]

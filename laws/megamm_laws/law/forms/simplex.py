@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from megamm.scaling.fit import LEVEL
-from megamm.scaling.forms.base import Form
-from megamm.scaling.forms.mixtures import PREFIX, domains
+from megamm_laws.law.forms.base import Form
+from megamm_laws.law.forms.shares import PREFIX, domains
+from megamm_laws.law.percentiles import LEVEL
 
 POINTS = 6000
 DRAWS = 200
@@ -50,6 +50,7 @@ def optimal_mixture(
 
     grid = simplex_grid(len(names))
     start = grid[int(loss(grid).argmin())]
+    # Off the faces of the simplex, where powers of a share have no finite slope.
     inside = np.maximum(start, 1e-4) / np.maximum(start, 1e-4).sum()
     found = minimize(
         lambda h: float(loss(np.maximum(h, FLOOR)[None])[0]),
@@ -60,7 +61,7 @@ def optimal_mixture(
         options={"ftol": 1e-12, "maxiter": 200},
     )
     end = np.maximum(found.x, FLOOR)
-    best = min((start, end / end.sum()), key=lambda h: loss(h[None])[0])
+    best = min((start, end / end.sum()), key=lambda h: loss(h[None])[0])  # a descent may end worse than it began
     return dict(zip(names, best.tolist())), float(loss(best[None])[0])
 
 

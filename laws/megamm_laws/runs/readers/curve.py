@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megamm.errors import InputError
-from megamm.scaling.runs import is_number, parse_number
+from megamm_laws.errors import InputError
+from megamm_laws.runs.table import is_number, parse_number
 
 AVERAGED = 0.02
 """Share of the steps at the end over which a training loss is averaged."""
@@ -33,7 +33,7 @@ GENERIC = re.compile(
 """Names of files and folders that say nothing of the run in them; the last is the time of a start."""
 
 
-def name_of(path: Path) -> str:
+def run_name(path: Path) -> str:
     """Name of the run that a file or folder holds: its own without the ending, or that of a folder above it."""
     parts = [path.stem if path.suffix and not path.is_dir() else path.name, *(p.name for p in path.resolve().parents)]
     return next((part for part in parts if part and not GENERIC.fullmatch(part)), path.name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megamm.scaling.logs.curve import Curve, name_of
+from megamm_laws.runs.readers.curve import Curve, run_name
 
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+)\s*\|(.*)")
 _VALIDATION = re.compile(r"validation(?:-(\S+))? loss at iteration (\d+)(?: on (\w+) set)?\s*\|(.*)")
@@ -23,7 +23,7 @@ _PARAMETERS = re.compile(r"number of parameters on .*?model parallel rank \(?([\
 
 def read_megatron(path: Path) -> list[Curve] | None:
     """The run in a file of Megatron-LM's output; None if the file has no iteration line of that form."""
-    curve, iterations = Curve(name=name_of(path), origin=str(path)), 0
+    curve, iterations = Curve(name=run_name(path), origin=str(path)), 0
     arguments: dict[str, str] = {}
     ranks: dict[str, int] = {}
     with path.open(encoding="utf-8", errors="replace") as lines:

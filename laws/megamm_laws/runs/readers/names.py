@@ -6,27 +6,67 @@ from typing import Any
 
 ALIASES = {
     "loss": (
-        "val/loss", "val_loss", "valid/loss", "valid_loss", "validation/loss", "validation_loss", "eval/loss",
-        "eval_loss", "lm loss validation", "validation_metrics/loss",
+        "val/loss",
+        "val_loss",
+        "valid/loss",
+        "valid_loss",
+        "validation/loss",
+        "validation_loss",
+        "eval/loss",
+        "eval_loss",
+        "lm loss validation",
+        "validation_metrics/loss",
     ),
     "train_loss": (
-        "loss", "train/loss", "train_loss", "training/loss", "training_loss", "lm loss", "train/ce loss",
+        "loss",
+        "train/loss",
+        "train_loss",
+        "training/loss",
+        "training_loss",
+        "lm loss",
+        "train/ce loss",
         "loss_metrics/global_avg_loss",
     ),
     "tokens": (
-        "tokens", "num_tokens", "total_tokens", "train/tokens", "tokens_seen", "n_tokens_seen", "consumed_tokens",
-        "consumed-tokens", "train/num_input_tokens_seen", "train/total_tokens", "throughput/total tokens",
+        "tokens",
+        "num_tokens",
+        "total_tokens",
+        "train/tokens",
+        "tokens_seen",
+        "n_tokens_seen",
+        "consumed_tokens",
+        "consumed-tokens",
+        "train/num_input_tokens_seen",
+        "train/total_tokens",
+        "throughput/total tokens",
         "throughput/total_tokens",
     ),
     "lr": (
-        "lr", "learning_rate", "learning-rate", "train/lr", "train/learning_rate", "optim/lr", "optim/learning_rate",
-        "optim/lr (group 0)", "lr/group_0",
+        "lr",
+        "learning_rate",
+        "learning-rate",
+        "train/lr",
+        "train/learning_rate",
+        "optim/lr",
+        "optim/learning_rate",
+        "optim/lr (group 0)",
+        "lr/group_0",
     ),
     "flops": ("flops", "total_flops", "train/flops", "train/total_flops"),
     "flops_exact": ("flops_exact",),
     "params": (
-        "params", "n_params", "num_params", "nparams", "num_parameters", "n_parameters", "total_params",
-        "parameters", "model/params", "model/num_params", "model/num_parameters", "model/n_params",
+        "params",
+        "n_params",
+        "num_params",
+        "nparams",
+        "num_parameters",
+        "n_parameters",
+        "total_params",
+        "parameters",
+        "model/params",
+        "model/num_params",
+        "model/num_parameters",
+        "model/n_params",
         "model/total_params",
     ),
     "params_active": ("params_active", "active_params", "n_active_params", "num_active_params", "model/active_params"),
@@ -41,7 +81,7 @@ ALIASES = {
     "state": ("state",),
     "architecture": ("architecture", "model/architecture"),
     "mixture": ("mixture", "data/mixture"),
-}  # fmt: skip
+}
 """Our column -> tags that mean it, in lower case."""
 _KEY_OF = {alias: key for key, aliases in ALIASES.items() for alias in aliases}
 _SOURCE = re.compile(
@@ -61,7 +101,7 @@ class TagMap(dict[str, str]):
         return super().__getitem__(tag)
 
 
-def key_of(tag: str, mapping: dict[str, str] | None = None) -> str | None:
+def key_of_tag(tag: str, mapping: dict[str, str] | None = None) -> str | None:
     """Our name of a tag, None if it means nothing here; ``mapping`` (tag -> our name) comes first."""
     if mapping and tag in mapping:
         return mapping[tag]

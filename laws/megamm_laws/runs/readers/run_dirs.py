@@ -7,11 +7,13 @@ from typing import Any
 
 import yaml
 
-from megamm.errors import InputError
-from megamm.scaling.runs import COLUMNS, LOSS_COLUMNS, REQUIRED, is_number, parse_number, parse_record
+from megamm_laws.errors import InputError
+from megamm_laws.runs.table import COLUMNS, LOSS_COLUMNS, REQUIRED, is_number, parse_number, parse_record
 
-COPIED = ("params_vision", "tokens_vision", "flops_exact")
+COPIED = ("params_vision", "tokens_vision", "flops_exact", "init")
 """Columns of the table, beside those of `runs.csv`, that result.json holds."""
+STUDY_DEPTH = 4
+"""Folders looked into for study.json, upwards: a run directory, its ladder, runs/, the study."""
 
 
 def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
@@ -41,6 +43,24 @@ def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
     return row
 
 
+def set_aside(folder: Path) -> dict[Path, str]:
+    """Run directories that a study no longer counts, each resolved, with the reason; from the study.json at or above.
+
+    Raises:
+        InputError: study.json is not valid.
+    """
+    for place in [folder, *folder.resolve().parents][:STUDY_DEPTH]:
+        if (path := place / "study.json").is_file():
+            entries = _read(path).get("set_aside") or []
+            try:
+                return {(place / entry["dir"]).resolve(): str(entry["reason"]) for entry in entries}
+            except (KeyError, TypeError) as error:
+                raise InputError(
+                    f"{path}: set_aside: expected entries with dir and reason; run the study again"
+                ) from error
+    return {}
+
+
 def intermediate_rows(run_dir: Path, final: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per validation before the last one, from metrics.jsonl; the rest is as in the ``final`` row.
 
@@ -49,7 +69,8 @@ def intermediate_rows(run_dir: Path, final: dict[str, Any]) -> list[dict[str, An
     Raises:
         InputError: a line that is damaged, lacks its step or tokens, or holds a bad number.
     """
-    rows, flops = [], {}
+    rows: list[dict[str, Any]] = []
+    flops: dict[str, Any] = {}
     for where, record in _metrics(run_dir / "metrics.jsonl"):
         if "flops" in record:
             flops = {key: record[key] for key in ("flops", "flops_exact") if key in record}
@@ -63,8 +84,8 @@ def intermediate_rows(run_dir: Path, final: dict[str, Any]) -> list[dict[str, An
         missing = [key for key in ("step", "tokens") if record.get(key) is None]
         if missing:
             raise InputError(f"{where}: no field {', '.join(missing)}; remove the damaged line")
-        seen = {"tokens": record["tokens"], **flops, **losses}
-        seen = {column: parse_number(where, column, value) for column, value in seen.items()}
+        logged = {"tokens": record["tokens"], **flops, **losses}
+        seen = {column: parse_number(where, column, value) for column, value in logged.items()}
         if seen["tokens"] < final["tokens"]:
             losses = {column: seen[column] for column in losses}
             seen["loss"] = sum(losses.values()) / len(losses)

@@ -7,10 +7,10 @@ arguments as texts, from which the tokens per step and the vocabulary tables are
 from pathlib import Path
 from typing import Any
 
-from megamm.errors import InputError
-from megamm.scaling.logs.curve import Curve, name_of
-from megamm.scaling.logs.megatron import facts_of_arguments
-from megamm.scaling.logs.names import key_of, whole
+from megamm_laws.errors import InputError
+from megamm_laws.runs.readers.curve import Curve, run_name
+from megamm_laws.runs.readers.megatron import facts_of_arguments
+from megamm_laws.runs.readers.names import key_of_tag, whole
 
 MARK = "tfevents"
 _FACTS = ("params", "params_active", "params_embedding", "params_head", "params_vision", "tokens_vision")
@@ -33,10 +33,10 @@ def read_events(path: Path, mapping: dict[str, str] | None = None) -> list[Curve
 
     accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
     accumulator.Reload()
-    curve = Curve(name=name_of(path.parent if path.is_file() else path), origin=str(path))
+    curve = Curve(name=run_name(path.parent if path.is_file() else path), origin=str(path))
     scalars = accumulator.Tags()["scalars"]
     for tag in scalars:
-        key = key_of(tag, mapping)
+        key = key_of_tag(tag, mapping)
         if key is None:
             continue
         for event in accumulator.Scalars(tag):  # in the order of writing: what a resumed run wrote comes last

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megamm.scaling.logs.curve import COOLED, Curve, name_of
-from megamm.scaling.logs.names import number
+from megamm_laws.runs.readers.curve import COOLED, Curve, run_name
+from megamm_laws.runs.readers.names import number
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(r"(validate )?step:\s*(\d+)\s+loss:\s*([\d.]+(?:e[+-]?\d+)?|nan|inf)", re.I)
@@ -30,7 +30,7 @@ _DECAY = re.compile(r"""["'](min_lr_factor|lr_min|decay_ratio)["']:\s*(null|None
 
 def read_torchtitan(path: Path) -> list[Curve] | None:
     """The run in a file of torchtitan's output; None if the file has no step line of that form."""
-    curve, steps = Curve(name=name_of(path), origin=str(path)), 0
+    curve, steps = Curve(name=run_name(path), origin=str(path)), 0
     decay: dict[str, str] = {}
     per_token: list[float] = []
     with path.open(encoding="utf-8", errors="replace") as lines:

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megamm.errors import InputError
-from megamm.scaling.logs.curve import Curve, name_of
-from megamm.scaling.logs.names import flatten, key_of, number, whole
-from megamm.scaling.runs import csv_records, parse_record
+from megamm_laws.errors import InputError
+from megamm_laws.runs.readers.curve import Curve, run_name
+from megamm_laws.runs.readers.names import flatten, key_of_tag, number, whole
+from megamm_laws.runs.table import csv_records, parse_record
 
 TEXTS = ("run", "state", "architecture", "mixture")
 CURVES = ("train_loss", "tokens", "lr", "flops", "flops_exact")
@@ -83,7 +83,7 @@ def _runs(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[s
         point: dict[str, float] = {}
         planned: dict[str, float] = {}  # by the config
         for tag, value in sorted(record.items(), key=lambda item: _of_config(item[0])):  # what happened comes first
-            key = key_of(tag, mapping)
+            key = key_of_tag(tag, mapping)
             if key is None or value in (None, ""):
                 continue
             if key in TEXTS:
@@ -120,12 +120,12 @@ def _is_planned(tag: str) -> bool:
 
 def _history(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[str, str] | None) -> Curve:
     """One run; a metric that was not logged at a step is empty there."""
-    curve = Curve(name=name_of(path), origin=str(path))
+    curve = Curve(name=run_name(path), origin=str(path))
     for line, record in records:
         values: dict[str, float] = {}
         step = None
         for tag, value in flatten(record).items():
-            key = key_of(tag, mapping)
+            key = key_of_tag(tag, mapping)
             if key is None or key in TEXTS or value in (None, ""):
                 continue
             if (parsed := number(value)) is None:
@@ -151,10 +151,10 @@ def _chart(
 ) -> list[Curve]:
     """A run per column; the first column holds steps, or whatever the axis showed."""
     curves: dict[str, Curve] = {}
-    axis = "tokens" if key_of(header[0], mapping) == "tokens" else "step"
+    axis = "tokens" if key_of_tag(header[0], mapping) == "tokens" else "step"
     for column in header[1:]:
         name, _, metric = column.rpartition(" - ")
-        key = key_of(metric, mapping)
+        key = key_of_tag(metric, mapping)
         if key is None or not name or metric.endswith(("__MIN", "__MAX")):
             continue
         curve = curves.setdefault(name, Curve(name=name, origin=f"{path} column {column}"))
@@ -162,9 +162,9 @@ def _chart(
             if record[column] in (None, ""):
                 continue
             at, value = whole(number(record[header[0]])), number(record[column])
-            for name, parsed in ((header[0], at), (column, value)):
-                if parsed is None:
-                    raise InputError(f"{path}: line {line}: column {name}: {record[name]!r} is not a number")
+            if at is None or value is None:
+                bad = header[0] if at is None else column
+                raise InputError(f"{path}: line {line}: column {bad}: {record[bad]!r} is not a number")
             curve.add(at, {key: value} | ({"tokens": float(at)} if axis == "tokens" else {}))
     if not curves:
         raise InputError(f"{path}: no column RUN - METRIC of a usual metric; name it with --map loss=METRIC")
