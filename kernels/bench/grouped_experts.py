@@ -85,7 +85,7 @@ def torch_grouped(x, experts, weights, gate_up, down):
     counts = torch.zeros(gate_up.shape[0], device=x.device, dtype=torch.int32)
     offsets = counts.index_add(0, flat, torch.ones_like(flat, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
     token = order // experts.shape[1]
-    gate, up = F.grouped_mm(x[token], gate_up.mT, offs=offsets).chunk(2, dim=-1)
+    gate, up = F.grouped_mm(x[token], gate_up.mT, offs=offsets).unflatten(-1, (-1, 2)).unbind(-1)
     y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=offsets)
     return torch.zeros_like(x).index_add(0, token, (y * weights.flatten()[order, None]).to(x.dtype))
 

@@ -27,9 +27,23 @@ from typing import Any, NamedTuple
 import torch
 
 FIELDS = (
-    "device", "torch", "triton", "op", "case", "provider", "mode", "dtype", "ms", "tflops", "gbps",
-    "share_of_ceiling", "peak_mib", "error", "ceiling_tflops", "ceiling_gbps",
-)  # fmt: skip
+    "device",
+    "torch",
+    "triton",
+    "op",
+    "case",
+    "provider",
+    "mode",
+    "dtype",
+    "ms",
+    "tflops",
+    "gbps",
+    "share_of_ceiling",
+    "peak_mib",
+    "error",
+    "ceiling_tflops",
+    "ceiling_gbps",
+)
 TRAINING = "forward+backward"
 FORWARD = "forward"
 
@@ -179,9 +193,12 @@ def main(
     start = time.monotonic()
     ceilings = measure_ceilings(device, dtype, args.quick)
     common = {
-        **about(device), "op": op, "dtype": args.dtype,
-        "ceiling_tflops": ceilings.flops / 1e12, "ceiling_gbps": ceilings.bytes / 1e9,
-    }  # fmt: skip
+        **about(device),
+        "op": op,
+        "dtype": args.dtype,
+        "ceiling_tflops": ceilings.flops / 1e12,
+        "ceiling_gbps": ceilings.bytes / 1e9,
+    }
     pairs = [(c, p) for c in cases(args.quick) for p in providers]
     rows = {}
     for case, provider in sorted(pairs, key=lambda pair: pair[1].compiles):

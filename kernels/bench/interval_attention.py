@@ -1,7 +1,7 @@
 """Interval attention against FlexAttention, SDPA and the dense definition.
 
 Floating-point operations are those of the pairs that the mask admits: 4 D H a pair forward, 2.5 times as many
-backward. A name that ends in "+ mask" makes its mask, ours its plan, anew in every call, as a one-layer model would;
+backward. A name that ends in "+ mask" makes its mask, ours too, anew in every call, as a one-layer model would;
 in the others it is made once, as if shared by very many layers.
 """
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from harness import FORWARD, TRAINING, Case, Provider, UnavailableError, Work, gradients, main
-from megamm_kernels import attention_plan, default_backend, interval_attention
+from megamm_kernels import attention_mask, default_backend, interval_attention
 from megamm_kernels.interval_attention import interval_attention_reference
 
 TOKENS = 16384
@@ -132,15 +132,15 @@ def timed(inputs: Inputs, attend, mode: str):
     return torch.no_grad()(lambda: attend(*qkv))
 
 
-def ours(mode: str, backend: str | None = None, plan_each_time: bool = False):
+def ours(mode: str, backend: str | None = None, mask_each_time: bool = False):
     def setup(inputs: Inputs):
-        def make_plan():
-            return attention_plan(inputs.lo, inputs.hi, inputs.q.dtype, backend or default_backend(inputs.lo))
+        def make_ours():
+            return attention_mask(inputs.lo, inputs.hi, inputs.q.dtype, backend or default_backend(inputs.lo))
 
-        plan = make_plan()
+        mask = make_ours()
         return timed(
             inputs,
-            lambda q, k, v: interval_attention(q, k, v, make_plan() if plan_each_time else plan),
+            lambda q, k, v: interval_attention(q, k, v, make_ours() if mask_each_time else mask),
             mode,
         )
 
@@ -226,7 +226,7 @@ def reference(mode: str, compiled: bool = False):
 
 PROVIDERS = [
     Provider("megamm", ours(TRAINING)),
-    Provider("megamm + mask", ours(TRAINING, plan_each_time=True)),
+    Provider("megamm + mask", ours(TRAINING, mask_each_time=True)),
     Provider("megamm", ours(FORWARD), FORWARD),
     Provider("sdpa flash", sdpa_flash(TRAINING)),
     Provider("sdpa flash", sdpa_flash(FORWARD), FORWARD),
@@ -234,7 +234,7 @@ PROVIDERS = [
     Provider("eager", reference(TRAINING)),
     Provider("flex + mask", flex(TRAINING, mask_each_time=True), compiles=True),
     Provider("flex", flex(TRAINING), compiles=True),
-    Provider("flex, our mask", ours(TRAINING, "flex", plan_each_time=True), compiles=True),
+    Provider("flex, our mask", ours(TRAINING, "flex", mask_each_time=True), compiles=True),
     Provider("torch.compile", reference(TRAINING, compiled=True), compiles=True),
 ]
 

@@ -51,16 +51,21 @@ def compiled(inputs: Inputs):
     return training(torch.compile(swiglu_reference))(inputs)
 
 
+def halves(gate_up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gate and up, each by itself."""
+    return gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+
+
 def liger(inputs: Inputs):
-    """Liger takes two tensors, so halves of a fused product are copied first."""
+    """Liger takes two tensors, so the two parts of a fused product are copied first."""
     from liger_kernel.transformers.functional import liger_swiglu
 
-    return training(lambda gate_up: liger_swiglu(*gate_up.chunk(2, dim=-1)))(inputs)
+    return training(lambda gate_up: liger_swiglu(*halves(gate_up)))(inputs)
 
 
 def apart(op, inputs: Inputs):
     """``op`` on gate and up as two products would give them."""
-    gate, up = (x.detach().contiguous().requires_grad_() for x in inputs.gate_up.chunk(2, dim=-1))
+    gate, up = (x.detach().contiguous().requires_grad_() for x in halves(inputs.gate_up))
     return gradients(lambda: op(gate, up), [gate, up], inputs.grad)
 
 

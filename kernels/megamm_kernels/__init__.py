@@ -4,28 +4,31 @@ from megamm_kernels.grouped_experts import (
     Routing,
     grouped_experts,
     grouped_linear,
+    grouped_linear_swiglu,
     permute_tokens,
     sort_by_expert,
     unpermute_tokens,
 )
-from megamm_kernels.interval_attention import AttentionPlan, attention_plan, default_backend, interval_attention
+from megamm_kernels.interval_attention import AttentionMask, attention_mask, default_backend, interval_attention
 from megamm_kernels.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
 from megamm_kernels.multimodal_embedding import multimodal_embedding, multimodal_patch_embedding, project_patches
 from megamm_kernels.qk_norm_rope import qk_norm_rope, rope_table
 from megamm_kernels.rms_norm import add_rms_norm, rms_norm
-from megamm_kernels.swiglu import swiglu
+from megamm_kernels.swiglu import linear_swiglu, swiglu
 
 __all__ = [
-    "AttentionPlan",
+    "AttentionMask",
     "LinearCrossEntropyOutput",
     "Routing",
     "add_rms_norm",
-    "attention_plan",
+    "attention_mask",
     "default_backend",
     "grouped_experts",
     "grouped_linear",
+    "grouped_linear_swiglu",
     "interval_attention",
     "linear_cross_entropy",
+    "linear_swiglu",
     "multimodal_embedding",
     "multimodal_patch_embedding",
     "permute_tokens",

@@ -1,5 +1,6 @@
-"""Which implementation runs: Triton kernels on CUDA tensors, plain torch on all others."""
+"""Which implementation runs: Triton kernels on CUDA tensors, plain torch on all others; and what is checked."""
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -8,6 +9,9 @@ HAS_TRITON = find_spec("triton") is not None
 
 interpret = False
 """Tests set it, together with TRITON_INTERPRET=1, to run the Triton kernels on CPU tensors."""
+
+check_intervals = os.environ.get("MEGAMM_CHECK_INTERVALS", "0") != "0"
+"""Whether ``attention_mask`` makes sure that intervals are non-decreasing, which waits for the device."""
 
 
 def use_triton(x: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Dropless mixture of experts: tokens sorted by expert, one grouped matrix product over all experts, and back.
 
     routing = sort_by_expert(experts, num_experts)
-    h = grouped_linear(permute_tokens(x, routing), weight, routing.offsets)
-    out = unpermute_tokens(h, probabilities, routing)
+    h = grouped_linear_swiglu(permute_tokens(x, routing), gate_up, routing.offsets)
+    out = unpermute_tokens(grouped_linear(h, down, routing.offsets), probabilities, routing)
 
 Every expert takes exactly the tokens routed to it (MegaBlocks, arXiv 2211.15841): none is dropped, none padded, and the
 host never learns how many there are. A token's k copies are added in a fixed order, forward and backward, so two
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from megamm_kernels import dispatch
-from megamm_kernels.swiglu import swiglu
+from megamm_kernels.swiglu import linear_swiglu_reference, swiglu
 
 if dispatch.HAS_TRITON:
     from megamm_kernels.gpu import grouped_experts as gpu
@@ -88,6 +88,28 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor)
     return _grouped_linear(x, weight.to(x.dtype), offsets)
 
 
+def grouped_linear_swiglu(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """swiglu(x[rows of e] @ weight[e]^T) for each expert e; on the CPU two products, as in ``linear_swiglu``.
+
+    Args:
+        x: [m, W], rows sorted by expert.
+        weight: [E, 2 * hidden, W], of each expert rows of gate, up, gate, up and so on; cast to the dtype of ``x``.
+        offsets: as in :func:`grouped_linear`.
+
+    Returns:
+        [m, hidden], dtype of ``x``.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if weight.dim() == 3 and weight.shape[1] % 2:
+        raise ValueError(f"weight is {list(weight.shape)}: want [E, 2 * hidden, W]")
+    if weight.dim() != 3 or dispatch.use_triton(x) or x.dtype.itemsize < 4:
+        return swiglu(grouped_linear(x, weight, offsets))
+    gate, up = weight.unflatten(1, (-1, 2)).unbind(2)
+    return F.silu(grouped_linear(x, gate, offsets)) * grouped_linear(x, up, offsets)
+
+
 def grouped_experts(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
@@ -97,11 +119,11 @@ def grouped_experts(
         x: [n, W].
         experts: integers [n, k] in [0, E).
         weights: [n, k].
-        gate_up: [E, 2 * hidden, W].
+        gate_up: [E, 2 * hidden, W], of each expert rows of gate, up, gate, up and so on.
         down: [E, W, hidden].
     """
     routing = sort_by_expert(experts, gate_up.shape[0])
-    h = swiglu(grouped_linear(permute_tokens(x, routing), gate_up, routing.offsets))
+    h = grouped_linear_swiglu(permute_tokens(x, routing), gate_up, routing.offsets)
     return unpermute_tokens(grouped_linear(h, down, routing.offsets), weights, routing)
 
 
@@ -119,8 +141,7 @@ def grouped_experts_reference(
     out = torch.zeros_like(x)
     for e in range(gate_up.shape[0]):
         token, choice = (experts == e).nonzero(as_tuple=True)
-        gate, up = (x[token] @ gate_up[e].T).chunk(2, dim=-1)
-        y = (F.silu(gate) * up) @ down[e].T
+        y = linear_swiglu_reference(x[token], gate_up[e]) @ down[e].T
         out = out.index_add(0, token, y * weights[token, choice, None].to(y.dtype))
     return out
 
@@ -226,7 +247,7 @@ _sum_copies.register_autograd(_sum_copies_gradients, setup_context=_sum_copies_c
 
 @torch.library.custom_op("megamm::grouped_linear", mutates_args=())
 def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return _rows_product(x, weight.contiguous().transpose(1, 2), offsets)
+    return _rows_product(x, _packed(weight).transpose(1, 2), offsets)
 
 
 @_grouped_linear.register_fake
@@ -239,7 +260,7 @@ def _grouped_linear_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grad = grad.contiguous()
-    return _rows_product(grad, weight.contiguous(), offsets), _weight_gradient(grad, x, offsets)
+    return _rows_product(grad, _packed(weight), offsets), _weight_gradient(grad, x, offsets)
 
 
 @_grouped_linear_backward.register_fake
@@ -299,6 +320,11 @@ def _weight_gradient(grad, x, offsets):
     for rows, matrix in zip(_groups(offsets), out, strict=True):
         torch.mm(grad[rows].T, x[rows], out=matrix)
     return out
+
+
+def _packed(weight):
+    """Torch's grouped GEMM wants packed matrices; products on the CPU take every other row where it lies."""
+    return weight.contiguous() if weight.is_cuda else weight
 
 
 def _groups(offsets):

@@ -4,7 +4,7 @@ Both vectors are non-decreasing along a row, so a tile of queries needs one cont
 backward, a tile of keys one contiguous range of queries. Two int32 vectors thus stand for the mask of packed rows of
 documents, causal on text and bidirectional inside an image; no block mask is built and padding is an empty interval.
 
-What depends on the intervals alone is found once per batch and shared by all layers: the plan, whose type names the
+What depends on the intervals alone is found once per batch and shared by all layers: the mask, whose type names the
 backend. No backend is ever chosen in place of the one asked for:
 
     interval    our Triton flash attention (the tiling of arXiv 2307.08691), on CUDA
@@ -13,7 +13,7 @@ backend. No backend is ever chosen in place of the one asked for:
     sdpa        torch's attention over blocks of queries, exact, on every device
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 
@@ -26,7 +26,7 @@ if dispatch.HAS_TRITON:
 Backend = Literal["interval", "flex", "flex_flash", "flash", "sdpa"]
 
 
-class IntervalPlan(NamedTuple):
+class IntervalMask(NamedTuple):
     """The mask from both sides.
 
     Attributes:
@@ -40,7 +40,7 @@ class IntervalPlan(NamedTuple):
     query_hi: torch.Tensor
 
 
-AttentionPlan = IntervalPlan | flex.FlexPlan | flash.FlashPlan | sdpa.SdpaPlan
+AttentionMask = IntervalMask | flex.FlexMask | flash.FlashMask | sdpa.SdpaMask
 
 
 def default_backend(x: torch.Tensor) -> Backend:
@@ -48,51 +48,66 @@ def default_backend(x: torch.Tensor) -> Backend:
     return "interval" if dispatch.use_triton(x) else "sdpa"
 
 
-def attention_plan(
+def attention_mask(
     lo: torch.Tensor,
     hi: torch.Tensor,
     dtype: torch.dtype = torch.float32,
     backend: Backend = "sdpa",
     num_keys: int | None = None,
-) -> AttentionPlan:
+) -> AttentionMask:
     """Prepare a batch for :func:`interval_attention`.
 
     Args:
         lo, hi: integers [B, S], the interval of keys of each query, both ends included; hi < lo is empty. Both
-            are non-decreasing along the row, which is not checked: that would wait for the device.
+            are non-decreasing along the row, or gradients of keys and values are silently wrong. Checking it would
+            wait for the device, so it is done only with MEGAMM_CHECK_INTERVALS=1 in the environment.
         dtype: dtype of queries and keys.
         backend: who computes. ``sdpa`` and ``flash`` wait for the device here, the others do not.
         num_keys: keys of a row, by default as many as queries.
 
     Raises:
-        ValueError: unknown backend, shapes that differ, ``interval`` away from CUDA, or rows that the backend
-            cannot express (``flash``).
+        ValueError: unknown backend, shapes that differ, ``interval`` away from CUDA, rows that the backend cannot
+            express (``flash``), or intervals that decrease, if that is checked.
         ImportError: the backend's package is not installed; the message names it.
     """
     if lo.shape != hi.shape or lo.dim() != 2:
         raise ValueError(f"lo and hi must both be [B, S], not {list(lo.shape)} and {list(hi.shape)}")
+    if dispatch.check_intervals:
+        _check_order(lo=lo, hi=hi)
     num_keys = lo.shape[1] if num_keys is None else num_keys
     if backend == "interval":
-        return _interval_plan(lo, hi, num_keys)
+        return _interval_mask(lo, hi, num_keys)
     if backend in ("flex", "flex_flash"):
-        return flex.plan(lo, hi, num_keys, flash=backend == "flex_flash")
+        return flex.make_mask(lo, hi, num_keys, flash=backend == "flex_flash")
     if backend == "flash":
-        return flash.plan(lo, hi, dtype, num_keys)
+        return flash.make_mask(lo, hi, dtype, num_keys)
     if backend == "sdpa":
-        return sdpa.plan(lo, hi, dtype)
+        return sdpa.make_mask(lo, hi, dtype)
     raise ValueError(f"unknown attention backend {backend!r}; known are {', '.join(get_args(Backend))}")
 
 
+@overload
 def interval_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, return_lse: bool = False
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask, return_lse: Literal[False] = False
+) -> torch.Tensor: ...
+
+
+@overload
+def interval_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask, return_lse: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def interval_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask, return_lse: bool = False
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention over the plan's intervals; queries with an empty interval give zero.
+    """Scaled dot-product attention over the mask's intervals; queries with an empty interval give zero.
 
     Args:
         q: [B, S, H, D]. ``interval`` takes D up to 256, float16, bfloat16 and float32 (whose products use TF32
             where torch's matrix products do).
         k, v: [B, num_keys, Hkv, D]; Hkv divides H, and each head of keys serves H / Hkv consecutive query heads.
-        plan: from :func:`attention_plan`, for the same rows.
+        mask: from :func:`attention_mask`, for the same rows.
         return_lse: also return the log-sum-exp of the scaled scores, differentiable except with ``flash``.
 
     Returns:
@@ -106,14 +121,14 @@ def interval_attention(
         raise ValueError(f"q, k, v of shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} do not fit together")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{k.shape[2]} heads of keys do not divide {q.shape[2]} heads of queries")
-    if isinstance(plan, IntervalPlan):
-        out, lse = _interval_attend(q, k, v, plan)
-    elif isinstance(plan, flex.FlexPlan):
-        out, lse = flex.attend(q, k, v, plan, return_lse)
-    elif isinstance(plan, flash.FlashPlan):
-        out, lse = flash.attend(q, k, v, plan, return_lse)
+    if isinstance(mask, IntervalMask):
+        out, lse = _interval_attend(q, k, v, mask)
+    elif isinstance(mask, flex.FlexMask):
+        out, lse = flex.attend(q, k, v, mask, return_lse)
+    elif isinstance(mask, flash.FlashMask):
+        out, lse = flash.attend(q, k, v, mask, return_lse)
     else:
-        out, lse = sdpa.attend(q, k, v, plan, return_lse)
+        out, lse = sdpa.attend(q, k, v, mask, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -133,7 +148,17 @@ def interval_attention_reference(
     return (out, scores.logsumexp(-1).transpose(1, 2)) if return_lse else out
 
 
-def _interval_plan(lo: torch.Tensor, hi: torch.Tensor, num_keys: int) -> IntervalPlan:
+def _check_order(**bounds: torch.Tensor) -> None:
+    for name, bound in bounds.items():
+        for row, position in (bound.diff(dim=1) < 0).nonzero().tolist()[:1]:
+            before, after = bound[row, position : position + 2].tolist()
+            raise ValueError(
+                f"{name} falls from {before} to {after} at position {position + 1} of row {row}: "
+                "attention takes intervals that are non-decreasing along a row; sort the row's documents"
+            )
+
+
+def _interval_mask(lo: torch.Tensor, hi: torch.Tensor, num_keys: int) -> IntervalMask:
     """Turn the intervals around: key n is seen by the queries from the first with hi >= n to the last with lo <= n."""
     if not dispatch.use_triton(lo):
         raise ValueError(f"attention backend 'interval' runs on CUDA, not on {lo.device}: use backend 'sdpa' there")
@@ -141,18 +166,18 @@ def _interval_plan(lo: torch.Tensor, hi: torch.Tensor, num_keys: int) -> Interva
     keys = torch.arange(num_keys, device=lo.device, dtype=torch.int32).expand(lo.shape[0], -1).contiguous()
     query_lo = torch.searchsorted(hi, keys, out_int32=True)
     query_hi = torch.searchsorted(lo, keys, out_int32=True, right=True) - 1
-    return IntervalPlan(lo, hi, query_lo, query_hi)
+    return IntervalMask(lo, hi, query_lo, query_hi)
 
 
-def _interval_attend(q, k, v, plan):
-    if q.shape[1] != plan.lo.shape[1] or k.shape[1] != plan.query_lo.shape[1] or q.shape[0] != plan.lo.shape[0]:
+def _interval_attend(q, k, v, mask):
+    if q.shape[1] != mask.lo.shape[1] or k.shape[1] != mask.query_lo.shape[1] or q.shape[0] != mask.lo.shape[0]:
         raise ValueError(
-            f"the plan is for {plan.lo.shape[0]} rows of {plan.lo.shape[1]} queries and {plan.query_lo.shape[1]} keys, "
+            f"the mask is for {mask.lo.shape[0]} rows of {mask.lo.shape[1]} queries and {mask.query_lo.shape[1]} keys, "
             f"not for q {list(q.shape)} and k {list(k.shape)}"
         )
     if q.is_cuda and q.dtype == torch.float64:
         raise ValueError("attention backend 'interval' takes no float64 on CUDA: use 'sdpa'")
     if q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(f"attention backend 'interval' takes heads up to {MAX_HEAD_DIM} wide, not {q.shape[3]}")
-    out, lse = interval_attention_gpu(q, k, v, *plan)
+    out, lse = interval_attention_gpu(q, k, v, *mask)
     return out, lse.transpose(1, 2)

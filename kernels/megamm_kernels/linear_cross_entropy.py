@@ -9,7 +9,7 @@ ranks exchange two numbers per row, the log-sum-exp over their part and the labe
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,7 @@ def linear_cross_entropy(
         vocab_size: rows of the whole head; needed with ``process_group``.
         chunk_bytes: size of a chunk's logits on one rank; None: as suits the device.
 
-    All tensors may be DTensors on one mesh, and then need no ``process_group``: over a mesh dimension that shards the
+    All tensors may be DTensors on one mesh, and then need no ``process_group``: over a mesh axis that shards the
     head's rows the head is vocabulary-parallel; over another that shards rows of ``x``, each rank takes the labels of
     its own rows, without ``label_index``, and losses and sums are partial. All else is gathered first.
 
@@ -85,12 +85,15 @@ def linear_cross_entropy(
     """
     _check(x, weight, targets, group, num_groups)
     if hasattr(x, "device_mesh"):  # a DTensor, whose module takes a second to import
-        from megamm_kernels.sharding import linear_cross_entropy_of_shards
+        from megamm_kernels.head_shards import global_results, local_arguments
 
         if process_group is not None:
             raise ValueError("DTensors carry their process group: process_group must be None")
-        given = x, weight, targets, label_index, group
-        return linear_cross_entropy_of_shards(*given, num_groups=num_groups, z_loss=z_loss, chunk_bytes=chunk_bytes)
+        given: Any = (x, weight, targets, label_index, group)
+        arguments, part = local_arguments(*given)
+        options: dict[str, Any] = {"num_groups": num_groups, "z_loss": z_loss, "chunk_bytes": chunk_bytes, **part}
+        out = linear_cross_entropy(*arguments, **options)
+        return LinearCrossEntropyOutput(*global_results(out, *given[:2]))
     if process_group is not None and vocab_size is None:
         raise ValueError("a head spread over process_group needs vocab_size, the rows of the whole head")
     if label_index is None:
@@ -175,15 +178,15 @@ def _linear_cross_entropy(
         grad_x = torch.empty(num_labels, x.shape[1], dtype=x.dtype, device=x.device)
         make = torch.empty if num_labels else torch.zeros
         grad_weight = make(weight.shape, dtype=_wide(weight.dtype), device=x.device)
-    combine, columns = None, weight.shape[0]
+    combine, columns, ranks = None, weight.shape[0], None
     if process_group:
-        process_group = _resolve_process_group(process_group)
-        columns = -(-vocab_size // process_group.size())  # ranks must agree on the chunks, whatever they hold
+        ranks = _resolve_process_group(process_group)  # type: ignore[arg-type]  # a name is a str at run time
+        columns = -(-vocab_size // ranks.size())  # ranks must agree on the chunks, whatever they hold
     rows = _chunk_rows(num_labels, columns, x, chunk_bytes)
     for start in range(0, num_labels, rows):
         part = slice(start, start + rows)
         if process_group:
-            combine = partial(_combine, labels[part] < vocab_size - vocab_start, process_group)
+            combine = partial(_combine, labels[part] < vocab_size - vocab_start, ranks)
         x_part = x.index_select(0, label_index[part])
         logits = x_part @ head.T
         nll[part], lse[part], grad_logits = _chunk_losses(logits, labels[part], z_loss, needs_grad, combine)
@@ -196,7 +199,7 @@ def _linear_cross_entropy(
     if not needs_grad:
         return nll.sum() + z, nll, z, x.new_empty(0), weight.new_empty(0)
     if process_group:
-        dist.all_reduce(grad_x, group=process_group)
+        dist.all_reduce(grad_x, group=ranks)
     grad_x = torch.zeros_like(x).index_copy_(0, label_index, grad_x)
     return nll.sum() + z, nll, z, grad_x, grad_weight
 

@@ -1,8 +1,10 @@
 """RMS norm of queries and keys, then rotary position embedding (Su et al. 2021, arXiv 2104.09864), in one pass.
 
 QK-norm keeps attention scores bounded (Henry et al. 2020, arXiv 2010.04245; Dehghani et al. 2023, arXiv
-2302.05442). The norm is taken per head, or over the full width of all heads (as in OLMo 2).
+2302.05442). The norm is taken within a head, so that a slice of the heads is an attention of its own.
 """
+
+from collections.abc import Callable
 
 import torch
 
@@ -10,7 +12,7 @@ from megamm_kernels import dispatch
 from megamm_kernels.rms_norm import at_least_float32, normalise, normalise_backward
 
 if dispatch.HAS_TRITON:
-    from megamm_kernels.gpu.qk_norm_rope import qk_norm_rope_gpu
+    from megamm_kernels.gpu.qk_norm_rope import qk_norm_rope_backward_gpu, qk_norm_rope_gpu
 
 
 def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,79 +43,83 @@ def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[to
 
 
 def qk_norm_rope(
-    qk: torch.Tensor,
-    weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-    query_heads: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalise queries and keys to unit RMS, scale by ``weight`` and rotate by position.
+    qkv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalise queries and keys to unit RMS, scale by ``weight`` and rotate by position; pass the values through.
 
     The first half of a head's entries pairs with the second half (the "rotate half" layout of GPT-NeoX
-    and Llama checkpoints). Statistics are float32 at least.
+    and Llama checkpoints). Statistics are float32 at least. The gradient is one tensor of the shape of ``qkv``.
 
     Args:
-        qk: [B, L, Hq + Hk, D], query heads first; or [B, L, 2, H, D]. A slice of a wider qkv tensor is read
-            where it lies.
-        weight: [2, D], one scale for queries and one for keys: the norm is taken per head; or [Hq + Hk, D]: the
-            norm is taken over all heads of the queries, and over all of the keys.
+        qkv: [B, L, G, R + 2, D], of each of the G groups R heads of queries, one of keys and one of values (R = 1:
+            multi-head attention); read where it lies, whatever its strides.
+        weight: [2, D], one scale for queries and one for keys, of any floating dtype.
         cos, sin: [B or 1, L, 1, D / 2] from :func:`rope_table`.
-        eps: added to the mean square.
-        query_heads: Hq; half of the heads by default.
+        eps: added to the mean square of a head.
 
     Returns:
-        q [B, L, Hq, D], k [B, L, Hk, D], dtype of ``qk``.
+        q [B, L, G * R, D], whose head h belongs to group h // R; k [B, L, G, D]; v [B, L, G, D], a view of ``qkv``.
+        All in the dtype of ``qkv``.
 
     Raises:
         ValueError: shapes do not fit.
     """
-    qk = qk.flatten(2, 3) if qk.ndim == 5 else qk
-    query_heads = qk.shape[2] // 2 if query_heads is None else query_heads
-    _check(qk, weight, cos, sin, query_heads)
-    if dispatch.use_triton(qk):
-        return qk_norm_rope_gpu(qk, weight, cos, sin, eps, query_heads)[:2]
-    heads = (query_heads, qk.shape[2] - query_heads)
-    full_width = len(weight) != 2
-    if not full_width:
-        weight = torch.cat([w.expand(n, -1) for w, n in zip(weight, heads, strict=True)])
-    return _QKNormRope.apply(qk, weight, cos, sin, eps, heads, full_width)
+    _check(qkv, weight, cos, sin)
+    return _QKNormRope.apply(qkv, weight, cos, sin, eps)
 
 
 def qk_norm_rope_reference(
-    qk: torch.Tensor,
-    weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-    query_heads: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, in the dtype of ``qk``."""
-    qk = qk.flatten(2, 3) if qk.ndim == 5 else qk
-    query_heads = qk.shape[2] // 2 if query_heads is None else query_heads
-    heads = (query_heads, qk.shape[2] - query_heads)
-    dims = -1 if len(weight) == 2 else (-2, -1)
-    cos, sin = cos.to(qk.dtype), sin.to(qk.dtype)
+    qkv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The definition, in the dtype of ``qkv``."""
+    cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
 
     def norm_rope(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        normed = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps) * scale.to(x.dtype)
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale.to(x.dtype)
         first, second = normed.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
-    q, k = qk.split(heads, dim=2)
-    q_scale, k_scale = weight.split((1, 1) if len(weight) == 2 else heads)
-    return norm_rope(q, q_scale), norm_rope(k, k_scale)
+    queries, keys, values = qkv.split((qkv.shape[3] - 2, 1, 1), dim=3)
+    return norm_rope(queries.flatten(2, 3), weight[0]), norm_rope(keys.squeeze(3), weight[1]), values.squeeze(3)
 
 
-def _check(qk: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, query_heads: int) -> None:
-    batch, length, heads, dim = qk.shape
-    if weight.shape not in ((2, dim), (heads, dim)):
-        raise ValueError(f"weight is {list(weight.shape)}: want [2, {dim}] (per head) or [{heads}, {dim}] (full width)")
-    if not 0 < query_heads < heads:
-        raise ValueError(f"query_heads is {query_heads} of {heads} heads: both queries and keys need one")
+def _check(qkv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    if qkv.ndim != 5 or qkv.shape[3] < 3 or qkv.shape[4] % 2:
+        raise ValueError(f"qkv is {list(qkv.shape)}: want [B, L, groups, query heads of a group + 2, even head width]")
+    batch, length, _, _, dim = qkv.shape
+    if weight.shape != (2, dim):
+        raise ValueError(f"weight is {list(weight.shape)}: want [2, {dim}], a scale of queries and one of keys")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape not in ((batch, length, 1, dim // 2), (1, length, 1, dim // 2)):
             raise ValueError(f"{name} is {list(table.shape)}: want [{batch} or 1, {length}, 1, {dim // 2}]")
+
+
+class _QKNormRope(torch.autograd.Function):
+    """Keeps the input and the reciprocal norms, and recomputes the rest in the backward.
+
+    Values pass through, so that the gradients of all three parts are written into one tensor, once.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, weight, cos, sin, eps):
+        ctx.set_materialize_grads(False)  # autograd's zeros are no DTensors
+        forward = qk_norm_rope_gpu if dispatch.use_triton(qkv) else _forward
+        q, k, scale = forward(qkv, weight, cos, sin, eps)
+        ctx.save_for_backward(qkv, weight, cos, sin, scale)
+        return q, k, qkv.select(3, -1)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        qkv, *others = ctx.saved_tensors
+        parts = _parts(qkv)
+        given = [torch.zeros_like(part.flatten(2, 3)) if g is None else g for g, part in zip(grads, parts, strict=True)]
+        backward: Callable = qk_norm_rope_backward_gpu if dispatch.use_triton(qkv) else _backward
+        return *backward(*given, qkv, *others), None, None, None
+
+
+def _parts(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [B, L, G, R, D], keys and values [B, L, G, 1, D]."""
+    return qkv.split((qkv.shape[3] - 2, 1, 1), dim=3)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -122,36 +128,30 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat(((first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)), dim=-1)
 
 
-def _mean_over(groups: tuple[int, int] | None):
-    """The mean of [B, L, H, D] over each head, or over each group of heads; it broadcasts against its input."""
-
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        per_head = x.mean(-1, keepdim=True)
-        if groups is None:
-            return per_head
-        return torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in per_head.split(groups, dim=2)], dim=2)
-
-    return mean
+def _angles(cos: torch.Tensor, sin: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of :func:`rope_table` for tensors [B, L, G, heads, D]."""
+    return cos.to(like.dtype).unsqueeze(2), sin.to(like.dtype).unsqueeze(2)
 
 
-class _QKNormRope(torch.autograd.Function):
-    """The CPU path: keeps the input and the reciprocal norms, and recomputes the rest in the backward."""
+def _forward(qkv, weight, cos, sin, eps):
+    """The CPU path: q, k and the reciprocal norms [B, L, G, R + 1, 1]."""
+    rotated, scales = [], []
+    for part, part_weight in zip(_parts(qkv)[:2], weight, strict=True):  # one pass over both would be slower
+        x = at_least_float32(part)
+        normed, scale = normalise(x, part_weight, eps)
+        rotated.append(_rotate(normed, *_angles(cos, sin, x)).to(qkv.dtype).flatten(2, 3))
+        scales.append(scale)
+    return *rotated, torch.cat(scales, dim=3)
 
-    @staticmethod
-    def forward(ctx, qk, weight, cos, sin, eps, heads, full_width):
-        x = at_least_float32(qk)
-        ctx.heads, ctx.mean = heads, _mean_over(heads if full_width else None)
-        normed, scale = normalise(x, weight, eps, ctx.mean)
-        ctx.set_materialize_grads(False)  # autograd's zeros are no DTensors
-        ctx.save_for_backward(qk, weight, cos, sin, scale)
-        return _rotate(normed, cos.to(x.dtype), sin.to(x.dtype)).to(qk.dtype).split(heads, dim=2)
 
-    @staticmethod
-    def backward(ctx, *grads):
-        qk, weight, cos, sin, scale = ctx.saved_tensors
-        parts = zip(grads, qk.split(ctx.heads, dim=2), strict=True)
-        grad = torch.cat([torch.zeros_like(part) if grad is None else grad for grad, part in parts], dim=2)
-        x, grad = at_least_float32(qk), at_least_float32(grad)
-        grad = _rotate(grad, cos.to(x.dtype), -sin.to(x.dtype))
-        grad_qk, grad_weight = normalise_backward(grad, x, weight, scale, ctx.mean)
-        return grad_qk.to(qk.dtype), grad_weight.sum((0, 1)).to(weight.dtype), *[None] * 5
+def _backward(grad_q, grad_k, grad_v, qkv, weight, cos, sin, scale):
+    """The CPU path: gradients of qkv and weight."""
+    scales = scale.split((qkv.shape[3] - 2, 1), dim=3)
+    grads, grad_weights = [], []
+    for part, part_weight, part_scale, grad in zip(_parts(qkv)[:2], weight, scales, (grad_q, grad_k), strict=True):
+        x, grad = at_least_float32(part), at_least_float32(grad).unflatten(2, part.shape[2:4])
+        cosines, sines = _angles(cos, sin, x)
+        grad_x, grad_weight = normalise_backward(_rotate(grad, cosines, -sines), x, part_weight, part_scale)
+        grads.append(grad_x.to(qkv.dtype))
+        grad_weights.append(grad_weight.sum((0, 1, 2, 3)))
+    return torch.cat((*grads, grad_v.unsqueeze(3)), dim=3), torch.stack(grad_weights).to(weight.dtype)

@@ -1,7 +1,5 @@
 """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4), alone or after the addition to a residual stream."""
 
-from collections.abc import Callable
-
 import torch
 
 from megamm_kernels import dispatch
@@ -81,25 +79,19 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _row_mean(x: torch.Tensor) -> torch.Tensor:
-    return x.mean(-1, keepdim=True)
-
-
-def normalise(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, mean: Callable = _row_mean
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the normalised and scaled ``x``, and the reciprocal norm (of the shape of ``mean(x)``)."""
-    scale = torch.rsqrt(mean(x.square()) + eps)
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the normalised and scaled ``x`` [..., W], and the reciprocal norms [..., 1]."""
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return (x * scale).mul_(weight.to(x.dtype)), scale
 
 
 def normalise_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, mean: Callable = _row_mean
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of :func:`normalise` with respect to ``x`` and (not yet summed over rows) ``weight``."""
     unit = x * scale
     grad_unit = grad * weight.to(x.dtype)
-    dot = mean(grad_unit * unit)
+    dot = (grad_unit * unit).mean(-1, keepdim=True)
     return grad_unit.addcmul_(unit, dot, value=-1).mul_(scale), unit.mul_(grad)
 
 

@@ -2,20 +2,21 @@
 
 What may be sharded without communication:
 
-- norms and SwiGLU: any dimension but the last (sequence parallelism, for one, shards the residual stream over
-  positions);
-- attention: rows, the plan with them, or heads, the plan replicated;
-- QK-norm and RoPE: rows or positions, cos and sin with them;
+- norms: any dimension but the last (sequence parallelism, for one, shards the residual stream over positions);
+- SwiGLU: any dimension, the last by equal numbers of pairs; the product before it: rows, or pairs of the weight;
+- attention: rows, the mask with them, or heads, the mask replicated;
+- QK-norm and RoPE: rows or positions, cos and sin with them, or groups of heads;
 - multimodal embedding: the width of table, features and projection, or the positions of a batch without images;
 - experts: the outputs or the inputs of each expert's matrix, the width of tokens; copies may be partial sums;
-- linear cross entropy: rows, or the head's vocabulary.
+- linear cross entropy: rows, or the head's vocabulary (head_shards.py: local shards need to know their process group,
+  which a rule cannot say).
 
-Anything else is redistributed to the nearest of these. Weights of norms are replicated. A weight's gradient comes back
-as a partial sum of each rank where rows are sharded, as that of any layer in front of a reduction does.
+Anything else is redistributed to the nearest of these, except that plain torch refuses pairs of gate and up that are
+sharded unevenly. Weights of norms are replicated. A weight's gradient comes back as a partial sum of each rank where
+rows are sharded, as that of any layer in front of a reduction does.
 
 Not expressible, so gathered first:
 
-- heads of the joint queries and keys: an equal slice of them holds unequal shares of the two;
 - rows and positions of a batch with images, and tokens of experts: their indices count over the whole batch;
 - experts: the place of a rank's rows depends on how many tokens the experts before it got;
 - the vocabulary of an embedding table: the kernels do not skip the rows of other ranks.
@@ -25,11 +26,10 @@ need none.
 """
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from megamm_kernels import dispatch
-from megamm_kernels.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
 
 
 def _row_placements(ndim: int) -> list:
@@ -59,14 +59,20 @@ def rms_norm_backward_rule(grad, grad_total, x, weight, scale):
     ]
 
 
+def _pair_placements(gate_up) -> list:
+    """Placements of [..., 2 * hidden] that keep gate and up of an entry together."""
+    hidden = gate_up.shape[-1] // 2
+    return _row_placements(gate_up.ndim) + [Shard(gate_up.ndim - 1)] * (hidden % gate_up.mesh.size() == 0)
+
+
 def swiglu_rule(gate_up):
     """out <- gate_up."""
-    return [([p], [p]) for p in _row_placements(gate_up.ndim)]
+    return [([p], [p]) for p in _pair_placements(gate_up)]
 
 
 def swiglu_backward_rule(grad, gate_up):
     """grad_gate_up <- (grad, gate_up)."""
-    return [([p], [p, p]) for p in _row_placements(gate_up.ndim)]
+    return [([p], [p, p]) for p in _pair_placements(gate_up)]
 
 
 def _attention_placements(k) -> list[tuple]:
@@ -77,7 +83,7 @@ def _attention_placements(k) -> list[tuple]:
     return found
 
 
-def interval_attention_rule(q, k, v, *plan):
+def interval_attention_rule(q, k, v, *mask):
     """(out, lse) <- (q, k, v, lo, hi, query_lo, query_hi)."""
     return [([x, stat], [x] * 3 + [interval] * 4) for x, stat, interval in _attention_placements(k)]
 
@@ -90,25 +96,24 @@ def interval_attention_backward_rule(grad, grad_lse, q, k, *others):
     ]
 
 
-def _sequence_placements(qk, cos, sin) -> list[tuple]:
-    """Placements of [B, L, ...], of cos and of sin that go together.
-
-    None over heads: equal slices of the joint heads are not equal shares of the queries and of the keys.
-    """
-    found = [(Replicate(), Replicate(), Replicate()), (Shard(1), Shard(1), Shard(1))]
-    if qk.shape[0] > 1:
+def _qkv_placements(qkv, cos, sin) -> list[tuple]:
+    """Placements of [B, L, G, ...], of cos and of sin that go together."""
+    found: list[tuple] = [(Replicate(), Replicate(), Replicate()), (Shard(1), Shard(1), Shard(1))]
+    if qkv.shape[0] > 1:
         found.append((Shard(0), *(Replicate() if table.shape[0] == 1 else Shard(0) for table in (cos, sin))))
+    if qkv.shape[2] % qkv.mesh.size() == 0:  # or heads and groups would be cut at different places
+        found.append((Shard(2), Replicate(), Replicate()))
     return found
 
 
-def qk_norm_rope_rule(qk, weight, cos, sin, eps, query_heads):
-    """(q, k, scale) <- (qk, weight, cos, sin, eps, query_heads)."""
-    return [([p] * 3, [p, Replicate(), c, s, None, None]) for p, c, s in _sequence_placements(qk, cos, sin)]
+def qk_norm_rope_rule(qkv, weight, cos, sin, eps):
+    """(q, k, scale) <- (qkv, weight, cos, sin, eps)."""
+    return [([p] * 3, [p, Replicate(), c, s, None]) for p, c, s in _qkv_placements(qkv, cos, sin)]
 
 
-def qk_norm_rope_backward_rule(grad_q, grad_k, qk, weight, cos, sin, scale):
-    """(grad_qk, grad_weight) <- (grad_q, grad_k, qk, weight, cos, sin, scale)."""
-    return [([p, _summed(p)], [p, p, p, Replicate(), c, s, p]) for p, c, s in _sequence_placements(qk, cos, sin)]
+def qk_norm_rope_backward_rule(grad_q, grad_k, grad_v, qkv, weight, cos, sin, scale):
+    """(grad_qkv, grad_weight) <- (grad_q, grad_k, grad_v, qkv, weight, cos, sin, scale)."""
+    return [([p, _summed(p)], [p, p, p, p, Replicate(), c, s, p]) for p, c, s in _qkv_placements(qkv, cos, sin)]
 
 
 def multimodal_embedding_rule(tokens, table, features, feature_index, dtype):
@@ -191,53 +196,6 @@ def grouped_linear_backward_rule(grad, x, weight, offsets):
         ([Partial(), Shard(1)], [Shard(1), whole, Shard(1), whole]),
         ([Shard(1), Shard(2)], [whole, Shard(1), Shard(2), whole]),
     ]
-
-
-def linear_cross_entropy_of_shards(
-    x: DTensor,
-    weight: DTensor,
-    targets: DTensor,
-    label_index: DTensor | None = None,
-    group: DTensor | None = None,
-    **options,
-) -> LinearCrossEntropyOutput:
-    """What ``linear_cross_entropy`` does with DTensors.
-
-    A rule cannot say it: local shards need to know their process group, and row numbers count from the first row.
-    """
-    mesh = weight.device_mesh
-    vocab_dim = _vocabulary_dimension(weight)
-    head = [Shard(0) if dim == vocab_dim else Replicate() for dim in range(mesh.ndim)]
-    rows = [Shard(0) if p == Shard(0) and dim != vocab_dim else Replicate() for dim, p in enumerate(x.placements)]
-    partial = [_summed(p) for p in rows]
-    if Shard(0) in rows:
-        label_index = None
-    if vocab_dim is not None:
-        process_group, size = mesh.get_group(vocab_dim), weight.shape[0]
-        start = mesh.get_local_rank(vocab_dim) * -(-size // mesh.size(vocab_dim))
-        options |= {"process_group": process_group, "vocab_start": start, "vocab_size": size}
-
-    def local(t, placements, grad_placements=None):
-        return None if t is None else t.redistribute(mesh, placements).to_local(grad_placements=grad_placements)
-
-    out = linear_cross_entropy(
-        local(x, rows, rows),
-        local(weight, head, [Partial() if p.is_shard() else q for p, q in zip(rows, head, strict=True)]),
-        local(targets, rows),
-        local(label_index, [Replicate()] * mesh.ndim),
-        local(group, rows),
-        **options,
-    )
-    return LinearCrossEntropyOutput(*(DTensor.from_local(t, mesh, partial, run_check=False) for t in out))
-
-
-def _vocabulary_dimension(weight: DTensor) -> int | None:
-    """The innermost mesh dimension that shards the rows of a head, unless it leaves a rank without any."""
-    for dim in reversed(range(weight.device_mesh.ndim)):
-        ranks = weight.device_mesh.size(dim)
-        if weight.placements[dim] == Shard(0) and -(-weight.shape[0] // ranks) * (ranks - 1) < weight.shape[0]:
-            return dim
-    return None
 
 
 _RULES = {

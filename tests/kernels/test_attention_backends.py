@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from megamm_kernels import attention_plan, dispatch, interval_attention
+from megamm_kernels import attention_mask, dispatch, interval_attention
 from megamm_kernels.attention_backends import flex
 from megamm_kernels.interval_attention import interval_attention_reference
 from rows import intervals
@@ -35,7 +35,7 @@ def test_flex_gives_the_same_numbers(rows, block, monkeypatch):
     monkeypatch.setattr(flex, "BLOCK", block)
     lo, hi = batch(rows)
     inputs = qkv()
-    out, lse = interval_attention(*inputs, attention_plan(lo, hi, backend="flex"), return_lse=True)
+    out, lse = interval_attention(*inputs, attention_mask(lo, hi, backend="flex"), return_lse=True)
     want, want_lse = interval_attention_reference(*inputs, lo, hi, return_lse=True)
     torch.testing.assert_close(out, want, atol=1e-12, rtol=0)
     torch.testing.assert_close(lse, want_lse, atol=1e-12, rtol=0)
@@ -48,7 +48,7 @@ def test_flex_compiles_to_one_graph_for_all_rows():
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (TEXT, MIXED):
             lo, hi = batch(rows)
-            out = compiled(*inputs, attention_plan(lo, hi, backend="flex"))
+            out = compiled(*inputs, attention_mask(lo, hi, backend="flex"))
             torch.testing.assert_close(out, interval_attention_reference(*inputs, lo, hi), atol=1e-12, rtol=0)
 
 
@@ -72,7 +72,7 @@ def test_blocks_of_flex_match_the_dense_mask(num_keys):
 def test_backends_on_a_gpu_match_the_definition(backend):
     lo, hi = (x.cuda() for x in batch(MIXED))
     inputs = [F.pad(x, (0, 8)).float().cuda().requires_grad_() for x in qkv()]
-    out = interval_attention(*inputs, attention_plan(lo, hi, backend=backend))
+    out = interval_attention(*inputs, attention_mask(lo, hi, backend=backend))
     wide = [x.detach().double().requires_grad_() for x in inputs]
     want = interval_attention_reference(*wide, lo, hi)
     torch.testing.assert_close(out.double(), want, atol=5e-5, rtol=0)
@@ -85,8 +85,9 @@ def test_backends_on_a_gpu_match_the_definition(backend):
 def fake_flash_attn(monkeypatch):
     """A stand-in for the package: the contract of its varlen function in plain torch."""
 
-    def flash_attn_varlen_func(q, k, v, starts, key_starts, longest, longest_key, *, causal, deterministic,
-                               return_attn_probs):  # fmt: skip
+    def flash_attn_varlen_func(
+        q, k, v, starts, key_starts, longest, longest_key, *, causal, deterministic, return_attn_probs
+    ):
         assert torch.equal(starts, key_starts) and starts.dtype == torch.int32 and deterministic
         assert int(starts.diff().max()) == longest == longest_key
         outs, lses = [], []
@@ -109,14 +110,14 @@ def fake_flash_attn(monkeypatch):
 def test_flash_gives_the_same_numbers(rows, fake_flash_attn):
     lo, hi = batch(rows)
     inputs = qkv(torch.float16, requires_grad=True)
-    plan = attention_plan(lo, hi, torch.float16, "flash")
-    assert plan.causal == (rows is TEXT)
-    out, lse = interval_attention(*inputs, plan, return_lse=True)
+    mask = attention_mask(lo, hi, torch.float16, "flash")
+    assert mask.causal == (rows is TEXT)
+    out, lse = interval_attention(*inputs, mask, return_lse=True)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     want, want_lse = interval_attention_reference(*wide, lo, hi, return_lse=True)
     torch.testing.assert_close(out.double(), want, atol=2e-3, rtol=0)
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=0)
-    assert torch.equal(interval_attention(*inputs, plan), out)
+    assert torch.equal(interval_attention(*inputs, mask), out)
     grads = torch.autograd.grad(out.float().sum(), inputs), torch.autograd.grad(want.sum(), wide)
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got.double(), expected, atol=2e-2, rtol=0)
@@ -125,41 +126,41 @@ def test_flash_gives_the_same_numbers(rows, fake_flash_attn):
 def test_flash_says_why_it_refuses(fake_flash_attn):
     lo, hi = batch(MIXED)
     with pytest.raises(ValueError, match=r"images among text.*'interval'"):
-        attention_plan(lo, hi, torch.bfloat16, "flash")
+        attention_mask(lo, hi, torch.bfloat16, "flash")
     with pytest.raises(ValueError, match="from the start of their document"):
-        attention_plan(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 2]]), torch.bfloat16, "flash")
+        attention_mask(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 2]]), torch.bfloat16, "flash")
     with pytest.raises(ValueError, match=r"float16 and bfloat16, not torch\.float32"):
-        attention_plan(lo, hi, torch.float32, "flash")
+        attention_mask(lo, hi, torch.float32, "flash")
     with pytest.raises(ValueError, match="as many keys as queries"):
-        attention_plan(lo, hi, torch.bfloat16, "flash", num_keys=99)
+        attention_mask(lo, hi, torch.bfloat16, "flash", num_keys=99)
 
 
 @pytest.mark.parametrize(("backend", "package"), [("flash", "flash-attn"), ("flex_flash", "flash-attn-4")])
 def test_missing_packages_are_named(backend, package, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ImportError, match=f"'{backend}' needs the package {package}:"):
-        attention_plan(*batch(TEXT), torch.bfloat16, backend)
+        attention_mask(*batch(TEXT), torch.bfloat16, backend)
 
 
 def test_what_cannot_run_is_an_error_and_never_replaced(monkeypatch):
     lo, hi = batch(TEXT)
     with pytest.raises(ValueError, match=r"runs on CUDA, not on cpu.*'sdpa'"):
-        attention_plan(lo, hi, backend="interval")
+        attention_mask(lo, hi, backend="interval")
     with pytest.raises(ValueError, match=r"unknown attention backend 'fast'; known are interval, flex"):
-        attention_plan(lo, hi, backend="fast")
+        attention_mask(lo, hi, backend="fast")
     with pytest.raises(ValueError, match=r"both be \[B, S\]"):
-        attention_plan(lo, hi[0])
-    plan = attention_plan(lo, hi, torch.float64)
+        attention_mask(lo, hi[0])
+    mask = attention_mask(lo, hi, torch.float64)
     q, k, v = qkv()
     with pytest.raises(ValueError, match="do not fit together"):
-        interval_attention(q, k, v[:, 1:], plan)
+        interval_attention(q, k, v[:, 1:], mask)
     with pytest.raises(ValueError, match="2 heads of keys do not divide 3"):
-        interval_attention(q[:, :, :3], k, v, plan)
+        interval_attention(q[:, :, :3], k, v, mask)
     if not dispatch.HAS_TRITON:
         return
     monkeypatch.setattr(dispatch, "interpret", True)
-    plan = attention_plan(lo, hi, backend="interval")
-    with pytest.raises(ValueError, match=r"the plan is for 3 rows of 37 queries and 37 keys"):
-        interval_attention(q[:, 1:], k, v, plan)
+    mask = attention_mask(lo, hi, backend="interval")
+    with pytest.raises(ValueError, match=r"the mask is for 3 rows of 37 queries and 37 keys"):
+        interval_attention(q[:, 1:], k, v, mask)
     with pytest.raises(ValueError, match="up to 256 wide, not 264"):
-        interval_attention(*(x.repeat(1, 1, 1, 33) for x in (q, k, v)), plan)
+        interval_attention(*(x.repeat(1, 1, 1, 33) for x in (q, k, v)), mask)

@@ -6,6 +6,7 @@ from megamm_kernels import (
     dispatch,
     grouped_experts,
     grouped_linear,
+    grouped_linear_swiglu,
     permute_tokens,
     sort_by_expert,
     unpermute_tokens,
@@ -130,6 +131,8 @@ def test_float32_weights_and_strided_inputs(device):
 def test_errors_name_the_shapes():
     with pytest.raises(ValueError, match=r"do not fit: \(4, 3\), \(2, 5, 4\), \(2,\)"):
         grouped_linear(torch.ones(4, 3), torch.ones(2, 5, 4), torch.tensor([1, 4], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"\[2, 5, 3\]: want \[E, 2 \* hidden, W\]"):
+        grouped_linear_swiglu(torch.ones(4, 3), torch.ones(2, 5, 3), torch.tensor([1, 4], dtype=torch.int32))
 
 
 # ---- whole ----------------------------------------------------------------------------------------------
@@ -147,8 +150,23 @@ def test_experts_match_the_loop(device, tokens, k, num_experts):
     compare(
         lambda x, *rest: grouped_experts(x, experts, *rest),
         lambda x, *rest: grouped_experts_reference(x, experts, *rest),
-        leaves, torch.float64,
-    )  # fmt: skip
+        leaves,
+        torch.float64,
+    )
+
+
+def test_gate_and_up_of_an_expert_stand_side_by_side(device):
+    """Written out, and a slice of the pairs is a share of every expert."""
+    experts, (x, weights, gate_up, down) = moe(7, 2, 3, 8, 6, torch.float64, device)
+    got = grouped_experts(x, experts, weights, gate_up, down)
+    gate, up = x @ gate_up[:, ::2].mT, x @ gate_up[:, 1::2].mT  # [E, n, hidden]
+    every = (torch.nn.functional.silu(gate) * up) @ down.mT
+    chosen = every.transpose(0, 1).gather(1, experts[..., None].expand(-1, -1, 8))
+    torch.testing.assert_close(got, (chosen * weights[..., None]).sum(1))
+    shares = [
+        grouped_experts(x, experts, weights, gate_up[:, 2 * a : 2 * b], down[..., a:b]) for a, b in ((0, 2), (2, 6))
+    ]
+    torch.testing.assert_close(sum(shares), got)
 
 
 def test_gradcheck(device):

@@ -1,10 +1,12 @@
 """Interval attention against its definition in float64, forward and backward."""
 
+import runpy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_as_accurate, assert_matches, assert_repeats, poison_outputs, skip_bf16_under_interpreter
-from megamm_kernels import attention_plan, default_backend, dispatch, interval_attention
+from megamm_kernels import attention_mask, default_backend, dispatch, interval_attention
 from megamm_kernels.attention_backends import sdpa
 from megamm_kernels.interval_attention import interval_attention_reference as reference
 from rows import intervals
@@ -53,8 +55,8 @@ def check(attend, qkv, lo, hi):
 
 def by_default(lo, hi, dtype=None, num_keys=None):
     """The attention that runs where the intervals are."""
-    plan = attention_plan(lo, hi, dtype or exact_dtype(lo.device), default_backend(lo), num_keys)
-    return lambda q, k, v: interval_attention(q, k, v, plan, return_lse=True)
+    mask = attention_mask(lo, hi, dtype or exact_dtype(lo.device), default_backend(lo), num_keys)
+    return lambda q, k, v: interval_attention(q, k, v, mask, return_lse=True)
 
 
 @BY_BATCH
@@ -92,8 +94,14 @@ def test_heads_are_cut_into_powers_of_two():
     from megamm_kernels.gpu.interval_attention import MAX_HEAD_DIM, parts
 
     assert [parts(d) for d in (8, 16, 48, 64, 80, 96, 128)] == [
-        (16, 0), (16, 0), (32, 16), (64, 0), (64, 16), (64, 32), (128, 0)
-    ]  # fmt: skip
+        (16, 0),
+        (16, 0),
+        (32, 16),
+        (64, 0),
+        (64, 16),
+        (64, 32),
+        (128, 0),
+    ]
     for d in range(1, MAX_HEAD_DIM + 1):
         main, rest = parts(d)
         assert main in (16, 32, 64, 128, 256) and rest in (0, 16, 32, 64) and d <= main + rest < max(17, 2 * d)
@@ -143,11 +151,35 @@ def test_the_key_side_of_the_plan_is_the_transposed_mask(device):
     if not dispatch.use_triton(torch.empty(0, device=device)):
         pytest.skip("a matter of the Triton kernels")
     lo, hi = batch(list(ROWS.values()), LENGTH, device)
-    plan = attention_plan(lo, hi, backend="interval")
+    mask = attention_mask(lo, hi, backend="interval")
     m, n = torch.arange(LENGTH, device=device)[:, None], torch.arange(LENGTH, device=device)
     by_query = (lo[..., None] <= n) & (n <= hi[..., None])
-    by_key = (plan.query_lo[:, None] <= m) & (m <= plan.query_hi[:, None])
+    by_key = (mask.query_lo[:, None] <= m) & (m <= mask.query_hi[:, None])
     assert torch.equal(by_query, by_key)
+
+
+def test_intervals_that_decrease_are_an_error_where_that_is_checked(device, monkeypatch):
+    lo, hi = batch([ROWS[name] for name in ("odd lengths", "all padding")], LENGTH, device)
+    monkeypatch.setattr(dispatch, "check_intervals", True)
+    by_default(lo, hi)  # rows as they are packed pass
+    for name, position, message in (
+        ("lo", 24, "lo falls from 23 to 22 at position 24 of row 0"),
+        ("hi", 25, "hi falls from 24 to 0 at position 25 of row 0"),
+    ):
+        wrong = {"lo": lo.clone(), "hi": hi.clone()}
+        wrong[name][0, position] = int(message.split()[5])
+        with pytest.raises(ValueError, match=message):
+            by_default(**wrong)
+    monkeypatch.setattr(dispatch, "check_intervals", False)
+    by_default(**wrong)
+
+
+@pytest.mark.parametrize("value, checked", [("1", True), ("0", False), (None, False)])
+def test_the_environment_says_whether_intervals_are_checked(value, checked, monkeypatch):
+    monkeypatch.delenv("MEGAMM_CHECK_INTERVALS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MEGAMM_CHECK_INTERVALS", value)
+    assert runpy.run_path(dispatch.__file__)["check_intervals"] is checked
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -187,8 +219,8 @@ def test_runs_are_equal_bit_by_bit(device):
 
 
 def test_compiles_to_one_graph_for_all_rows(device):
-    def attend(q, k, v, plan):
-        return interval_attention(2 * q, k, v, plan).sin()
+    def attend(q, k, v, mask):
+        return interval_attention(2 * q, k, v, mask).sin()
 
     torch.compiler.reset()
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
@@ -196,8 +228,8 @@ def test_compiles_to_one_graph_for_all_rows(device):
     with torch._dynamo.config.patch(error_on_recompile=default_backend(first[0]) == "interval"):
         for lo, hi in (first, batch([[[20]]], 20, device)):
             qkv = random_qkv(lo, dtype=torch.float32)
-            plan = attention_plan(lo, hi, backend=default_backend(lo))
-            want, got = attend(*qkv, plan), compiled(*qkv, plan)
+            mask = attention_mask(lo, hi, backend=default_backend(lo))
+            want, got = attend(*qkv, mask), compiled(*qkv, mask)
             torch.testing.assert_close(got, want)
             grads = (torch.autograd.grad(x.sum(), qkv) for x in (got, want))
             for a, b in zip(*grads, strict=True):
@@ -207,10 +239,10 @@ def test_compiles_to_one_graph_for_all_rows(device):
 def test_operator_checks(device):
     lo, hi = batch([[[2, -3], [1]]], 8, device)
     backend = default_backend(lo)
-    plan = attention_plan(lo, hi, backend=backend)
+    mask = attention_mask(lo, hi, backend=backend)
     op = torch.ops.megamm.interval_attention_gpu if backend == "interval" else torch.ops.megamm.interval_attention
     qkv = random_qkv(lo, heads=(1, 1), head_dim=8, dtype=torch.float32)
-    torch.library.opcheck(op.default, (*qkv, *plan))
+    torch.library.opcheck(op.default, (*qkv, *mask))
 
 
 @pytest.mark.parametrize("stored", [True, False], ids=["stored", "unstored"])
@@ -218,7 +250,7 @@ def test_operator_checks(device):
 @pytest.mark.parametrize("names", [["one-token documents", "all padding"], list(ROWS)], ids=["short", "all"])
 def test_sdpa_in_blocks(names, block, stored):
     lo, hi = batch([ROWS[name] for name in names], LENGTH, torch.device("cpu"))
-    plan = sdpa.plan(lo, hi, torch.float64, block, max_stored=2**20 if stored else 0)
-    assert stored or not plan.bias.numel()
-    check(lambda *x: interval_attention(*x, plan, return_lse=True), random_qkv(lo), lo, hi)
-    check(lambda *x: sdpa.attend_in_blocks(*x, plan, return_lse=True), random_qkv(lo, heads=(2, 2)), lo, hi)
+    mask = sdpa.make_mask(lo, hi, torch.float64, block, max_stored=2**20 if stored else 0)
+    assert stored or not mask.bias.numel()
+    check(lambda *x: interval_attention(*x, mask, return_lse=True), random_qkv(lo), lo, hi)
+    check(lambda *x: sdpa.attend_in_blocks(*x, mask, return_lse=True), random_qkv(lo, heads=(2, 2)), lo, hi)

@@ -2,13 +2,13 @@
 
 import functools
 import itertools
-import socket
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from megamm_kernels import dispatch, linear_cross_entropy
 from megamm_kernels.linear_cross_entropy import linear_cross_entropy_reference
+from ranks import free_port
 
 WIDTH, VOCAB = 24, 301
 # Triton takes z_loss as a float32, whatever the logits are.
@@ -172,35 +172,37 @@ def test_compiles_without_a_graph_break(device):
 # ---- vocabulary-parallel --------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 CUTS = [151, 40]
 
 
 def rank_main(rank: int, port: int, modes: list[bool], directory: str) -> None:
     """One of two ranks, each with its part of the head; results go to files."""
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    x, weight, targets, index, group = make()
-    for interpret, cut in itertools.product(modes, CUTS):
-        dispatch.interpret = interpret
-        part = (slice(0, cut), slice(cut, None))[rank]
-        head = weight.detach()[part].clone().requires_grad_()
-        run = functools.partial(
-            linear_cross_entropy, group=group, num_groups=3, z_loss=1e-2, chunk_bytes=16 * 4 * 151,
-            process_group=torch.distributed.group.WORLD, vocab_start=part.start or 0, vocab_size=VOCAB,
-        )  # fmt: skip
-        out = run(x, head, targets, index)
-        grads = torch.autograd.grad(out.loss / 7, (x, head))
-        with torch.no_grad():
-            torch.testing.assert_close(run(x, head, targets, index), out)
-            beyond = targets.index_fill(0, index[:1], VOCAB)
-            assert run(x, head, beyond, index).loss.isnan()
-        torch.save([t.detach() for t in (*out, *grads)], f"{directory}/{interpret}-{cut}-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    try:
+        x, weight, targets, index, group = make()
+        for interpret, cut in itertools.product(modes, CUTS):
+            dispatch.interpret = interpret
+            part = (slice(0, cut), slice(cut, None))[rank]
+            head = weight.detach()[part].clone().requires_grad_()
+            run = functools.partial(
+                linear_cross_entropy,
+                group=group,
+                num_groups=3,
+                z_loss=1e-2,
+                chunk_bytes=16 * 4 * 151,
+                process_group=torch.distributed.group.WORLD,
+                vocab_start=part.start or 0,
+                vocab_size=VOCAB,
+            )
+            out = run(x, head, targets, index)
+            grads = torch.autograd.grad(out.loss / 7, (x, head))
+            with torch.no_grad():
+                torch.testing.assert_close(run(x, head, targets, index), out)
+                beyond = targets.index_fill(0, index[:1], VOCAB)
+                assert run(x, head, beyond, index).loss.isnan()
+            torch.save([t.detach() for t in (*out, *grads)], f"{directory}/{interpret}-{cut}-{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def second_rank(_: int, *args) -> None:

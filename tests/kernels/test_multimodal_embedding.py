@@ -22,9 +22,13 @@ def make(device, shape, num_images, width, channels=5, dtype=torch.float64, toke
     tokens = torch.randint(VOCABULARY, shape) if token is None else torch.full(shape, token)
     index = torch.randperm(tokens.numel())[:num_images]
     tensors = (
-        tokens.int(), torch.randn(VOCABULARY, width, dtype=dtype), torch.randn(num_images, width, dtype=dtype),
-        torch.randint(256, (num_images, channels)).byte(), torch.randn(width, channels, dtype=dtype), index,
-    )  # fmt: skip
+        tokens.int(),
+        torch.randn(VOCABULARY, width, dtype=dtype),
+        torch.randn(num_images, width, dtype=dtype),
+        torch.randint(256, (num_images, channels)).byte(),
+        torch.randn(width, channels, dtype=dtype),
+        index,
+    )
     return [t.to(device) for t in tensors]
 
 
@@ -52,14 +56,17 @@ def test_matches_the_definition(device, shape, num_images, width, token, monkeyp
     poison_outputs(monkeypatch)
     tolerance = {"atol": 1e-12, "rtol": 1e-12}
     assert_matches(
-        with_features(tokens, index), with_features(tokens, index, multimodal_embedding_reference),
-        (table, features), **tolerance,
-    )  # fmt: skip
+        with_features(tokens, index),
+        with_features(tokens, index, multimodal_embedding_reference),
+        (table, features),
+        **tolerance,
+    )
     assert_matches(
         with_patches(tokens, patches, index),
         with_patches(tokens, patches, index, multimodal_patch_embedding_reference),
-        (table, projection), **tolerance,
-    )  # fmt: skip
+        (table, projection),
+        **tolerance,
+    )
 
 
 def test_without_features(device):
@@ -67,8 +74,10 @@ def test_without_features(device):
     assert_matches(
         lambda t: multimodal_embedding(tokens, t, None, None),
         lambda t: multimodal_embedding_reference(tokens, t, None, None),
-        [table], atol=1e-12, rtol=1e-12,
-    )  # fmt: skip
+        [table],
+        atol=1e-12,
+        rtol=1e-12,
+    )
     assert torch.equal(multimodal_embedding(tokens, table, None, None), table[tokens.long()])
 
 
@@ -77,8 +86,10 @@ def test_patches_wider_than_a_tile(device):
     assert_matches(
         with_patches(tokens, patches, index),
         with_patches(tokens, patches, index, multimodal_patch_embedding_reference),
-        (table, projection), atol=1e-11, rtol=1e-11,
-    )  # fmt: skip
+        (table, projection),
+        atol=1e-11,
+        rtol=1e-11,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -23,7 +23,7 @@ def test_sdpa_on_random_rows(documents, block):
     used = sum(abs(span) for spans in documents for span in spans)
     lo, hi = (x[None] for x in intervals(documents, used + 3))
     q, k, v = torch.randn(3, 1, used + 3, 1, 8, dtype=torch.float64)
-    out = interval_attention(q, k, v, sdpa.plan(lo, hi, torch.float64, block))
+    out = interval_attention(q, k, v, sdpa.make_mask(lo, hi, torch.float64, block))
     torch.testing.assert_close(out, interval_attention_reference(q, k, v, lo, hi), atol=1e-12, rtol=0)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import triton
-from megamm_kernels import attention_plan
+from megamm_kernels import attention_mask
 from megamm_kernels.gpu import interval_attention as gpu
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,13 +30,13 @@ CASES = ((1024, "45-45-10"), (4096, "45-45-10"), (4096, "text"), (4096, "one doc
 def kernel_launches(inputs) -> dict:
     """Closures that run the forward, and the two kernels of the backward by themselves."""
     q, k, v, grad = (x.detach() for x in inputs[:4])
-    plan = attention_plan(inputs.lo, inputs.hi, q.dtype, "interval")
-    out, lse = gpu.interval_attention_gpu(q, k, v, *plan)
+    mask = attention_mask(inputs.lo, inputs.hi, q.dtype, "interval")
+    out, lse = gpu.interval_attention_gpu(q, k, v, *mask)
     delta = torch.empty_like(lse)
     return {
-        "forward": lambda: gpu.interval_attention_gpu(q, k, v, *plan),
-        "query": lambda: gpu.query_gradient(grad, None, q, k, v, out, lse, delta, plan[0], plan[1]),
-        "key": lambda: gpu.key_gradient(grad, q, k, v, lse, delta, plan[2], plan[3]),
+        "forward": lambda: gpu.interval_attention_gpu(q, k, v, *mask),
+        "query": lambda: gpu.query_gradient(grad, None, q, k, v, out, lse, delta, mask[0], mask[1]),
+        "key": lambda: gpu.key_gradient(grad, q, k, v, lse, delta, mask[2], mask[3]),
     }
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 
-class FlashPlan(NamedTuple):
+class FlashMask(NamedTuple):
     """Documents of a batch, end to end over all rows.
 
     Attributes:
@@ -26,7 +26,7 @@ class FlashPlan(NamedTuple):
     empty: torch.Tensor
 
 
-def plan(lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: int) -> FlashPlan:
+def make_mask(lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: int) -> FlashMask:
     """Find the documents. Waits for the device, since what cannot be expressed has to be refused.
 
     Raises:
@@ -57,22 +57,28 @@ def plan(lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: int) 
             "attention backend 'flash' takes documents that are all causal (text only) or all bidirectional; "
             "these rows mix both, as images among text do: use 'interval', 'flex' or 'sdpa'"
         )
-    return FlashPlan(starts.int(), int(lengths.max()), causal, empty)
+    return FlashMask(starts.int(), int(lengths.max()), causal, empty)
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: FlashPlan, return_lse: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: FlashMask, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The log-sum-exp carries no gradient; the backward is flash-attn's deterministic one."""
     result = _varlen_function()(
-        *(x.flatten(0, 1) for x in (q, k, v)), plan.starts, plan.starts, plan.max_length, plan.max_length,
-        causal=plan.causal, deterministic=True, return_attn_probs=return_lse,
-    )  # fmt: skip
-    out = (result[0] if return_lse else result).view(q.shape).masked_fill(plan.empty[..., None, None], 0.0)
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        mask.starts,
+        mask.starts,
+        mask.max_length,
+        mask.max_length,
+        causal=mask.causal,
+        deterministic=True,
+        return_attn_probs=return_lse,
+    )
+    out = (result[0] if return_lse else result).view(q.shape).masked_fill(mask.empty[..., None, None], 0.0)
     if not return_lse:
         return out, None
     lse = result[1].detach().T.unflatten(0, q.shape[:2])
-    return out, lse.masked_fill(plan.empty[..., None], -torch.inf)
+    return out, lse.masked_fill(mask.empty[..., None], -torch.inf)
 
 
 def _varlen_function():

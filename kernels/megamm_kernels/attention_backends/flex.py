@@ -4,6 +4,7 @@ On CUDA it is compiled. On the CPU it is run eagerly, materialises all scores an
 """
 
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -13,21 +14,21 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 BLOCK = 128
 
 
-class FlexPlan(NamedTuple):
+class FlexMask(NamedTuple):
     """Block mask of a batch.
 
     Attributes:
-        mask: over [B, 1, S, num_keys].
+        block_mask: over [B, 1, S, num_keys].
         empty: bool [B, S], queries that see nothing.
         flash: whether FlexAttention's FLASH backend runs.
     """
 
-    mask: BlockMask
+    block_mask: BlockMask
     empty: torch.Tensor
     flash: bool
 
 
-def plan(lo: torch.Tensor, hi: torch.Tensor, num_keys: int, flash: bool) -> FlexPlan:
+def make_mask(lo: torch.Tensor, hi: torch.Tensor, num_keys: int, flash: bool) -> FlexMask:
     """Build the block mask on the device, without the S x S mask that ``create_block_mask`` evaluates."""
     if flash and not _has_flash():
         raise ImportError("attention backend 'flex_flash' needs the package flash-attn-4: pip install flash-attn-4")
@@ -37,30 +38,33 @@ def plan(lo: torch.Tensor, hi: torch.Tensor, num_keys: int, flash: bool) -> Flex
     def mask_mod(b, h, q, kv):
         return (lo[b, q] <= kv) & (kv <= hi[b, q])
 
-    mask = BlockMask.from_kv_blocks(
-        *_ordered(some & ~whole), *_ordered(whole), BLOCK_SIZE=BLOCK, mask_mod=mask_mod,
+    block_mask = BlockMask.from_kv_blocks(
+        *_ordered(some & ~whole),
+        *_ordered(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_mod,
         seq_lengths=(lo.shape[1], num_keys),
-    )  # fmt: skip
-    return FlexPlan(mask, empty, flash)
+    )
+    return FlexMask(block_mask, empty, flash)
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: FlexPlan, return_lse: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: FlexMask, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    run = flex_attention
+    run: Callable = flex_attention
     if q.is_cuda and not torch.compiler.is_compiling():
         run = _compiled()
     out, aux = run(
         *(x.transpose(1, 2) for x in (q, k, v)),
-        block_mask=plan.mask,
+        block_mask=mask.block_mask,
         enable_gqa=q.shape[2] != k.shape[2],
-        kernel_options={"BACKEND": "FLASH"} if plan.flash else None,
+        kernel_options={"BACKEND": "FLASH"} if mask.flash else None,
         return_aux=AuxRequest(lse=return_lse),
     )
-    out = out.transpose(1, 2).masked_fill(plan.empty[..., None, None], 0.0)
+    out = out.transpose(1, 2).masked_fill(mask.empty[..., None, None], 0.0)
     if not return_lse:
         return out, None
-    return out, aux.lse.transpose(1, 2).masked_fill(plan.empty[..., None], -torch.inf)
+    return out, aux.lse.transpose(1, 2).masked_fill(mask.empty[..., None], -torch.inf)
 
 
 def seen_blocks(lo: torch.Tensor, hi: torch.Tensor, num_keys: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,9 +16,20 @@ from megamm_kernels.gpu.launch import accumulator, launch, partial_dtype
 
 @triton.jit
 def _chunk_kernel(
-    grad_ptr, keys_ptr, order_ptr, table_ptr, first_ptr, last_ptr, num_rows, vocabulary,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    keys_ptr,
+    order_ptr,
+    table_ptr,
+    first_ptr,
+    last_ptr,
+    num_rows,
+    vocabulary,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     chunk = tl.program_id(0).to(tl.int64)
     row = chunk * CHUNK + tl.arange(0, CHUNK)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -43,9 +54,17 @@ def _chunk_kernel(
 
 @triton.jit
 def _carry_kernel(
-    keys_ptr, table_ptr, first_ptr, last_ptr, num_rows, vocabulary,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    keys_ptr,
+    table_ptr,
+    first_ptr,
+    last_ptr,
+    num_rows,
+    vocabulary,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """Finish the run that begins in this chunk and goes on in the next, if there is one."""
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -77,12 +96,36 @@ def table_gradient(grad: torch.Tensor, keys: torch.Tensor, vocabulary: int, dtyp
     grid = (chunks, triton.cdiv(width, block))
     half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16} if grad.is_cuda else {}
     launch(
-        _chunk_kernel, grid, grad, keys, order, table, first, last, num_rows, vocabulary,
-        WIDTH=width, CHUNK=chunk, BLOCK=block,
-        DOT=half.get(grad.dtype, accumulator(grad.dtype)), DTYPE=accumulator(grad.dtype), num_warps=4,
-    )  # fmt: skip
+        _chunk_kernel,
+        grid,
+        grad,
+        keys,
+        order,
+        table,
+        first,
+        last,
+        num_rows,
+        vocabulary,
+        WIDTH=width,
+        CHUNK=chunk,
+        BLOCK=block,
+        DOT=half.get(grad.dtype, accumulator(grad.dtype)),
+        DTYPE=accumulator(grad.dtype),
+        num_warps=4,
+    )
     launch(
-        _carry_kernel, grid, keys, table, first, last, num_rows, vocabulary,
-        WIDTH=width, CHUNK=chunk, BLOCK=block, STEP=16, num_warps=4,
-    )  # fmt: skip
+        _carry_kernel,
+        grid,
+        keys,
+        table,
+        first,
+        last,
+        num_rows,
+        vocabulary,
+        WIDTH=width,
+        CHUNK=chunk,
+        BLOCK=block,
+        STEP=16,
+        num_warps=4,
+    )
     return table

@@ -56,9 +56,18 @@ def _launch_rows(kernel, num_rows, source, *args, **meta):
 
 @triton.jit
 def _gather_copies(
-    x_ptr, out_ptr, order_ptr, weights_ptr, y_ptr, dots_ptr, k, width,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    out_ptr,
+    order_ptr,
+    weights_ptr,
+    y_ptr,
+    dots_ptr,
+    k,
+    width,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Row s of the output is x[order[s] // k]; weighted: times the copy's weight, and its dot product with y[s]."""
     place = tl.program_id(0).to(tl.int64)
     copy = tl.load(order_ptr + place)
@@ -82,9 +91,16 @@ def _gather_copies(
 
 @triton.jit
 def _sum_copies(
-    y_ptr, out_ptr, places_ptr, weights_ptr, width,
-    K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    y_ptr,
+    out_ptr,
+    places_ptr,
+    weights_ptr,
+    width,
+    K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
@@ -109,9 +125,21 @@ def rows_product(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> tor
     row_tiles = triton.cdiv(m, meta["BLOCK_M"]) + num_experts
     grid = (row_tiles * triton.cdiv(width, meta["BLOCK_N"]),)
     launch(
-        _rows_product, grid, a, b, out, offsets, row_tiles, num_experts, inner, width, *a.stride(), *b.stride(),
-        EXPERTS=triton.next_power_of_2(num_experts), **meta,
-    )  # fmt: skip
+        _rows_product,
+        grid,
+        a,
+        b,
+        out,
+        offsets,
+        row_tiles,
+        num_experts,
+        inner,
+        width,
+        *a.stride(),
+        *b.stride(),
+        EXPERTS=triton.next_power_of_2(num_experts),
+        **meta,
+    )
     return out
 
 
@@ -147,11 +175,27 @@ def _product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _rows_product(
-    a_ptr, b_ptr, out_ptr, offsets_ptr, row_tiles, num_experts, inner, width,
-    a_row, a_col, b_expert, b_row, b_col,
-    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    offsets_ptr,
+    row_tiles,
+    num_experts,
+    inner,
+    width,
+    a_row,
+    a_col,
+    b_expert,
+    b_row,
+    b_col,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     # Eight row tiles at a time walk over the columns together: their rows and the expert's matrix stay in L2.
     col_tiles = tl.cdiv(width, BLOCK_N)
     band = tl.program_id(0) // (8 * col_tiles)
@@ -190,10 +234,23 @@ def _rows_product(
 
 @triton.jit
 def _weight_gradient(
-    grad_ptr, x_ptr, out_ptr, offsets_ptr, height, width, grad_row, grad_col, x_row, x_col,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    x_ptr,
+    out_ptr,
+    offsets_ptr,
+    height,
+    width,
+    grad_row,
+    grad_col,
+    x_row,
+    x_col,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     col_tiles = tl.cdiv(width, BLOCK_N)
     m = tl.program_id(0) // col_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -5,13 +5,14 @@ writer and no atomics are needed: results are the same bits run after run.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from megamm_kernels.gpu.interval_attention_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
+from megamm_kernels.gpu.interval_attention_tiles import Constants
 from megamm_kernels.gpu.launch import accumulator, float32_precision, launch, partial_dtype
 
 
@@ -34,10 +35,7 @@ TILES = {
         {32: Tiles(128, 64, 3, 4), 128: Tiles(128, 64, 3, 8), 256: Tiles(128, 32, 2, 8)},
         {128: Tiles(32, 32, 2, 8), 256: Tiles(16, 32, 2, 8)},
     ),
-    "key": (
-        {128: Tiles(64, 128, 3, 8), 256: Tiles(32, 64, 2, 8)},
-        {64: Tiles(32, 32, 2, 8), 256: Tiles(16, 16, 2, 8)},
-    ),
+    "key": ({128: Tiles(64, 128, 3, 8), 256: Tiles(32, 64, 2, 8)}, {64: Tiles(32, 32, 2, 8), 256: Tiles(16, 16, 2, 8)}),
 }
 """Tiles that keep everything in the registers of a Hopper SM, by the compiler's report for sm_90, but for a little that
 the keys' kernel spills from a width of 128 on. 128 queries (or keys, in their kernel) a tile: with 64, the other side
@@ -74,7 +72,8 @@ def fit(kernel: str, tiles: Tiles, width: int, itemsize: int, limit: int) -> Til
 
 @lru_cache
 def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's type stub lacks the field
+    return properties.shared_memory_per_block_optin
 
 
 def _tiles(kernel: str, q: torch.Tensor) -> Tiles:
@@ -89,20 +88,19 @@ def _constants(kernel: str, q: torch.Tensor, k: torch.Tensor) -> dict:
     """Compile-time arguments of a kernel."""
     head_dim, (main, rest), tiles = q.shape[-1], parts(q.shape[-1]), _tiles(kernel, q)
     dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(q.dtype, accumulator(q.dtype))
-    return {
-        "GROUP": q.shape[2] // k.shape[2],
-        "SCALE": head_dim**-0.5,
-        "D": head_dim,
-        "MAIN": main,
-        "REST": rest,
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "DOT": dot if q.is_cuda else accumulator(q.dtype),  # the interpreter's bfloat16 products are wrong
-        "ACC": accumulator(q.dtype),
-        "PRECISION": float32_precision(),
-        "num_stages": tiles.num_stages,
-        "num_warps": tiles.num_warps,
-    }
+    constants = Constants(
+        GROUP=q.shape[2] // k.shape[2],
+        SCALE=head_dim**-0.5,
+        D=head_dim,
+        MAIN=main,
+        REST=rest,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        DOT=dot if q.is_cuda else accumulator(q.dtype),  # the interpreter's bfloat16 products are wrong
+        ACC=accumulator(q.dtype),
+        PRECISION=float32_precision(),
+    )
+    return {"C": constants, "num_stages": tiles.num_stages, "num_warps": tiles.num_warps}
 
 
 def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -131,26 +129,37 @@ def _empty_stats(q: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("megamm::interval_attention_gpu", mutates_args=())
 def interval_attention_gpu(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    lo: torch.Tensor, hi: torch.Tensor, query_lo: torch.Tensor, query_hi: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    query_lo: torch.Tensor,
+    query_hi: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the output [B, S, H, D] and the log-sum-exp of scores [B, H, S]; the last two are for the backward."""
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     out, lse = _empty_like(q), _empty_stats(q)
     constants = _constants("forward", q, k)
-    launch(
-        forward_kernel, _grid(q, constants["BLOCK_M"]), q, k, v, out, lse, lo, hi, q.shape[1], k.shape[1],
-        *_strides(q, k, v, out), **constants,
-    )  # fmt: skip
+    args = q, k, v, out, lse, lo, hi, q.shape[1], k.shape[1], *_strides(q, k, v, out)
+    launch(forward_kernel, _grid(q, constants["C"].BLOCK_M), *args, **constants)
     return out, lse
 
 
 @torch.library.custom_op("megamm::interval_attention_backward_gpu", mutates_args=())
 def interval_attention_backward_gpu(
-    grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    out: torch.Tensor, lse: torch.Tensor,
-    lo: torch.Tensor, hi: torch.Tensor, query_lo: torch.Tensor, query_hi: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    query_lo: torch.Tensor,
+    query_hi: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v."""
     grad, q, k, v = (_rows_contiguous(x) for x in (grad, q, k, v))
     delta = _empty_stats(q)
@@ -162,11 +171,23 @@ def query_gradient(grad, grad_lse, q, k, v, out, lse, delta, lo, hi) -> torch.Te
     """Gradient of q; also fills ``delta``."""
     grad_q, grad_lse = _empty_like(q), None if grad_lse is None else grad_lse.contiguous()
     constants = _constants("query", q, k)
-    launch(
-        query_gradient_kernel, _grid(q, constants["BLOCK_M"]), grad, grad_lse, q, k, v, out, lse, lo, hi,
-        grad_q, delta, q.shape[1], k.shape[1], *_strides(grad, q, k, v, out), **constants,
-        HAS_DLSE=grad_lse is not None,
-    )  # fmt: skip
+    args = (
+        grad,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        lo,
+        hi,
+        grad_q,
+        delta,
+        q.shape[1],
+        k.shape[1],
+        *_strides(grad, q, k, v, out),
+    )
+    launch(query_gradient_kernel, _grid(q, constants["C"].BLOCK_M), *args, **constants, HAS_DLSE=grad_lse is not None)
     return grad_q
 
 
@@ -174,10 +195,22 @@ def key_gradient(grad, q, k, v, lse, delta, query_lo, query_hi) -> tuple[torch.T
     """Gradients of k and v, with the ``delta`` of :func:`query_gradient`."""
     grad_k, grad_v = _empty_like(k), _empty_like(v)
     constants = _constants("key", q, k)
-    launch(
-        key_gradient_kernel, _grid(k, constants["BLOCK_N"]), grad, q, k, v, lse, delta, query_lo, query_hi,
-        grad_k, grad_v, q.shape[1], k.shape[1], *_strides(grad, q, k, v, grad_k), **constants,
-    )  # fmt: skip
+    args = (
+        grad,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        query_lo,
+        query_hi,
+        grad_k,
+        grad_v,
+        q.shape[1],
+        k.shape[1],
+        *_strides(grad, q, k, v, grad_k),
+    )
+    launch(key_gradient_kernel, _grid(k, constants["C"].BLOCK_N), *args, **constants)
     return grad_k, grad_v
 
 

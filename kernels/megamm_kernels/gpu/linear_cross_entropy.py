@@ -37,10 +37,21 @@ def softmax_gradient(
 
     def sweep(find_lse: bool, write_grad: bool) -> None:
         launch(
-            _softmax_gradient, (num_rows,), logits, labels, lse, picked, logits.stride(0), vocab_size, z_loss,
-            FIND_LSE=find_lse, WRITE_GRAD=write_grad, SHARDED=combine is not None,
-            BLOCK=block, num_warps=max(1, min(16, block // 512)),
-        )  # fmt: skip
+            _softmax_gradient,
+            (num_rows,),
+            logits,
+            labels,
+            lse,
+            picked,
+            logits.stride(0),
+            vocab_size,
+            z_loss,
+            FIND_LSE=find_lse,
+            WRITE_GRAD=write_grad,
+            SHARDED=combine is not None,
+            BLOCK=block,
+            num_warps=max(1, min(16, block // 512)),
+        )
 
     if combine is None:
         sweep(True, needs_grad)
@@ -54,9 +65,18 @@ def softmax_gradient(
 
 @triton.jit
 def _softmax_gradient(
-    logits_ptr, labels_ptr, lse_ptr, picked_ptr, stride, vocab_size, z_loss,
-    FIND_LSE: tl.constexpr, WRITE_GRAD: tl.constexpr, SHARDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    labels_ptr,
+    lse_ptr,
+    picked_ptr,
+    stride,
+    vocab_size,
+    z_loss,
+    FIND_LSE: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    SHARDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * stride
     wide: tl.constexpr = lse_ptr.dtype.element_ty

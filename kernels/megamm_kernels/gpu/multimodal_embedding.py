@@ -16,9 +16,15 @@ from megamm_kernels.gpu.launch import accumulator, float32_precision, launch, mu
 
 @triton.jit
 def _rows_kernel(
-    tokens_ptr, table_ptr, features_ptr, slot_ptr, out_ptr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
+    tokens_ptr,
+    table_ptr,
+    features_ptr,
+    slot_ptr,
+    out_ptr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
     """One position per program: its token's row, its feature, or nothing where a patch will be projected."""
     position = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -43,10 +49,20 @@ def _load_centred(patches_ptr, patch, channel, num_patches, CHANNELS: tl.constex
 
 @triton.jit
 def _project_kernel(
-    patches_ptr, projection_ptr, index_ptr, out_ptr, num_patches,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-    DOT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    patches_ptr,
+    projection_ptr,
+    index_ptr,
+    out_ptr,
+    num_patches,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DOT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     patch = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     out = tl.zeros((BLOCK_P, BLOCK_W), DTYPE)
@@ -66,10 +82,20 @@ def _project_kernel(
 
 @triton.jit
 def _projection_gradient_kernel(
-    grad_ptr, patches_ptr, index_ptr, partial_ptr, num_patches,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-    DOT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    patches_ptr,
+    index_ptr,
+    partial_ptr,
+    num_patches,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DOT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """A tile of the gradient over every n-th block of patches, n programs along the third axis."""
     column = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -96,13 +122,18 @@ def _product(x: torch.Tensor, dtype: torch.dtype) -> dict:
     else:
         block, warps = (128, 8) if half else (64, 8) if dtype == torch.float32 else (32, 4)
     return {
-        "BLOCK_P": block, "BLOCK_W": block, "BLOCK_C": max(16, block // 2), "num_warps": warps, "num_stages": 3,
+        "BLOCK_P": block,
+        "BLOCK_W": block,
+        "BLOCK_C": max(16, block // 2),
+        "num_warps": warps,
+        "num_stages": 3,
         # Triton's interpreter multiplies 16-bit operands wrongly.
-        "DOT": {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype] if half and x.is_cuda else
-            accumulator(dtype),
+        "DOT": {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+        if half and x.is_cuda
+        else accumulator(dtype),
         "DTYPE": accumulator(dtype),
         "PRECISION": float32_precision(),
-    }  # fmt: skip
+    }
 
 
 def _slots(tokens: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
@@ -118,10 +149,18 @@ def _launch_rows(tokens, table, features, slot, out) -> None:
     block = min(1024, triton.next_power_of_2(width))
     table = table.contiguous()
     launch(
-        _rows_kernel, (tokens.numel(), triton.cdiv(width, block)), tokens.contiguous(), table,
-        table if features is None else features.contiguous(), slot, out,
-        WIDTH=width, BLOCK=block, FEATURES=features is not None, num_warps=min(8, max(1, block // 256)),
-    )  # fmt: skip
+        _rows_kernel,
+        (tokens.numel(), triton.cdiv(width, block)),
+        tokens.contiguous(),
+        table,
+        table if features is None else features.contiguous(),
+        slot,
+        out,
+        WIDTH=width,
+        BLOCK=block,
+        FEATURES=features is not None,
+        num_warps=min(8, max(1, block // 256)),
+    )
 
 
 def _empty_outputs(tokens, table, dtype):
@@ -131,9 +170,12 @@ def _empty_outputs(tokens, table, dtype):
 
 @torch.library.custom_op("megamm::multimodal_embedding_gpu", mutates_args=())
 def multimodal_embedding_gpu(
-    tokens: torch.Tensor, table: torch.Tensor, features: torch.Tensor | None, feature_index: torch.Tensor | None,
+    tokens: torch.Tensor,
+    table: torch.Tensor,
+    features: torch.Tensor | None,
+    feature_index: torch.Tensor | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the embedded sequence and the feature of each position (-1: none)."""
     out, _ = _empty_outputs(tokens, table, dtype)
     slot = _slots(tokens, feature_index if features is not None else None)
@@ -143,9 +185,13 @@ def multimodal_embedding_gpu(
 
 @torch.library.custom_op("megamm::multimodal_patch_embedding_gpu", mutates_args=())
 def multimodal_patch_embedding_gpu(
-    tokens: torch.Tensor, table: torch.Tensor, patches: torch.Tensor, projection: torch.Tensor,
-    patch_index: torch.Tensor, dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    tokens: torch.Tensor,
+    table: torch.Tensor,
+    patches: torch.Tensor,
+    projection: torch.Tensor,
+    patch_index: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the embedded sequence and the patch of each position (-1: none)."""
     out, _ = _empty_outputs(tokens, table, dtype)
     slot = _slots(tokens, patch_index)
@@ -153,10 +199,17 @@ def multimodal_patch_embedding_gpu(
     meta = _product(table, dtype)
     width, channels = projection.shape
     launch(
-        _project_kernel, (triton.cdiv(len(patches), meta["BLOCK_P"]), triton.cdiv(width, meta["BLOCK_W"])),
-        patches.contiguous(), projection.to(dtype).contiguous(), patch_index.contiguous(), out, len(patches),
-        WIDTH=width, CHANNELS=channels, **meta,
-    )  # fmt: skip
+        _project_kernel,
+        (triton.cdiv(len(patches), meta["BLOCK_P"]), triton.cdiv(width, meta["BLOCK_W"])),
+        patches.contiguous(),
+        projection.to(dtype).contiguous(),
+        patch_index.contiguous(),
+        out,
+        len(patches),
+        WIDTH=width,
+        CHANNELS=channels,
+        **meta,
+    )
     return out, slot
 
 
@@ -182,9 +235,17 @@ def patch_projection_backward_gpu(
     splits = min(blocks, max(1, multiprocessors(grad) // (tiles[0] * tiles[1])))
     partial = torch.empty(splits, width, channels, dtype=partial_dtype(grad.dtype), device=grad.device)
     launch(
-        _projection_gradient_kernel, (*tiles, splits), grad.contiguous(), patches.contiguous(),
-        patch_index.contiguous(), partial, len(patches), WIDTH=width, CHANNELS=channels, **meta,
-    )  # fmt: skip
+        _projection_gradient_kernel,
+        (*tiles, splits),
+        grad.contiguous(),
+        patches.contiguous(),
+        patch_index.contiguous(),
+        partial,
+        len(patches),
+        WIDTH=width,
+        CHANNELS=channels,
+        **meta,
+    )
     return partial.sum(0).to(projection.dtype)
 
 

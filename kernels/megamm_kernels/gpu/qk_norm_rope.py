@@ -1,10 +1,15 @@
-"""QK-norm and rotary embedding: one pass over packed queries and keys, forward and backward.
+"""QK-norm and rotary embedding: one pass over a fused qkv product, forward and backward.
 
 A tile is a set of (position, head) pairs as rows, and half a head's width as columns, so that a rotation combines
-two tiles entry by entry. For the full-width norm a tile holds all heads of one position. The second grid axis
-picks queries or keys. The backward recomputes everything from the input and the reciprocal norms, rotates the
-gradient back and sums the weight gradient per program, in a fixed order.
+two tiles entry by entry. The second grid axis picks queries, keys or (in the backward, which copies them) values. The
+backward recomputes everything from the input and the reciprocal norms, rotates the gradient back and sums the weight
+gradient per program, in a fixed order.
+
+What kernels know of a qkv is one tuple: pointer, strides of positions, of groups and of heads. The angles are another:
+pointers to cosines and to sines, rows of either.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,241 +18,272 @@ import triton.language as tl
 from megamm_kernels.gpu.launch import accumulator, launch, partial_dtype, persistent_programs
 
 
-@triton.jit
-def _locate(tile, num_positions, HEADS: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr):
-    """Position (int64), head and validity of a tile's rows."""
-    row = tl.arange(0, ROWS)
-    if FULL:
-        position = tile + row * 0
-        head = row
-    else:
-        position = (tile * ROWS + row) // HEADS
-        head = (tile * ROWS + row) % HEADS
-    return position.to(tl.int64), head, (position < num_positions) & (head < HEADS)
+@dataclass(frozen=True)
+class Tile:
+    """What a kernel knows when it is compiled: groups, query heads of a group, half a head's width; rows and columns of
+    a tile; the dtype of the arithmetic."""
+
+    GROUPS: int
+    QUERIES: int
+    HALF: int
+    ROWS: int
+    BLOCK: int
+    DTYPE: tl.dtype
 
 
 @triton.jit
-def _load_halves(ptr, offset, mask, HALF: tl.constexpr, DTYPE: tl.constexpr):
-    first = tl.load(ptr + offset, mask, other=0.0).to(DTYPE)
-    return first, tl.load(ptr + offset + HALF, mask, other=0.0).to(DTYPE)
+def _locate(tile, num_positions, HEADS: tl.constexpr, T: tl.constexpr):
+    """Position (int64), group, head within the group and validity of a tile's rows, of HEADS heads a group."""
+    row = tile * T.ROWS + tl.arange(0, T.ROWS)
+    head = row % (T.GROUPS * HEADS)
+    position = (row // (T.GROUPS * HEADS)).to(tl.int64)
+    return position, head // HEADS, head % HEADS, position < num_positions
 
 
 @triton.jit
-def _store_halves(ptr, offset, mask, first, second, HALF: tl.constexpr):
-    tl.store(ptr + offset, first.to(ptr.dtype.element_ty), mask)
-    tl.store(ptr + offset + HALF, second.to(ptr.dtype.element_ty), mask)
+def _offsets(x, position, group, head):
+    """Where the rows of a tile start in a qkv."""
+    return position * x[1] + group * x[2] + head * x[3]
 
 
 @triton.jit
-def _load_weight(ptr, head, column, mask, HALF: tl.constexpr, FULL: tl.constexpr, DTYPE: tl.constexpr):
-    """The weights of a tile's rows: one row for all heads, or one per head."""
-    if FULL:
-        offset = head[:, None] * (2 * HALF) + column[None, :]
-    else:
-        offset = column[None, :]
-        mask = (column < HALF)[None, :]
-    return _load_halves(ptr, offset, mask, HALF, DTYPE)
+def _load_halves(ptr, rows, valid, T: tl.constexpr):
+    column = tl.arange(0, T.BLOCK)[None, :]
+    mask = valid[:, None] & (column < T.HALF)
+    ptrs = ptr + rows[:, None] + column
+    first, second = tl.load(ptrs, mask, other=0.0), tl.load(ptrs + T.HALF, mask, other=0.0)
+    return first.to(T.DTYPE), second.to(T.DTYPE)
 
 
 @triton.jit
-def _group_mean(values, HEADS: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr):
-    """Mean over each head, or over all heads, [ROWS, 1]; ``values`` are already summed over the two halves."""
-    total = tl.sum(values, 1)
-    if FULL:
-        total = tl.sum(total, 0) / HEADS + tl.zeros_like(total)
-    return total[:, None] / (2 * HALF)
+def _store_halves(ptr, rows, valid, first, second, T: tl.constexpr):
+    column = tl.arange(0, T.BLOCK)[None, :]
+    mask = valid[:, None] & (column < T.HALF)
+    ptrs = ptr + rows[:, None] + column
+    tl.store(ptrs, first.to(ptr.dtype.element_ty), mask)
+    tl.store(ptrs + T.HALF, second.to(ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _load_weight(ptr, T: tl.constexpr):
+    """The scale of one part, [1, BLOCK] twice."""
+    column = tl.arange(0, T.BLOCK)[None, :]
+    mask = column < T.HALF
+    first, second = tl.load(ptr + column, mask, other=0.0), tl.load(ptr + T.HALF + column, mask, other=0.0)
+    return first.to(T.DTYPE), second.to(T.DTYPE)
+
+
+@triton.jit
+def _load_angles(table, position, valid, T: tl.constexpr):
+    """Cosines and sines of a tile's positions."""
+    column = tl.arange(0, T.BLOCK)[None, :]
+    mask = valid[:, None] & (column < T.HALF)
+    offset = (position % table[2])[:, None] * T.HALF + column
+    cos, sin = tl.load(table[0] + offset, mask, other=0.0), tl.load(table[1] + offset, mask, other=0.0)
+    return cos.to(T.DTYPE), sin.to(T.DTYPE)
 
 
 @triton.jit
 def _forward_part(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, scale_ptr, num_positions, table_rows, x_stride, scale_stride, eps,
-    HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    position, head, valid = _locate(tl.program_id(0), num_positions, HEADS, ROWS, FULL)
-    mask = valid[:, None] & (column < HALF)[None, :]
-    at_head = head[:, None] * (2 * HALF) + column[None, :]
-    x1, x2 = _load_halves(x_ptr, position[:, None] * x_stride + at_head, mask, HALF, DTYPE)
-    scale = tl.rsqrt(_group_mean(x1 * x1 + x2 * x2, HEADS, HALF, FULL) + eps)
-    tl.store(scale_ptr + (position * scale_stride + head)[:, None], scale, valid[:, None])
-    w1, w2 = _load_weight(weight_ptr, head, column, mask, HALF, FULL, DTYPE)
-    x1, x2 = x1 * scale * w1, x2 * scale * w2
-    table = (position % table_rows)[:, None] * HALF + column[None, :]
-    cos = tl.load(cos_ptr + table, mask, other=0.0).to(DTYPE)
-    sin = tl.load(sin_ptr + table, mask, other=0.0).to(DTYPE)
-    out_offset = position[:, None] * (2 * HALF * HEADS) + at_head
-    _store_halves(out_ptr, out_offset, mask, x1 * cos - x2 * sin, x2 * cos + x1 * sin, HALF)
+    x,
+    weight_ptr,
+    table,
+    out_ptr,
+    scale_ptr,
+    num_positions,
+    eps,
+    FIRST: tl.constexpr,
+    HEADS: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Heads FIRST..FIRST + HEADS of every group."""
+    position, group, head, valid = _locate(tl.program_id(0), num_positions, HEADS, T)
+    x1, x2 = _load_halves(x[0], _offsets(x, position, group, FIRST + head), valid, T)
+    scale = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / (2 * T.HALF) + eps)
+    tl.store(scale_ptr + (position * T.GROUPS + group) * (T.QUERIES + 1) + FIRST + head, scale, valid)
+    w1, w2 = _load_weight(weight_ptr, T)
+    x1, x2 = x1 * scale[:, None] * w1, x2 * scale[:, None] * w2
+    cos, sin = _load_angles(table, position, valid, T)
+    rows = ((position * T.GROUPS + group) * HEADS + head) * (2 * T.HALF)
+    _store_halves(out_ptr, rows, valid, x1 * cos - x2 * sin, x2 * cos + x1 * sin, T)
 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, scale_ptr, num_positions, table_rows, x_stride, eps,
-    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, FULL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    heads: tl.constexpr = QUERY_HEADS + KEY_HEADS
-    key_weight: tl.constexpr = 2 * HALF * (QUERY_HEADS if FULL else 1)
+    x_ptr,
+    x_position,
+    x_group,
+    x_head,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    table_rows,
+    q_ptr,
+    k_ptr,
+    scale_ptr,
+    num_positions,
+    eps,
+    T: tl.constexpr,
+):
+    x, table = (x_ptr, x_position, x_group, x_head), (cos_ptr, sin_ptr, table_rows)
     if tl.program_id(1) == 0:
-        _forward_part(
-            x_ptr, weight_ptr, cos_ptr, sin_ptr, q_ptr, scale_ptr,
-            num_positions, table_rows, x_stride, heads, eps, QUERY_HEADS, HALF, ROWS, BLOCK, FULL, DTYPE,
-        )  # fmt: skip
+        _forward_part(x, weight_ptr, table, q_ptr, scale_ptr, num_positions, eps, 0, T.QUERIES, T)
     else:
-        _forward_part(
-            x_ptr + QUERY_HEADS * 2 * HALF, weight_ptr + key_weight, cos_ptr, sin_ptr, k_ptr, scale_ptr + QUERY_HEADS,
-            num_positions, table_rows, x_stride, heads, eps, KEY_HEADS, HALF, ROWS, BLOCK, FULL, DTYPE,
-        )  # fmt: skip
+        _forward_part(x, weight_ptr + 2 * T.HALF, table, k_ptr, scale_ptr, num_positions, eps, T.QUERIES, 1, T)
 
 
 @triton.jit
 def _backward_part(
-    grad_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, scale_ptr, grad_x_ptr, partial_ptr,
-    num_positions, table_rows, x_stride, ALL_HEADS: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    grad_w1, grad_w2 = tl.zeros((ROWS, BLOCK), DTYPE), tl.zeros((ROWS, BLOCK), DTYPE)
-    tiles = num_positions if FULL else tl.cdiv(num_positions * HEADS, ROWS)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        position, head, valid = _locate(tile, num_positions, HEADS, ROWS, FULL)
-        mask = valid[:, None] & (column < HALF)[None, :]
-        at_head = head[:, None] * (2 * HALF) + column[None, :]
-        g1, g2 = _load_halves(grad_ptr, position[:, None] * (2 * HALF * HEADS) + at_head, mask, HALF, DTYPE)
-        x1, x2 = _load_halves(x_ptr, position[:, None] * x_stride + at_head, mask, HALF, DTYPE)
-        table = (position % table_rows)[:, None] * HALF + column[None, :]
-        cos = tl.load(cos_ptr + table, mask, other=0.0).to(DTYPE)
-        sin = tl.load(sin_ptr + table, mask, other=0.0).to(DTYPE)
-        scale = tl.load(scale_ptr + (position * ALL_HEADS + head)[:, None], valid[:, None], other=0.0)
-        w1, w2 = _load_weight(weight_ptr, head, column, mask, HALF, FULL, DTYPE)
+    x,
+    weight_ptr,
+    table,
+    grad_ptr,
+    scale_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    num_positions,
+    FIRST: tl.constexpr,
+    HEADS: tl.constexpr,
+    T: tl.constexpr,
+):
+    ROWS: tl.constexpr = T.ROWS  # Triton 3.6 takes no attribute inside of a shape
+    BLOCK: tl.constexpr = T.BLOCK
+    grad_w1, grad_w2 = tl.zeros((ROWS, BLOCK), T.DTYPE), tl.zeros((ROWS, BLOCK), T.DTYPE)
+    w1, w2 = _load_weight(weight_ptr, T)
+    for tile in range(tl.program_id(0), tl.cdiv(num_positions * T.GROUPS * HEADS, T.ROWS), tl.num_programs(0)):
+        position, group, head, valid = _locate(tile, num_positions, HEADS, T)
+        at_group = position * T.GROUPS + group
+        g1, g2 = _load_halves(grad_ptr, (at_group * HEADS + head) * (2 * T.HALF), valid, T)
+        x1, x2 = _load_halves(x[0], _offsets(x, position, group, FIRST + head), valid, T)
+        cos, sin = _load_angles(table, position, valid, T)
+        scale = tl.load(scale_ptr + at_group * (T.QUERIES + 1) + FIRST + head, valid, other=0.0)[:, None]
         n1, n2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
         u1, u2 = x1 * scale, x2 * scale
         grad_w1 += n1 * u1
         grad_w2 += n2 * u2
         n1, n2 = n1 * w1, n2 * w2
-        dot = _group_mean(n1 * u1 + n2 * u2, HEADS, HALF, FULL)
-        out_offset = position[:, None] * (2 * HALF * ALL_HEADS) + at_head
-        _store_halves(grad_x_ptr, out_offset, mask, (n1 - u1 * dot) * scale, (n2 - u2 * dot) * scale, HALF)
-    if FULL:
-        row = tl.arange(0, ROWS)[:, None]
-        _store_halves(
-            partial_ptr, row * (2 * HALF) + column[None, :], (row < HEADS) & (column < HALF)[None, :],
-            grad_w1, grad_w2, HALF,
-        )  # fmt: skip
-    else:
-        _store_halves(partial_ptr, column, column < HALF, tl.sum(grad_w1, 0), tl.sum(grad_w2, 0), HALF)
+        dot = (tl.sum(n1 * u1 + n2 * u2, 1) / (2 * T.HALF))[:, None]
+        rows = (at_group * (T.QUERIES + 2) + FIRST + head) * (2 * T.HALF)
+        _store_halves(grad_x_ptr, rows, valid, (n1 - u1 * dot) * scale, (n2 - u2 * dot) * scale, T)
+    none = tl.zeros((1,), tl.int32)
+    _store_halves(partial_ptr, none, none == 0, tl.sum(grad_w1, 0)[None, :], tl.sum(grad_w2, 0)[None, :], T)
+
+
+@triton.jit
+def _copy_values(grad_ptr, grad_x_ptr, num_positions, T: tl.constexpr):
+    for tile in range(tl.program_id(0), tl.cdiv(num_positions * T.GROUPS, T.ROWS), tl.num_programs(0)):
+        position, group, _, valid = _locate(tile, num_positions, 1, T)
+        at_group = position * T.GROUPS + group
+        g1, g2 = _load_halves(grad_ptr, at_group * (2 * T.HALF), valid, T)
+        rows = (at_group * (T.QUERIES + 2) + T.QUERIES + 1) * (2 * T.HALF)
+        _store_halves(grad_x_ptr, rows, valid, g1, g2, T)
 
 
 @triton.jit
 def _backward_kernel(
-    grad_q_ptr, grad_k_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, scale_ptr, grad_x_ptr, partial_ptr,
-    num_positions, table_rows, x_stride,
-    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, FULL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    heads: tl.constexpr = QUERY_HEADS + KEY_HEADS
-    key_weight: tl.constexpr = 2 * HALF * (QUERY_HEADS if FULL else 1)
-    partial_ptr += tl.program_id(0).to(tl.int64) * (2 * HALF * (heads if FULL else 2))
+    x_ptr,
+    x_position,
+    x_group,
+    x_head,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    table_rows,
+    grad_q_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    scale_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    num_positions,
+    T: tl.constexpr,
+):
+    x, table = (x_ptr, x_position, x_group, x_head), (cos_ptr, sin_ptr, table_rows)
+    partial_ptr += tl.program_id(0) * (4 * T.HALF)
+    key_weight, key_partial = weight_ptr + 2 * T.HALF, partial_ptr + 2 * T.HALF
     if tl.program_id(1) == 0:
         _backward_part(
-            grad_q_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, scale_ptr, grad_x_ptr, partial_ptr,
-            num_positions, table_rows, x_stride, heads, QUERY_HEADS, HALF, ROWS, BLOCK, FULL, DTYPE,
-        )  # fmt: skip
-    else:
+            x, weight_ptr, table, grad_q_ptr, scale_ptr, grad_x_ptr, partial_ptr, num_positions, 0, T.QUERIES, T
+        )
+    elif tl.program_id(1) == 1:
         _backward_part(
-            grad_k_ptr, x_ptr + QUERY_HEADS * 2 * HALF, weight_ptr + key_weight, cos_ptr, sin_ptr,
-            scale_ptr + QUERY_HEADS, grad_x_ptr + QUERY_HEADS * 2 * HALF, partial_ptr + key_weight,
-            num_positions, table_rows, x_stride, heads, KEY_HEADS, HALF, ROWS, BLOCK, FULL, DTYPE,
-        )  # fmt: skip
-
-
-def _positions(x: torch.Tensor) -> torch.Tensor:
-    """[B, L, H, D] as [B * L, H, D] with packed heads; a copy only where positions are not evenly spaced."""
-    rows = x.flatten(0, 1)
-    packed = rows.stride(2) == 1 and (rows.shape[1] == 1 or rows.stride(1) == rows.shape[2])
-    return rows if packed else rows.contiguous()
-
-
-def _tile(x: torch.Tensor, query_heads: int, full_width: bool, elements: int) -> tuple[dict, int]:
-    """Constants of a launch, and the number of tiles of the larger part."""
-    positions, heads, dim = x.shape
-    most = max(query_heads, heads - query_heads)
-    block = triton.next_power_of_2(dim // 2)
-    if full_width:
-        rows, tiles = triton.next_power_of_2(most), positions
+            x, key_weight, table, grad_k_ptr, scale_ptr, grad_x_ptr, key_partial, num_positions, T.QUERIES, 1, T
+        )
     else:
-        rows = max(1, elements // block) if x.is_cuda else 4
-        tiles = triton.cdiv(positions * most, rows)
-    meta = {
-        "QUERY_HEADS": query_heads, "KEY_HEADS": heads - query_heads, "HALF": dim // 2, "ROWS": rows, "BLOCK": block,
-        "FULL": full_width, "DTYPE": accumulator(x.dtype), "num_warps": min(16, max(4, rows * block // 512)),
-    }  # fmt: skip
-    return meta, tiles
+        _copy_values(grad_v_ptr, grad_x_ptr, num_positions, T)
 
 
-def _empty_outputs(qk, query_heads):
-    batch, length, heads, dim = qk.shape
-    q, k = (torch.empty(batch, length, n, dim, dtype=qk.dtype, device=qk.device)
-            for n in (query_heads, heads - query_heads))  # fmt: skip
-    return q, k, torch.empty(batch, length, heads, dtype=partial_dtype(qk.dtype), device=qk.device)
+def _strided(qkv: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """``qkv``, copied only where its positions are not evenly spaced or heads not packed; and its strides."""
+    batch, length = qkv.shape[:2]
+    even = batch == 1 or length == 1 or qkv.stride(0) == length * qkv.stride(1)
+    qkv = qkv if even and qkv.stride(4) == 1 else qkv.contiguous()
+    return qkv, (qkv.stride(0) if length == 1 else qkv.stride(1), qkv.stride(2), qkv.stride(3))
+
+
+def _tile(qkv: torch.Tensor) -> tuple[Tile, int, int]:
+    """Constants of a launch, warps of a program, and the number of tiles of the queries."""
+    batch, length, groups, heads, dim = qkv.shape
+    block = triton.next_power_of_2(dim // 2)
+    rows = max(1, 1024 // block) if qkv.is_cuda else 4
+    tile = Tile(groups, heads - 2, dim // 2, rows, block, accumulator(qkv.dtype))
+    tiles = triton.cdiv(batch * length * groups * (heads - 2), rows)
+    return tile, min(16, max(4, rows * block // 512)), tiles
+
+
+def _empty_outputs(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, length, groups, heads, dim = qkv.shape
+    q, k = (
+        torch.empty(batch, length, n, dim, dtype=qkv.dtype, device=qkv.device) for n in (groups * (heads - 2), groups)
+    )
+    return q, k, torch.empty(batch, length, groups, heads - 1, dtype=partial_dtype(qkv.dtype), device=qkv.device)
 
 
 @torch.library.custom_op("megamm::qk_norm_rope_gpu", mutates_args=())
 def qk_norm_rope_gpu(
-    qk: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, query_heads: int
+    qkv: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns queries, keys and the reciprocal norm of each head (or of the part that it belongs to)."""
-    q, k, scale = _empty_outputs(qk, query_heads)
-    x = _positions(qk)
-    meta, tiles = _tile(x, query_heads, len(weight) != 2, 1024)
-    launch(
-        _forward_kernel, (tiles, 2), x, weight.contiguous(), cos.contiguous(), sin.contiguous(), q, k, scale,
-        x.shape[0], cos.shape[0] * cos.shape[1], x.stride(0), eps, **meta,
-    )  # fmt: skip
+    """Returns queries, keys and the reciprocal norms of both, [B, L, G, R + 1]."""
+    q, k, scale = _empty_outputs(qkv)
+    x, strides = _strided(qkv)
+    tile, num_warps, tiles = _tile(x)
+    table = cos.contiguous(), sin.contiguous(), cos.shape[0] * cos.shape[1]
+    num_positions = x.shape[0] * x.shape[1]
+    args = x, *strides, weight.contiguous(), *table, q, k, scale, num_positions, eps
+    launch(_forward_kernel, (tiles, 2), *args, T=tile, num_warps=num_warps)
     return q, k, scale
 
 
 @torch.library.custom_op("megamm::qk_norm_rope_backward_gpu", mutates_args=())
 def qk_norm_rope_backward_gpu(
-    grad_q: torch.Tensor, grad_k: torch.Tensor, qk: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor,
-    sin: torch.Tensor, scale: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of the packed queries and keys, and of the weight."""
-    grad_qk = torch.empty_like(qk, memory_format=torch.contiguous_format)
-    x = _positions(qk)
-    meta, tiles = _tile(x, grad_q.shape[2], len(weight) != 2, 1024)
-    programs = persistent_programs(x, tiles, 2 * meta["num_warps"])  # of queries, and as many of keys
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+    qkv: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of qkv and of the weight."""
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    x, strides = _strided(qkv)
+    tile, num_warps, tiles = _tile(x)
+    programs = persistent_programs(x, tiles, 2 * num_warps)  # of queries, as many of keys, and a few that only copy
     partial = torch.empty(programs, *weight.shape, dtype=partial_dtype(x.dtype), device=x.device)
-    launch(
-        _backward_kernel, (programs, 2), grad_q.contiguous(), grad_k.contiguous(), x, weight.contiguous(),
-        cos.contiguous(), sin.contiguous(), scale, grad_qk, partial,
-        x.shape[0], cos.shape[0] * cos.shape[1], x.stride(0), **meta,
-    )  # fmt: skip
-    return grad_qk, partial.sum(0).to(weight.dtype)
+    table = cos.contiguous(), sin.contiguous(), cos.shape[0] * cos.shape[1]
+    grads = (grad.contiguous() for grad in (grad_q, grad_k, grad_v))
+    num_positions = x.shape[0] * x.shape[1]
+    args = x, *strides, weight.contiguous(), *table, *grads, scale, grad_qkv, partial, num_positions
+    launch(_backward_kernel, (programs, 3), *args, T=tile, num_warps=num_warps)
+    return grad_qkv, partial.sum(0).to(weight.dtype)
 
 
 @qk_norm_rope_gpu.register_fake
-def _(qk, weight, cos, sin, eps, query_heads):
-    return _empty_outputs(qk, query_heads)
+def _(qkv, weight, cos, sin, eps):
+    return _empty_outputs(qkv)
 
 
 @qk_norm_rope_backward_gpu.register_fake
-def _(grad_q, grad_k, qk, weight, cos, sin, scale):
-    return torch.empty_like(qk, memory_format=torch.contiguous_format), weight.new_empty(weight.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # autograd's zeros are no DTensors
-    ctx.save_for_backward(*inputs[:4], output[2])
-    ctx.query_heads = inputs[5]
-
-
-def _backward(ctx, grad_q, grad_k, _):
-    qk = ctx.saved_tensors[0]
-    grad_q = torch.zeros_like(qk[:, :, : ctx.query_heads]) if grad_q is None else grad_q
-    grad_k = torch.zeros_like(qk[:, :, ctx.query_heads :]) if grad_k is None else grad_k
-    return *qk_norm_rope_backward_gpu(grad_q, grad_k, *ctx.saved_tensors), None, None, None, None
-
-
-qk_norm_rope_gpu.register_autograd(_backward, setup_context=_setup_context)
+def _(grad_q, grad_k, grad_v, qkv, weight, cos, sin, scale):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), weight.new_empty(weight.shape)

@@ -14,9 +14,20 @@ from megamm_kernels.gpu.launch import accumulator, launch, partial_dtype, persis
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, scale_ptr, num_rows, eps,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    total_ptr,
+    scale_ptr,
+    num_rows,
+    eps,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
@@ -37,10 +48,21 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, scale_ptr, grad_total_ptr, grad_x_ptr, partial_ptr, num_rows,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, DTYPE: tl.constexpr,
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    grad_total_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    num_rows,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, column < WIDTH, other=0.0).to(DTYPE)
     grad_weight = tl.zeros((ROWS, BLOCK), DTYPE)
@@ -80,10 +102,21 @@ def _launch_forward(x, residual, weight, eps):
     scale = torch.empty(x.shape[:-1], dtype=partial_dtype(x.dtype), device=x.device)
     tile = _tile(x, 2048)
     launch(
-        _forward_kernel, (triton.cdiv(num_rows, tile["ROWS"]),),
-        x, x if residual is None else residual.contiguous(), weight.contiguous(), out, total, scale, num_rows, eps,
-        WIDTH=width, ADD=residual is not None, DTYPE=accumulator(x.dtype), **tile,
-    )  # fmt: skip
+        _forward_kernel,
+        (triton.cdiv(num_rows, tile["ROWS"]),),
+        x,
+        x if residual is None else residual.contiguous(),
+        weight.contiguous(),
+        out,
+        total,
+        scale,
+        num_rows,
+        eps,
+        WIDTH=width,
+        ADD=residual is not None,
+        DTYPE=accumulator(x.dtype),
+        **tile,
+    )
     return out, total, scale
 
 
@@ -116,10 +149,22 @@ def rms_norm_backward_gpu(
     programs = persistent_programs(x, triton.cdiv(num_rows, tile["ROWS"]), tile["num_warps"])
     partial = torch.empty(programs, width, dtype=partial_dtype(x.dtype), device=x.device)
     launch(
-        _backward_kernel, (programs,),
-        grad, x, weight.contiguous(), scale, grad if grad_total is None else grad_total.contiguous(), grad_x, partial,
-        num_rows, WIDTH=width, ADD=grad_total is not None, DTYPE=accumulator(x.dtype), STAGES=stages, **tile,
-    )  # fmt: skip
+        _backward_kernel,
+        (programs,),
+        grad,
+        x,
+        weight.contiguous(),
+        scale,
+        grad if grad_total is None else grad_total.contiguous(),
+        grad_x,
+        partial,
+        num_rows,
+        WIDTH=width,
+        ADD=grad_total is not None,
+        DTYPE=accumulator(x.dtype),
+        STAGES=stages,
+        **tile,
+    )
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
