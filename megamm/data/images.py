@@ -6,7 +6,9 @@ blocks of 8 pixels blur the few pixels there are; above, as JPEG of quality 95 w
 of the bytes of PNG.
 """
 
+import hashlib
 import io
+import json
 import warnings
 from typing import Literal
 
@@ -19,6 +21,9 @@ Fit = Literal["squash", "crop", "pad"]
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO")
 """Pillow decoders in use; the list keeps out those that run other programs (EPS) or unpack archives."""
+
+PREPROCESSING_VERSION = 1
+"""Goes up when decoding, resizing or encoding give other pixels than before."""
 
 LOSSLESS_MAX = 64
 JPEG_QUALITY = 95
@@ -84,6 +89,20 @@ def resize(image: np.ndarray, size: int, fit: Fit = "squash") -> np.ndarray:
         top, left = (size - inner.shape[0]) // 2, (size - inner.shape[1]) // 2
         image[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return _resize_to(image, size, size)
+
+
+def preprocessing_fingerprint(image_size: int, patch_size: int, fit: Fit) -> str:
+    """Hex digest of all that decides which pixels and patches the model sees of an image file."""
+    rules = {
+        "version": PREPROCESSING_VERSION,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "fit": fit,
+        "resize": "area, cubic where it grows",
+        "lossless_max": LOSSLESS_MAX,
+        "jpeg_quality": JPEG_QUALITY,
+    }
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
 def encode(image: np.ndarray) -> bytes:

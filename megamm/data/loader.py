@@ -1,8 +1,8 @@
 """The loader: global batch k is rows [k*B, (k+1)*B) of the pack plan, each rank reading its part of them.
 
-Its whole state is the step: resuming is starting at another step, at no cost. Worker processes build batches
-ahead of the training process; neither their number nor that of the ranks nor the micro-batch size changes
-which rows a step holds.
+A rank's part is the next rows in order, or rows dealt by their work (balance.py). The whole state is the step:
+resuming is starting at another step, at no cost. Worker processes build batches ahead of the training process; neither
+their number nor that of the ranks nor the micro-batch size changes which rows a step holds.
 
 Workers are forked where the system allows it safely (Linux): that takes milliseconds, while a fresh
 interpreter imports PyTorch for seconds. It is safe because they only run numpy and image decoding, single
@@ -11,24 +11,30 @@ threaded, and never touch the accelerator.
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
 from megamm.config import DataConfig
-from megamm.data.batch import Batch
-from megamm.data.plan import PackPlan
+from megamm.data.balance import RowContents, deal_rows, row_contents
+from megamm.data.pack_plan import PackPlan
 from megamm.data.rows import RowReader
 from megamm.data.shards import ShardedDataset
 from megamm.errors import InputError, RunError
+from megamm.sequence import Batch, patches_per_image
 
 
 def open_sources(config: DataConfig, split: str) -> list[ShardedDataset]:
@@ -49,7 +55,7 @@ def open_sources(config: DataConfig, split: str) -> list[ShardedDataset]:
     return datasets
 
 
-def build_plan(
+def build_pack_plan(
     datasets: Sequence[ShardedDataset],
     weights: Sequence[float],
     config: DataConfig,
@@ -62,31 +68,36 @@ def build_plan(
 
     Args:
         cache_dir: where the index is kept. Ranks that do not see the same folder compute it as they go.
-        world: has ``rank`` and ``barrier()``; None for a single process.
+        world: has ``rank`` and ``agree()``; None for a single process.
 
     Raises:
         InputError: a source is empty or has a document longer than a row.
     """
-    plan = PackPlan(
-        datasets,
-        weights,
-        row_length=config.row_length,
-        window_tokens=config.window_tokens,
-        seed=config.seed,
-        cache_dir=cache_dir,
-    )
-    if world is None or world.rank == 0:
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-            task = progress.add_task("planning rows", total=num_rows)
-            plan.ensure(
-                num_rows,
-                lambda known: progress.update(task, completed=min(known, num_rows)),
-                processes=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-            )
+    with world.agree() if world is not None else nullcontext():
+        plan = PackPlan(
+            datasets,
+            weights,
+            row_length=config.row_length,
+            window_tokens=config.window_tokens,
+            seed=config.seed,
+            cache_dir=cache_dir,
+        )
+        if world is None or world.rank == 0:
+            _extend(plan, num_rows)
     if world is not None:
-        world.barrier()
         plan.load_index()
     return plan
+
+
+def _extend(plan: PackPlan, num_rows: int) -> None:
+    """Extend a plan's index, with a bar on a terminal."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("planning rows", total=num_rows)
+        plan.ensure(
+            num_rows,
+            lambda known: progress.update(task, completed=min(known, num_rows)),
+            processes=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        )
 
 
 class Loader:
@@ -98,6 +109,8 @@ class Loader:
         config: workers, prefetch, augmentation and seed.
         global_batch_rows: rows of a step over all ranks; a multiple of ``num_ranks``.
         micro_rows: rows of a micro-batch; None gives one micro-batch. The last one may be smaller.
+        work: of rows from their contents, [num_rows]. Rows are then dealt so that ranks, and where micro-batches are
+            equally long these too, have nearly the same work; otherwise in order. A step has the same rows either way.
         pin_memory: copy batches to page-locked memory; by default where CUDA is available.
 
     Raises:
@@ -115,6 +128,7 @@ class Loader:
         rank: int = 0,
         num_ranks: int = 1,
         micro_rows: int | None = None,
+        work: Callable[[RowContents], np.ndarray] | None = None,
         start_step: int = 0,
         end_step: int,
         pin_memory: bool | None = None,
@@ -126,10 +140,11 @@ class Loader:
         rank_rows = global_batch_rows // num_ranks
         self.micro_rows = micro_rows or rank_rows
         self._wait = 0.0
+        self._datasets = datasets
         reader = RowReader(plan, datasets, config.augment, config.seed)
         workers = config.workers
         self._batches = DataLoader(
-            _Steps(reader, global_batch_rows, rank * rank_rows, rank_rows),
+            _Steps(reader, _Deal(plan, datasets, global_batch_rows, rank, num_ranks, self.micro_rows, work)),
             batch_size=None,
             sampler=range(start_step, end_step),
             num_workers=workers,
@@ -139,28 +154,28 @@ class Loader:
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         )
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Generator[list[Batch], None, None]:
         cv2.setNumThreads(0)  # before forking: OpenCV's thread pool does not survive it
-        batches = iter(self._batches)
+        others = multiprocessing.active_children()
+        with _deaths_told_where_read():
+            batches = iter(self._batches)
+        workers = [child for child in multiprocessing.active_children() if child not in others]
         try:
-            while (batch := self._next(batches)) is not None:
+            while (batch := self._next(batches, workers)) is not None:
                 if isinstance(batch, Exception):
                     raise batch
-                yield split_rows(batch, self.micro_rows)
+                yield split_batch(batch, self.micro_rows)
         finally:
             del batches  # ends the workers now, though a traceback may hold this frame
 
-    def _next(self, batches: Iterator[Batch | Exception]) -> Batch | Exception | None:
+    def _next(self, batches: Iterator[Batch | Exception], workers: list[BaseProcess]) -> Batch | Exception | None:
         began = time.perf_counter()
         try:
             return next(batches, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunError(
-                f"a loader process died ({str(error.__cause__ or error).strip()}); out of memory, or of shared memory "
-                "(/dev/shm, in Docker --shm-size)? Lower data.workers or data.prefetch"
-            ) from error
+        except Exception as error:
+            if codes := _exit_codes_of_dead(workers):
+                raise _death(codes, self._datasets) from error
+            raise
         finally:
             self._wait += time.perf_counter() - began
 
@@ -170,7 +185,44 @@ class Loader:
         return waited
 
 
-def split_rows(batch: Batch, rows: int) -> list[Batch]:
+@contextmanager
+def _deaths_told_where_read() -> Iterator[None]:
+    """Keep the handler of SIGCHLD as it is: PyTorch's would raise anywhere in the program, even between steps.
+
+    A worker that died is then found where its batch is awaited, within seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, and PyTorch sets none in others
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _exit_codes_of_dead(workers: list[BaseProcess]) -> list[int]:
+    """Exit codes of the workers that failed; one may still be on its way out when its pipe is found closed."""
+    for worker in workers:
+        worker.join(timeout=1 / len(workers))
+    return [worker.exitcode for worker in workers if worker.exitcode]
+
+
+def _death(codes: list[int], datasets: Sequence[ShardedDataset]) -> InputError | RunError:
+    """What to tell of it: the shard that was cut while it was mapped, which kills its reader, or what else it is."""
+    try:
+        for dataset in datasets:
+            dataset.check_shards()
+    except InputError as damage:
+        return damage
+    how = ", ".join(signal.strsignal(-code) or f"signal {-code}" if code < 0 else f"exit code {code}" for code in codes)
+    return RunError(
+        f"a loader process died ({how}); out of memory, or of shared memory (/dev/shm, in Docker --shm-size)? "
+        "Lower data.workers or data.prefetch"
+    )
+
+
+def split_batch(batch: Batch, rows: int) -> list[Batch]:
     """Cut a batch into batches of ``rows`` rows, without copying; the last one may be smaller."""
     num_rows, length = batch.tokens.shape
     if rows >= num_rows:
@@ -189,16 +241,44 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
     return parts
 
 
+class _Deal:
+    """Which rows of a step a rank has, in the order of its micro-batches."""
+
+    def __init__(
+        self,
+        plan: PackPlan,
+        datasets: Sequence[ShardedDataset],
+        global_rows: int,
+        rank: int,
+        num_ranks: int,
+        micro_rows: int,
+        work: Callable[[RowContents], np.ndarray] | None,
+    ):
+        self.plan, self.global_rows, self.rank, self.num_ranks, self.work = plan, global_rows, rank, num_ranks, work
+        rank_rows = global_rows // num_ranks
+        self.parts = num_ranks * (rank_rows // micro_rows if rank_rows % micro_rows == 0 else 1)
+        info = next((d.info for d in datasets if d.info.get("image_size")), None)
+        self.image_patches = patches_per_image(info["image_size"], info["patch_size"]) if info else 1
+
+    def rows(self, step: int) -> Sequence[int]:
+        every = range(step * self.global_rows, (step + 1) * self.global_rows)
+        if self.work is None or self.parts == 1:
+            size = self.global_rows // self.num_ranks
+            return every[self.rank * size : (self.rank + 1) * size]
+        work = self.work(row_contents(self.plan, every, self.image_patches))
+        own = deal_rows(work, self.parts).reshape(self.num_ranks, -1)[self.rank]
+        return (own + every.start).tolist()
+
+
 class _Steps(Dataset):
     """Map from step to this rank's rows of it. Errors are returned, so that they keep their type and message."""
 
-    def __init__(self, reader: RowReader, global_rows: int, first: int, num_rows: int):
-        self.reader, self.global_rows, self.first, self.num_rows = reader, global_rows, first, num_rows
+    def __init__(self, reader: RowReader, deal: _Deal):
+        self.reader, self.deal = reader, deal
 
     def __getitem__(self, step: int) -> Batch | Exception:
-        start = step * self.global_rows + self.first
         try:
-            return self.reader.read(range(start, start + self.num_rows))
+            return self.reader.read(self.deal.rows(step))
         except (InputError, RunError) as error:
             return error
 
@@ -209,5 +289,8 @@ def _context() -> str:
 
 
 def _init_worker(_: int) -> None:
+    # A cluster signals the whole group; training still needs its loader to reach the end of the step and save.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

@@ -6,7 +6,6 @@ with a pixel for each pair of query and key.
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -14,37 +13,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 
-from megamm.data.batch import Batch
-from megamm.data.tokens import IMAGE, SPECIAL_TOKENS
+from megamm.sequence import IMAGE, SPECIAL_TOKENS, Batch, Span, row_spans
 
 INK, MUTED, FAINT, PAPER, CARD = "#1f2430", "#8a919c", "#d8dce2", "#ffffff", "#f6f7f9"
 LABELLED, SPECIAL = "#cfe3f5", "#e6e8ec"
 CAUSAL, WITHIN_IMAGE, HIDDEN = (0, 114, 178), (230, 159, 0), (241, 243, 245)
 COLUMNS, GAP, PAD, LINE = 3, 10, 9, 18
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """Positions ``start`` to ``stop`` (excluded) of a row that are one image, or text."""
-
-    start: int
-    stop: int
-    is_image: bool
-
-
-def split_row(batch: Batch, row: int) -> list[list[Span]]:
-    """The documents of a row, each a list of its spans; padding left out."""
-    tokens, lo, hi = (getattr(batch, name)[row].numpy() for name in ("tokens", "lo", "hi"))
-    length = int((lo <= hi).sum())  # padding is at the end and sees nothing
-    starts = [i for i in range(length) if i == 0 or lo[i] != lo[i - 1]]
-    documents = []
-    for start, stop in pairwise([*starts, length]):
-        is_image = tokens[start:stop] == IMAGE
-        edges = [start, *(start + 1 + np.flatnonzero(is_image[1:] != is_image[:-1])), stop]
-        documents.append(
-            [Span(start=int(a), stop=int(b), is_image=bool(tokens[a] == IMAGE)) for a, b in pairwise(edges)]
-        )
-    return documents
 
 
 def draw_row(
@@ -73,7 +47,7 @@ def draw_row(
     pen = _Pen(batch=batch, row=row, tokenizer=tokenizer, scale=scale, max_tokens=max_tokens)
     mask_width = width * 27 // 100
     column = (width - mask_width - COLUMNS * GAP) // COLUMNS
-    cards = [pen.card(number, spans, sources, column) for number, spans in enumerate(split_row(batch, row), start=1)]
+    cards = [pen.card(number, spans, sources, column) for number, spans in enumerate(_documents(batch, row), start=1)]
     columns = _fill_columns(cards, COLUMNS, GAP * scale)
     mask = pen.mask(mask_width)
     height = max([mask.height, *(sum(card.height + GAP * scale for card in stack) for stack in columns)])
@@ -85,6 +59,10 @@ def draw_row(
             y += card.height + GAP * scale
     picture.paste(mask, ((width - mask_width) * scale, 0))
     return picture
+
+
+def _documents(batch: Batch, row: int) -> list[list[Span]]:
+    return row_spans(*(getattr(batch, name)[row].numpy() for name in ("tokens", "lo", "hi")))
 
 
 def mask_picture(lo: np.ndarray, hi: np.ndarray, in_image: np.ndarray) -> np.ndarray:
@@ -157,7 +135,7 @@ class _Pen:
         s, font = self.scale, _font(10.5 * self.scale)
         tokens = self.batch.tokens[self.row].tolist()
         targets = self.batch.targets[self.row].tolist()
-        x, right = PAD * s, (width - PAD) * s
+        x, right = float(PAD * s), (width - PAD) * s
         for position in range(span.start, min(span.stop, span.start + self.max_tokens)):
             text = self._decode(tokens[position])
             # The label of a token is stored with the position before it, which predicts it.
@@ -220,7 +198,8 @@ def _fill_columns(cards: list[Image.Image], columns: int, gap: int) -> list[list
     heights = [card.height + gap for card in cards]
 
     def fill(limit: int) -> list[list[Image.Image]]:
-        stacks, used = [[]], 0
+        stacks: list[list[Image.Image]] = [[]]
+        used = 0
         for card, height in zip(cards, heights, strict=True):
             if used and used + height > limit:
                 stacks.append([])

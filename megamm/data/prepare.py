@@ -12,28 +12,37 @@ import fcntl
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 import cv2
+import numpy as np
+import pyarrow as pa
 
 from megamm import files
 from megamm.data import images
-from megamm.data.documents import Document, Skipped, Text
-from megamm.data.readers import Task, open_inputs
-from megamm.data.shards import FORMAT_VERSION, read_dataset_info
+from megamm.data.dataset_info import FILE, make_info
+from megamm.data.documents import Document, Skipped, Task, Text, unread
+from megamm.data.readers import open_inputs
+from megamm.data.shards import DIGEST_BYTES, document_digest
+from megamm.data.splits import Documents
 from megamm.data.tokenizer import Tokenizer
-from megamm.data.tokens import EOS
-from megamm.data.writer import ShardRow, ShardWriter, split_rows
+from megamm.data.writer import Piece, ShardWriter, split_pieces
 from megamm.errors import InputError, RunError
+from megamm.sequence import EOS, patches_per_image
+
+OUTPUTS = frozenset((FILE, "tokenizer.json", "skipped.jsonl", "train", "val"))
 
 BATCH = 16
 """Reading tasks sent to a worker at a time."""
@@ -50,7 +59,7 @@ class PrepareSettings:
         image_size, patch_size: pixels; the size is a multiple of the patch.
         max_length: positions of a row, above which a document is cut into parts.
         fit: how an image becomes square: squash, crop or pad.
-        val_fraction: share of documents held out, chosen by a hash of the id.
+        val_fraction: share of tokens held out, in documents chosen by a hash of their content.
         min_tokens: documents of fewer text tokens are left out.
         max_pixels: larger images are refused, before decoding.
         limit: stop after this many documents.
@@ -74,7 +83,7 @@ class PrepareSettings:
     @property
     def num_patches(self) -> int:
         """Patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
+        return patches_per_image(self.image_size, self.patch_size)
 
     def check(self) -> None:
         """Raise InputError with every problem, a line each."""
@@ -100,11 +109,22 @@ class PrepareSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """What a worker makes of one document: its rows (none if it was left out), and what was skipped."""
+    """What a worker makes of one document.
+
+    Attributes:
+        pieces: none if it was left out.
+        skipped: what was left out, and why.
+        files: paths of the pictures that it refers to.
+        digest: of its content, without its id.
+        image_digests: of each picture.
+    """
 
     id: str
-    rows: list[ShardRow]
+    pieces: list[Piece]
     skipped: list[Skipped]
+    files: tuple[str, ...] = ()
+    digest: bytes = b""
+    image_digests: list[bytes] = field(default_factory=list)
 
 
 def prepare(
@@ -146,20 +166,20 @@ def prepare(
     try:
         with _replaced_folder(out) as folder:
             documents = _encode_all(inputs.tasks, settings, tokenizer, workers)
-            counts = _write(documents, folder, settings, lambda d, s: report(d, inputs.num_tasks, s))
+            counts = _write(
+                documents, inputs.pictures, folder, settings, lambda done, s: report(done, inputs.num_tasks, s)
+            )
             shutil.copyfile(settings.tokenizer, folder / "tokenizer.json")
             stored = dataclasses.asdict(settings)
-            info = {
-                "format_version": FORMAT_VERSION,
-                "name": out.resolve().name,
-                "kind": kind,
-                "vocab_size": tokenizer.vocab_size,
-                "tokenizer_sha256": tokenizer.sha256,
-                **{key: stored.pop(key) for key in ("image_size", "patch_size", "max_length")},
-                "settings": {key: value for key, value in stored.items() if key not in ("kind", "tokenizer")},
+            info = make_info(
+                vocab_size=tokenizer.vocab_size,
+                tokenizer_sha256=tokenizer.sha256,
+                **{key: stored.pop(key) for key in ("kind", "image_size", "patch_size", "max_length")},
+                fit=settings.fit,
+                settings={key: value for key, value in stored.items() if key != "tokenizer"},
                 **counts,
-            }
-            files.write_json(folder / "dataset.json", info)
+            )
+            files.write_json(folder / FILE, info)
     except BrokenProcessPool as error:
         raise RunError("a worker was killed (out of memory?); try fewer --workers") from error
     except OSError as error:
@@ -178,7 +198,8 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
     skipped: list[Skipped] = []
 
     def left_out(reason: str) -> Encoded:
-        return Encoded(id=document.id, rows=[], skipped=[*skipped, Skipped(id=document.id, reason=reason)])
+        entries = [*skipped, Skipped(id=document.id, reason=reason)]
+        return Encoded(id=document.id, pieces=[], skipped=entries, files=document.files)
 
     units, text = [], ""
     try:
@@ -202,77 +223,96 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
     num_tokens = sum(len(unit) for unit in units if isinstance(unit, list)) - 1
     if num_tokens < settings.min_tokens:
         return left_out("too little text" if num_tokens else "no text")
-    rows = split_rows(document.id, units, settings.max_length, settings.num_patches)
-    return Encoded(id=document.id, rows=rows, skipped=skipped)
+    pieces = split_pieces(document.id, units, settings.max_length, settings.num_patches)
+    texts = [unit for unit in units if isinstance(unit, list)]
+    pictures = [unit for unit in units if isinstance(unit, bytes)]
+    return Encoded(
+        id=document.id,
+        pieces=pieces,
+        skipped=skipped,
+        files=document.files,
+        digest=document_digest("", [t for text in texts for t in text], [len(text) for text in texts], pictures),
+        image_digests=[hashlib.sha256(picture).digest()[:DIGEST_BYTES] for picture in pictures],
+    )
 
 
-def assign_splits(documents: Iterable[Encoded], val_fraction: float) -> Iterator[tuple[str, Encoded]]:
-    """Give each document its split, by a hash of its id, so that it stays there whatever else is prepared.
+class _Skipped:
+    """Writes ``skipped.jsonl`` and counts by reason."""
 
-    Of two or more documents at least one goes to each split: while only one split has been seen, the
-    document nearest to the other is held back. With ``val_fraction`` 0 there is no val.
-    """
-    held, passed, both = None, 0, val_fraction == 0
-    for document in documents:
-        split = _natural_split(document, val_fraction)
-        if both:
-            yield split, document
-        elif held is None:
-            held = document
-        elif _natural_split(held, val_fraction) != split:
-            yield _natural_split(held, val_fraction), held
-            yield split, document
-            held, both = None, True
-        else:
-            swap = (_hash(document) < _hash(held)) == (split == "train")
-            yield split, held if swap else document
-            held = document if swap else held
-            passed += 1
-    if held is not None:
-        opposite = "val" if _natural_split(held, val_fraction) == "train" else "train"
-        yield opposite if passed else "train", held
+    def __init__(self, file: TextIO):
+        self.file = file
+        self.reasons: Counter[str] = Counter()
+        self.first = ""
 
-
-def _hash(document: Encoded) -> float:
-    digest = hashlib.blake2b(document.id.encode("utf-8", errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-def _natural_split(document: Encoded, val_fraction: float) -> str:
-    return "val" if _hash(document) < val_fraction else "train"
+    def add(self, entry: Skipped) -> None:
+        self.first = self.first or f"; first {entry.id}: {entry.reason}"
+        self.file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
+        self.reasons[entry.reason.split(":")[0]] += 1
 
 
 def _write(
-    documents: Iterator[Encoded], folder: Path, settings: PrepareSettings, report: Callable[[int, int], None]
+    encoded: Iterator[Encoded],
+    pictures: dict[str, str],
+    folder: Path,
+    settings: PrepareSettings,
+    report: Callable[[int, int], None],
 ) -> dict:
-    """Write shards and skipped.jsonl; returns the counts for dataset.json."""
-    writers = {split: ShardWriter(folder / split) for split in ("train", "val")}
-    reasons: Counter[str] = Counter()
-    done = 0
+    """Write shards and skipped.jsonl; returns the counts for dataset.json.
 
-    with (folder / "skipped.jsonl").open("w", encoding="utf-8") as log:
+    All documents are written in their order, and then, when their tokens are known, dealt to the splits.
+    """
+    unsplit = ShardWriter(folder / "unsplit")
+    documents, unseen = Documents(), dict(pictures)
+    with (folder / "skipped.jsonl").open("w", encoding="utf-8") as file:
+        skipped = _Skipped(file)
+        for done, item in enumerate(encoded, start=1):
+            for entry in item.skipped:
+                skipped.add(entry)
+            for path in item.files:
+                unseen.pop(path, None)
+            if item.pieces:
+                unsplit.add(item.pieces)
+                documents.add(
+                    item.digest,
+                    item.image_digests if settings.kind == "caption" else [],
+                    sum(piece.length for piece in item.pieces),
+                    len(item.image_digests),
+                    len(item.pieces),
+                )
+            report(done, skipped.reasons.total())
+            if len(documents) == settings.limit:
+                break
+        else:
+            for name in unseen.values():
+                skipped.add(Skipped(id=name, reason="image that nothing refers to"))
+    if not len(documents):
+        listed = "; ".join(f"{count} x {reason}" for reason, count in skipped.reasons.most_common(5))
+        raise InputError(f"{' '.join(settings.inputs)}: no document is left ({listed or 'empty input'}{skipped.first})")
+    splits, fingerprints = _deal(folder, unsplit.close(), documents, settings.val_fraction)
+    return {
+        "splits": splits,
+        "fingerprints": fingerprints,
+        "num_repeats": documents.num_repeats(),
+        "skipped_by_reason": skipped.reasons,
+    }
 
-        def kept() -> Iterator[Encoded]:
-            nonlocal done
-            for document in documents:
-                for entry in document.skipped:
-                    log.write(json.dumps(dataclasses.asdict(entry)) + "\n")
-                    reasons[entry.reason.split(":")[0]] += 1
-                done += 1
-                report(done, reasons.total())
-                if document.rows:
-                    yield document
 
-        for split, document in assign_splits(islice(kept(), settings.limit), settings.val_fraction):
-            writers[split].add(document.rows)
-    splits = {split: writer.close() for split, writer in writers.items()}
-    if not splits["train"]["num_documents"]:
-        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-        raise InputError(f"{' '.join(settings.inputs)}: no document is left ({listed or 'empty input'})")
-    if not splits["val"]["num_documents"]:
-        del splits["val"]
-        shutil.rmtree(folder / "val", ignore_errors=True)
-    return {"splits": splits, "num_skipped": reasons.total(), "skipped_by_reason": dict(sorted(reasons.items()))}
+def _deal(folder: Path, unsplit: dict, documents: Documents, val_fraction: float) -> tuple[dict, dict]:
+    """Move the documents to the folders of their splits; returns entries and fingerprints of these."""
+    in_val = np.repeat(documents.hold_out(val_fraction), documents.num_pieces)
+    writers = {split: ShardWriter(folder / split) for split in (("train", "val") if in_val.any() else ("train",))}
+    start = 0
+    for shard in unsplit["shards"]:
+        path = folder / "unsplit" / shard["file"]
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+            part = in_val[start : start + len(table)]
+            for split, writer in writers.items():
+                writer.add_table(table.filter(part if split == "val" else ~part))
+        path.unlink()
+        start += len(part)
+    shutil.rmtree(folder / "unsplit")
+    return {split: w.close() for split, w in writers.items()}, {s: w.fingerprint.hex() for s, w in writers.items()}
 
 
 def _encode_all(
@@ -298,15 +338,14 @@ def _encode_all(
 def _encode_batch(batch: list[Task], settings: PrepareSettings, tokenizer: Tokenizer) -> list[Encoded]:
     encoded = []
     for task in batch:
-        try:
-            for item in task():
-                if isinstance(item, Skipped):
-                    encoded.append(Encoded(id=item.id, rows=[], skipped=[item]))
-                else:
-                    encoded.append(encode_document(item, settings, tokenizer))
-        except OSError as error:
-            entry = Skipped(id=str(error.filename), reason=f"cannot be read: {error.strerror}")
-            encoded.append(Encoded(id=entry.id, rows=[], skipped=[entry]))
+        for item in task():
+            if isinstance(item, Skipped):
+                encoded.append(Encoded(id=item.id, pieces=[], skipped=[item]))
+                continue
+            try:
+                encoded.append(encode_document(item, settings, tokenizer))
+            except Exception as error:  # one bad document never ends the run
+                encoded.append(Encoded(id=item.id, pieces=[], skipped=[unread(item.id, error)]))
     return encoded
 
 
@@ -314,8 +353,15 @@ _worker: dict = {}
 
 
 def _start_worker(settings: PrepareSettings) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)  # the workers are the parallelism
     _worker.update(settings=settings, tokenizer=Tokenizer(settings.tokenizer))
+
+
+def _end_with_parent() -> None:
+    """A run that was killed must not leave its workers behind: they wait for tasks for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _work(batch: list[Task]) -> list[Encoded]:
@@ -330,10 +376,9 @@ def _check_target(out: Path, settings: PrepareSettings) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
     if out.is_dir() and any(out.iterdir()):
-        try:
-            read_dataset_info(out)
-        except InputError as error:
-            raise InputError(f"--out {out}: is not empty and not a prepared dataset; give another folder") from error
+        names = {path.name for path in out.iterdir()}
+        if FILE not in names or not names <= OUTPUTS:  # also one of an older version, or damaged, may be replaced
+            raise InputError(f"--out {out}: is not empty and not a prepared dataset; give another folder")
 
 
 @contextmanager

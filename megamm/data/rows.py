@@ -7,19 +7,18 @@ import torch
 
 from megamm.config import AugmentConfig
 from megamm.data import images
-from megamm.data.batch import Batch
+from megamm.data.pack_plan import PackPlan
 from megamm.data.permutation import derive_seed
-from megamm.data.plan import PackPlan
 from megamm.data.shards import Example, ShardedDataset
-from megamm.data.tokens import IGNORE, IMAGE, PAD
 from megamm.errors import RunError
+from megamm.sequence import IGNORE, IMAGE, PAD, Batch, row_positions
 
 FIELDS = {
     "tokens": (np.int32, PAD),
     "positions": (np.int32, 0),
     "targets": (np.int32, IGNORE),
     "source": (np.uint8, 0),
-    "modality": (np.uint8, 0),
+    "label_kind": (np.uint8, 0),
     "lo": (np.int32, 0),
     "hi": (np.int32, 0),
 }
@@ -37,31 +36,21 @@ def fill_row(row: dict[str, np.ndarray], examples: Sequence[Example], sources: n
     Returns:
         bool [S]: image positions.
     """
-    spans = np.concatenate([e.layout for e in examples])
-    sizes = np.abs(spans)
-    doc_sizes = np.array([np.abs(e.layout).sum() for e in examples])
-    end = int(doc_sizes.sum())
-    q = np.arange(end)
-    is_image = np.repeat(spans < 0, sizes)
-    start = np.repeat(np.cumsum(doc_sizes) - doc_sizes, doc_sizes)
-    span_end = np.repeat(np.cumsum(sizes), sizes)
-
+    padded = row_positions([e.layout for e in examples], len(row["tokens"]))
+    document_sizes = [np.abs(e.layout).sum() for e in examples]
+    end = int(sum(document_sizes))
+    start, is_image = padded.start[:end], padded.is_image[:end]
     tokens = np.full(end, IMAGE, np.int32)
     tokens[~is_image] = np.concatenate([e.tokens for e in examples])
     row["tokens"][:end] = tokens
-    row["positions"][:end] = q - start
+    row["positions"][:end] = np.arange(end) - start
     labelled = ~is_image[:-1] & ~is_image[1:] & (start[:-1] == start[1:])
     row["targets"][: end - 1][labelled] = tokens[1:][labelled]
-    row["source"][:end] = np.repeat(sources, doc_sizes)
+    row["source"][:end] = np.repeat(sources, document_sizes)
     patches_before = np.cumsum(is_image) - is_image
-    row["modality"][: end - 1] = labelled & (patches_before > patches_before[start])[:-1]
-    row["lo"][:end] = start
-    row["hi"][:end] = np.where(is_image, span_end - 1, q)
-    row["lo"][end:] = np.arange(end, len(row["lo"]))
-    row["hi"][end:] = row["lo"][end:] - 1
-    padded = np.zeros(len(row["tokens"]), bool)
-    padded[:end] = is_image
-    return padded
+    row["label_kind"][: end - 1] = labelled & (patches_before > patches_before[start])[:-1]
+    row["lo"][:], row["hi"][:] = padded.lo, padded.hi
+    return padded.is_image
 
 
 class RowReader:
@@ -77,8 +66,8 @@ class RowReader:
     def __init__(self, plan: PackPlan, datasets: Sequence[ShardedDataset], augment: AugmentConfig, seed: int):
         self.plan, self.datasets, self.augment, self.seed = plan, datasets, augment, seed
 
-    def read(self, rows: Sequence[int]) -> Batch:
-        """Rows of the plan as one batch.
+    def read(self, rows: Sequence[int | None]) -> Batch:
+        """Rows of the plan as one batch; None is a row of padding.
 
         Raises:
             InputError: a shard is damaged.
@@ -87,8 +76,12 @@ class RowReader:
         shape = len(rows), self.plan.row_length
         arrays = {name: np.full(shape, value, dtype) for name, (dtype, value) in FIELDS.items()}
         is_image = np.zeros(shape, bool)
-        patches = []
+        patches: list[np.ndarray] = []
         for b, i in enumerate(rows):
+            if i is None:
+                padding = row_positions([], self.plan.row_length)
+                arrays["lo"][b], arrays["hi"][b] = padding.lo, padding.hi
+                continue
             sources, documents = self.plan.row(i)
             datasets = [self.datasets[s] for s in sources]
             examples = [_read(d, int(j)) for d, j in zip(datasets, documents, strict=True)]

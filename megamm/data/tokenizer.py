@@ -9,14 +9,14 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megamm import files
-from megamm.data.tokens import SPECIAL_TOKENS
 from megamm.errors import InputError
+from megamm.sequence import SPECIAL_TOKENS
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 
 class Tokenizer:
-    """A ``tokenizer.json`` whose first ids are :data:`megamm.data.tokens.SPECIAL_TOKENS`.
+    """A ``tokenizer.json`` whose first ids are :data:`megamm.sequence.SPECIAL_TOKENS`.
 
     Attributes:
         path: the file.

@@ -1,32 +1,38 @@
-"""Writing a prepared dataset: cutting documents that are too long into rows, and rows into shards."""
+"""Writing a prepared dataset: cutting documents that are too long into pieces, and pieces into shards."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from megamm.data.shards import SCHEMA
-from megamm.data.tokens import BOS, IMAGE_END
+from megamm.data.dataset_info import Fingerprint
+from megamm.data.shards import SCHEMA, document_digest, lengths_digest
+from megamm.sequence import BOS, IMAGE_END
 
 MIN_TEXT_AFTER_IMAGE = 8
-"""An image with less room than this behind it starts a new row: without text after it, it teaches nothing."""
+"""An image with less room than this behind it starts a new piece: without text after it, it teaches nothing."""
 
 SHARD_DOCUMENTS = 4096
 SHARD_BYTES = 256 * 2**20
+PACK_PIECES = 64
+"""Pieces that are put into columns at a time."""
 
 
 @dataclass(kw_only=True)
-class ShardRow:
-    """One row of a shard (see megamm.data.shards): a document, or a part of a long one.
+class Piece:
+    """One entry of a shard (see megamm.data.shards): a document, or a piece of a long one.
 
     Attributes:
-        id: the document's id, with ``#1``, ``#2``, ... from the second part on.
+        id: the document's id, with ``#1``, ``#2``, ... from the second piece on.
         tokens: ids of all text spans.
         layout: n > 0 text tokens, -n patches.
         images: encoded images.
         length: positions: text tokens and patches.
+        digest: of all that is stored, set by :meth:`seal`.
     """
 
     id: str
@@ -34,6 +40,12 @@ class ShardRow:
     layout: list[int] = field(default_factory=lambda: [1])
     images: list[bytes] = field(default_factory=list)
     length: int = 1
+    digest: bytes = b""
+
+    def seal(self) -> "Piece":
+        """Set the digest, once the piece is complete; here, and not while writing, since workers do it."""
+        self.digest = document_digest(self.id, self.tokens, self.layout, self.images)
+        return self
 
     def add_text(self, ids: Sequence[int]) -> None:
         """Append text tokens."""
@@ -53,13 +65,9 @@ class ShardRow:
         self.length += num_patches
         self.add_text([IMAGE_END])
 
-    def num_bytes(self) -> int:
-        """Size on disk, nearly."""
-        return 4 * len(self.tokens) + sum(map(len, self.images))
 
-
-def split_rows(id: str, units: Sequence[list[int] | bytes], max_length: int, num_patches: int) -> list[ShardRow]:
-    """Cut a document into rows of at most ``max_length`` positions, each starting with <bos>.
+def split_pieces(id: str, units: Sequence[list[int] | bytes], max_length: int, num_patches: int) -> list[Piece]:
+    """Cut a document into pieces of at most ``max_length`` positions, each starting with <bos>.
 
     Text may be cut anywhere; an image and its <image_end> stay together. ``max_length`` must hold
     <bos>, an image, <image_end> and one token more.
@@ -67,59 +75,86 @@ def split_rows(id: str, units: Sequence[list[int] | bytes], max_length: int, num
     Args:
         units: text ids and encoded images; the last is text that ends with <eos>.
     """
-    rows = [ShardRow(id=id)]
+    pieces = [Piece(id=id)]
 
-    def next_row() -> None:
-        rows.append(ShardRow(id=f"{id}#{len(rows)}"))
+    def next_piece() -> None:
+        pieces.append(Piece(id=f"{id}#{len(pieces)}"))
 
     for index, unit in enumerate(units):
         if isinstance(unit, bytes):
             need = min(num_patches + 1 + MIN_TEXT_AFTER_IMAGE, max_length - 1)
-            if rows[-1].length + need > max_length:
-                next_row()
-            rows[-1].add_image(unit, num_patches)
+            if pieces[-1].length + need > max_length:
+                next_piece()
+            pieces[-1].add_image(unit, num_patches)
             continue
         start = 0
         while start < len(unit):
-            take = min(len(unit) - start, max_length - rows[-1].length)
+            take = min(len(unit) - start, max_length - pieces[-1].length)
             if index == len(units) - 1 and 0 < take == len(unit) - start - 1:
-                take -= 1  # <eos> never stands alone in a row
-            rows[-1].add_text(unit[start : start + take])
+                take -= 1  # <eos> never stands alone in a piece
+            pieces[-1].add_text(unit[start : start + take])
             start += take
             if start < len(unit):
-                next_row()
-    return rows
+                next_piece()
+    return [piece.seal() for piece in pieces]
 
 
 class ShardWriter:
-    """Writes the rows of one split: ``shard-00000.arrow``, ... and ``lengths.npy``."""
+    """Writes the pieces of one split: ``shard-00000.arrow``, ... and ``lengths.npy``.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir()
-        self._rows: list[ShardRow] = []
-        self._num_bytes = 0
+    Attributes:
+        fingerprint: of the pieces so far.
+    """
+
+    def __init__(self, folder: Path, shard_documents: int = SHARD_DOCUMENTS):
+        self.folder, self.shard_documents = folder, shard_documents
+        folder.mkdir(parents=True)
+        self.fingerprint = Fingerprint()
+        self._pieces: list[Piece] = []
+        self._tables: list[pa.Table] = []
+        self._num_rows = self._num_bytes = self._num_images = 0
         self._shards: list[dict] = []
-        self._lengths: list[tuple[int, int]] = []
-        self._num_images = 0
+        self._lengths: list[np.ndarray] = [np.zeros((0, 2), np.int32)]
 
-    def add(self, rows: Sequence[ShardRow]) -> None:
-        """Append rows; a full shard goes to disk."""
-        for row in rows:
-            self._rows.append(row)
-            self._num_bytes += row.num_bytes()
-            self._lengths.append((len(row.tokens), row.length - len(row.tokens)))
-            self._num_images += len(row.images)
-            if len(self._rows) >= SHARD_DOCUMENTS or self._num_bytes >= SHARD_BYTES:
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """Append sealed pieces."""
+        self._pieces += pieces
+        if len(self._pieces) >= PACK_PIECES:
+            self._pack()
+
+    def add_table(self, table: pa.Table) -> None:
+        """Append rows of a shard's columns; a full shard goes to disk."""
+        images = table["images"].combine_chunks()
+        sizes = np.asarray(pc.binary_length(images.flatten()), np.int64)
+        num_bytes = 4 * np.asarray(pc.list_value_length(table["tokens"])) + _sums(images, sizes)
+        layout = table["layout"].combine_chunks()
+        spans = np.asarray(layout.flatten())
+        lengths = np.stack([_sums(layout, np.maximum(spans, 0)), _sums(layout, np.maximum(-spans, 0))], axis=1)
+        self._lengths.append(lengths.astype(np.int32))
+        self._num_images += len(sizes)
+        for digest in table["digest"].to_pylist():
+            self.fingerprint.add(digest)
+        ends, start = np.cumsum(num_bytes), 0
+        while start < len(table):
+            before = ends[start - 1] if start else 0
+            fills = int(np.searchsorted(ends, before + SHARD_BYTES - self._num_bytes)) + 1
+            stop = min(len(table), start + self.shard_documents - self._num_rows, fills)
+            self._tables.append(table.slice(start, stop - start))
+            self._num_rows += stop - start
+            self._num_bytes += int(ends[stop - 1] - before)
+            if self._num_rows >= self.shard_documents or self._num_bytes >= SHARD_BYTES:
                 self._flush()
+            start = stop
 
     def close(self) -> dict:
         """Write what is left; returns the split's entry of ``dataset.json``."""
+        self._pack()
         self._flush()
-        lengths = np.array(self._lengths, dtype=np.int32).reshape(-1, 2)
+        lengths = np.concatenate(self._lengths)
         np.save(self.folder / "lengths.npy", lengths)
         text, patches = lengths.sum(axis=0, dtype=np.int64).tolist()
         return {
+            "lengths_sha256": lengths_digest(lengths),
             "num_documents": len(lengths),
             "num_text_tokens": text,
             "num_patches": patches,
@@ -127,13 +162,28 @@ class ShardWriter:
             "shards": self._shards,
         }
 
+    def _pack(self) -> None:
+        columns = {column: [getattr(piece, column) for piece in self._pieces] for column in SCHEMA.names}
+        self._pieces = []
+        self.add_table(pa.Table.from_pydict(columns, schema=SCHEMA))
+
     def _flush(self) -> None:
-        if not self._rows:
+        if not self._num_rows:
             return
         name = f"shard-{len(self._shards):05d}.arrow"
-        columns = {column: [getattr(row, column) for row in self._rows] for column in SCHEMA.names}
-        table = pa.Table.from_pydict(columns, schema=SCHEMA)
-        with pa.OSFile(str(self.folder / name), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            writer.write_table(table)
-        self._shards.append({"file": name, "num_documents": len(self._rows)})
-        self._rows, self._num_bytes = [], 0
+        path = self.folder / name
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            writer.write_table(pa.concat_tables(self._tables).combine_chunks())
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size = path.stat().st_size
+        self._shards.append({"file": name, "num_documents": self._num_rows, "num_bytes": size, "sha256": sha256})
+        self._tables, self._num_rows, self._num_bytes = [], 0, 0
+
+
+def _sums(lists: pa.ListArray, values: np.ndarray) -> np.ndarray:
+    """int64 [num_lists]: the sum of the values of each list."""
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
+    counts = np.asarray(pc.list_value_length(lists))
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    return np.diff(ends[bounds])

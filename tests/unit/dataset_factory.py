@@ -1,14 +1,15 @@
 """Small prepared datasets for tests, written straight in the format of ``megamm.data.shards``."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from megamm.data import images
-from megamm.data.shards import FORMAT_VERSION, SCHEMA
-from megamm.data.tokens import BOS, EOS, IMAGE_END, SPECIAL_TOKENS
+from megamm.data.dataset_info import make_info
+from megamm.data.writer import Piece, ShardWriter
+from megamm.sequence import BOS, EOS, IMAGE_END, SPECIAL_TOKENS
 
 NUM_CLASSES = 8
 
@@ -40,30 +41,30 @@ def make_dataset(
     """
     path = Path(path)
     rng = np.random.default_rng(seed)
-    splits = {}
+    splits, fingerprints = {}, {}
     for split, count in (("train", num_documents), ("val", num_val)):
         documents = [
             _document(rng, f"{split}-{i}", kind, image_size, patch_size, vocab_size, max_text) for i in range(count)
         ]
-        splits[split] = _write_split(path / split, documents, shard_documents)
-    info = {
-        "format_version": FORMAT_VERSION,
-        "name": path.name,
-        "kind": kind,
-        "vocab_size": vocab_size,
-        "tokenizer_sha256": tokenizer_sha256,
-        "image_size": image_size,
-        "patch_size": patch_size,
-        "max_length": 1024,
-        "settings": {},
-        "splits": splits,
-        "num_skipped": 0,
-    }
+        shutil.rmtree(path / split, ignore_errors=True)
+        writer = ShardWriter(path / split, shard_documents)
+        writer.add(documents)
+        splits[split], fingerprints[split] = writer.close(), writer.fingerprint.hex()
+    info = make_info(
+        kind=kind,
+        vocab_size=vocab_size,
+        tokenizer_sha256=tokenizer_sha256,
+        image_size=image_size,
+        patch_size=patch_size,
+        max_length=1024,
+        splits=splits,
+        fingerprints=fingerprints,
+    )
     (path / "dataset.json").write_text(json.dumps(info))
     return path
 
 
-def _document(rng, name, kind, image_size, patch_size, vocab_size, max_text) -> dict:
+def _document(rng, name, kind, image_size, patch_size, vocab_size, max_text) -> Piece:
     first_word, num_words = len(SPECIAL_TOKENS), vocab_size - len(SPECIAL_TOKENS)
     tokens, layout, encoded = [BOS], [1], []
     for _ in range(rng.integers(2, 5) if kind == "interleaved" else 1):
@@ -82,24 +83,5 @@ def _document(rng, name, kind, image_size, patch_size, vocab_size, max_text) -> 
         layout[-1] += count
     tokens.append(EOS)
     layout[-1] += 1
-    return {"id": name, "tokens": tokens, "layout": layout, "images": encoded}
-
-
-def _write_split(folder: Path, documents: list[dict], shard_documents: int) -> dict:
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for start in range(0, len(documents), shard_documents):
-        part = documents[start : start + shard_documents]
-        shards.append({"file": f"shard-{len(shards):05d}.arrow", "num_documents": len(part)})
-        with pa.OSFile(str(folder / shards[-1]["file"]), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            writer.write_table(pa.Table.from_pylist(part, schema=SCHEMA))
-    patches = [-sum(n for n in d["layout"] if n < 0) for d in documents]
-    lengths = np.array([[len(d["tokens"]), p] for d, p in zip(documents, patches)], np.int32).reshape(-1, 2)
-    np.save(folder / "lengths.npy", lengths)
-    return {
-        "num_documents": len(documents),
-        "num_text_tokens": int(lengths[:, 0].sum()),
-        "num_patches": int(lengths[:, 1].sum()),
-        "num_images": sum(len(d["images"]) for d in documents),
-        "shards": shards,
-    }
+    length = len(tokens) + sum(-n for n in layout if n < 0)
+    return Piece(id=name, tokens=tokens, layout=layout, images=encoded, length=length).seal()

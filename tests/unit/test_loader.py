@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import signal
@@ -15,12 +16,11 @@ from hypothesis import strategies as st
 from megamm.config import AugmentConfig, DataConfig, SourceConfig
 from megamm.data import images
 from megamm.data import loader as loader_module
-from megamm.data.batch import Batch
-from megamm.data.loader import Loader, build_plan, open_sources
+from megamm.data.loader import Loader, build_pack_plan, open_sources
 from megamm.data.rows import FIELDS, fill_row
-from megamm.data.shards import SCHEMA, Example
-from megamm.data.tokens import IGNORE, IMAGE, PAD
+from megamm.data.shards import SCHEMA, Example, document_digest
 from megamm.errors import InputError, RunError
+from megamm.sequence import IGNORE, IMAGE, PAD, Batch
 
 ROW = 160
 BATCH = 8
@@ -41,7 +41,7 @@ def data_config(folder, kinds=("caption", "interleaved", "text"), **changes) -> 
 
 def make_loader(config, *, split="train", start=0, end=4, batch=BATCH, **changes) -> Loader:
     datasets = open_sources(config, split)
-    plan = build_plan(datasets, [s.weight for s in config.sources.values()], config)
+    plan = build_pack_plan(datasets, [s.weight for s in config.sources.values()], config)
     return Loader(plan, datasets, config, global_batch_rows=batch, start_step=start, end_step=end, **changes)
 
 
@@ -103,7 +103,7 @@ def reference_row(examples: list[Example], sources: list[int], length: int) -> d
             row["positions"].append(p)
             row["targets"].append(tokens[p + 1] if labelled else IGNORE)
             row["source"].append(source)
-            row["modality"].append(int(labelled and after))
+            row["label_kind"].append(int(labelled and after))
             row["lo"].append(start)
             row["hi"].append(start + p + (n - 1 - k if image else 0))
             row["is_image"].append(image)
@@ -142,7 +142,7 @@ def test_batch_fields(folder):
     shapes |= {"patches": (batch.patch_index.numel(), 8 * 8 * 3), "patch_index": (batch.patches.shape[0],)}
     shapes |= {"label_index": (int((batch.targets >= 0).sum()),)}
     dtypes = dict.fromkeys(("tokens", "positions", "targets", "lo", "hi"), torch.int32)
-    dtypes |= dict.fromkeys(("source", "modality", "patches"), torch.uint8)
+    dtypes |= dict.fromkeys(("source", "label_kind", "patches"), torch.uint8)
     dtypes |= dict.fromkeys(("patch_index", "label_index"), torch.int64)
     for f in fields(Batch):
         assert tuple(getattr(batch, f.name).shape) == shapes[f.name]
@@ -150,7 +150,7 @@ def test_batch_fields(folder):
     assert torch.equal((batch.tokens.flatten() == IMAGE).nonzero().flatten(), batch.patch_index)
     assert torch.equal((batch.targets.flatten() >= 0).nonzero().flatten(), batch.label_index)
     assert set(batch.source.unique().tolist()) == {0, 1, 2}
-    assert (batch.source[batch.modality == 1] < 2).all()
+    assert (batch.source[batch.label_kind == 1] < 2).all()
     assert (batch.targets[batch.tokens == PAD] == IGNORE).all()
 
 
@@ -158,7 +158,7 @@ def test_patches_are_those_of_the_documents(folder):
     config = data_config(folder, kinds=("interleaved",))
     loader = make_loader(config)
     (dataset,) = open_sources(config, "train")
-    plan = build_plan([dataset], [1.0], config)
+    plan = build_pack_plan([dataset], [1.0], config)
     expected = [
         images.patchify(images.decode(data), 8)
         for i in range(BATCH, 2 * BATCH)
@@ -173,7 +173,7 @@ def test_every_label_is_counted_once(folder):
     """A window holds the labels of each of its documents exactly once."""
     config = data_config(folder, kinds=("caption",))
     (dataset,) = open_sources(config, "train")
-    plan = build_plan([dataset], [1.0], config)
+    plan = build_pack_plan([dataset], [1.0], config)
     rows = plan.window(0).num_rows
     ((batch,),) = Loader(plan, [dataset], config, global_batch_rows=rows, end_step=1)
     text, patches = dataset.lengths[plan.window(0).documents].sum(0)
@@ -237,7 +237,7 @@ def test_waiting_is_measured(folder):
 def test_val_split_of_one_source(folder):
     config = data_config(folder, kinds=("text",))
     ((batch,),) = load(config, split="val", end=1)
-    assert batch.patches.shape == (0, 192) and batch.modality.max() == 0
+    assert batch.patches.shape == (0, 192) and batch.label_kind.max() == 0
 
 
 # ---- bad input ----------------------------------------------------------------------------------------
@@ -259,13 +259,17 @@ def test_batch_must_divide_among_ranks(folder):
 
 
 def damage(folder, change) -> None:
-    """Rewrite the first shard with ``change`` applied to its documents."""
+    """Rewrite the first shard with ``change`` applied to its documents, as a faulty writer would."""
     file = folder / "caption" / "train" / "shard-00000.arrow"
     rows = pa.ipc.open_file(pa.BufferReader(file.read_bytes())).read_all().to_pylist()
     for row in rows:
         change(row)
+        row["digest"] = document_digest(row["id"], row["tokens"], row["layout"], row["images"])
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+    info = json.loads((folder / "caption" / "dataset.json").read_text())
+    info["splits"]["train"]["shards"][0]["num_bytes"] = file.stat().st_size
+    (folder / "caption" / "dataset.json").write_text(json.dumps(info))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -297,6 +301,39 @@ def test_a_truncated_shard_is_named(tmp_path, workers):
         load(data_config(tmp_path, kinds=("caption",), workers=workers))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_cut_while_it_is_read_is_named(tmp_path, workers):
+    make_dataset(tmp_path / "caption", num_documents=200, shard_documents=200)
+    config = data_config(tmp_path, kinds=("caption",), workers=workers)
+    batches = iter(make_loader(config, end=10_000))
+    next(batches)
+    os.truncate(tmp_path / "caption" / "train" / "shard-00000.arrow", 8192)
+    with pytest.raises(InputError, match=r"shard-00000\.arrow: damaged or cut short"):
+        list(batches)
+
+
+def test_a_dead_worker_raises_only_where_its_batch_is_awaited(folder):
+    """PyTorch's own handler of SIGCHLD raises in whatever runs when the worker dies: here, in the sleep."""
+    batches = iter(make_loader(data_config(folder, workers=1), end=10_000))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.3)
+    with pytest.raises(RunError, match="Killed"):
+        list(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_bit_in_an_image_is_named(tmp_path, workers):
+    make_dataset(tmp_path / "caption", num_documents=10)
+    file = tmp_path / "caption" / "train" / "shard-00000.arrow"
+    data = bytearray(file.read_bytes())
+    data[data.rindex(b"IEND") - 100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"shard-00000\.arrow: document 'train-\d+' is damaged, its checksum"):
+        load(data_config(tmp_path, kinds=("caption",), workers=workers))
+
+
 def test_a_dead_worker_is_told(folder, monkeypatch):
     def die(data):
         time.sleep(0.3)
@@ -313,3 +350,33 @@ def test_workers_end_with_the_loader(folder):
     next(batches)
     batches.close()
     assert multiprocessing.active_children() == before
+
+
+def rows_of(batches: list[Batch]) -> list[bytes]:
+    """Each row as bytes, sorted: a step's rows whatever their order."""
+    batch = join(batches)
+    return sorted(row.numpy().tobytes() for row in batch.tokens)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_dealt_by_work_are_the_rows_of_the_step(folder, workers):
+    """Every row once, whatever the ranks and micro-batches; their work is more even than in order."""
+
+    def work(contents) -> np.ndarray:
+        return contents.patches
+
+    config, batch = data_config(folder, workers=workers), 16
+    whole = [rows_of(step) for step in load(config, batch=batch)]
+    for num_ranks, micro_rows in ((1, 4), (2, None), (2, 2), (4, 4), (4, 3)):
+        settings = {"batch": batch, "num_ranks": num_ranks, "micro_rows": micro_rows, "work": work}
+        ranks = [load(config, rank=rank, **settings) for rank in range(num_ranks)]
+        steps = list(zip(*ranks, strict=True))
+        assert [rows_of([b for micro in step for b in micro]) for step in steps] == whole
+        late = load(config, rank=num_ranks - 1, start=2, **settings)
+        assert torch.equal(join(late[0]).tokens, join(steps[2][-1]).tokens)
+    spreads = []
+    for deal in (None, work):
+        ranks = [load(config, rank=rank, num_ranks=4, batch=batch, work=deal) for rank in range(4)]
+        loads = [[sum(len(b.patches) for b in micro) for micro in step] for step in zip(*ranks, strict=True)]
+        spreads.append(sum(max(step) - min(step) for step in loads))
+    assert spreads[1] < spreads[0] / 2

@@ -4,6 +4,6 @@
 record, and what had to be left out.
 """
 
-from megamm.data.readers.inputs import KINDS, Inputs, Task, open_inputs
+from megamm.data.readers.inputs import KINDS, Inputs, open_inputs
 
-__all__ = ["KINDS", "Inputs", "Task", "open_inputs"]
+__all__ = ["KINDS", "Inputs", "open_inputs"]

@@ -1,10 +1,11 @@
 """Pictures with a caption in a text file beside them: x.png + x.txt."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megamm.data.documents import Document, Image, Skipped, Text
+from megamm.data.readers.streams import RefusedError, decode_text, read_file, read_picture
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 VECTOR_SUFFIXES = (".svg", ".svgz")
@@ -12,19 +13,23 @@ VECTOR_SUFFIXES = (".svg", ".svgz")
 _TRANSLATION = re.compile(r"[a-z]{2,3}([_@][A-Za-z]+)*(\.[\w-]+)?=")
 
 
-def captioned(id: str, image: Image, caption: str) -> Document:
-    """A picture followed by its caption."""
-    return Document(id=id, spans=(image, Text(text=caption.strip())))
+def captioned(id: str, images: Sequence[Image], caption: str) -> Document:
+    """Pictures followed by their caption."""
+    files = tuple(image.file for image in images if image.file)
+    return Document(id=id, spans=(*images, Text(text=caption.strip())), files=files)
 
 
-def read_pair(image: Path, caption: Path, id: str) -> Iterator[Document | Skipped]:
-    """Read a picture and its caption."""
+def read_pair(image: Path, caption: Path, root: Path, id: str) -> Iterator[Document | Skipped]:
+    """Read a picture and its caption; both have to lie in ``root``."""
     try:
-        text = caption.read_bytes().decode("utf-8-sig")
+        text = decode_text(read_file(caption, root, "caption"))
+        picture = read_picture(image, root, image.name)
     except UnicodeDecodeError:
         yield Skipped(id=id, reason="wrong encoding: caption is not UTF-8")
-        return
-    yield captioned(id, Image(data=image.read_bytes(), name=image.name), without_translations(text))
+    except RefusedError as error:
+        yield Skipped(id=id, reason=str(error))
+    else:
+        yield captioned(id, [picture], without_translations(text))
 
 
 def without_translations(text: str) -> str:
@@ -40,9 +45,14 @@ def match_captions(names: list[str]) -> tuple[list[tuple[str, str]], list[Skippe
         (image, caption) names, and what has no partner: pictures without a caption, captions without a
         picture, vector drawings that have no pixel version.
     """
-    captions = {str(Path(n).with_suffix("")): n for n in names if n.lower().endswith(".txt")}
-    images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
+    captions: dict[str, str] = {}
     pairs, skipped, used = [], [], set()
+    for name in names:
+        if name.lower().endswith(".txt"):
+            stem = str(Path(name).with_suffix(""))
+            if captions.setdefault(stem, name) != name:
+                skipped.append(Skipped(id=name, reason="second caption"))
+    images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
     for name in images:
         stem = str(Path(name).with_suffix(""))
         if stem in captions:
@@ -51,10 +61,9 @@ def match_captions(names: list[str]) -> tuple[list[tuple[str, str]], list[Skippe
         else:
             skipped.append(Skipped(id=name, reason="image without a caption file"))
     for name in names:
-        stem = str(Path(name).with_suffix(""))
-        if name.lower().endswith(VECTOR_SUFFIXES) and stem in captions and stem not in used:
-            skipped.append(Skipped(id=name, reason="SVG image without a pixel version"))
-            used.add(stem)
+        if name.lower().endswith(VECTOR_SUFFIXES):
+            beside = "beside" if str(Path(name).with_suffix("")) in used else "without"
+            skipped.append(Skipped(id=name, reason=f"SVG image {beside} a pixel version"))
     skipped += [
         Skipped(id=name, reason="caption file without an image") for stem, name in captions.items() if stem not in used
     ]

@@ -3,7 +3,9 @@
 import base64
 import binascii
 import re
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
 from lxml import etree
@@ -21,6 +23,8 @@ DROPPED_TAGS = frozenset(
     audio video object canvas dialog
     """.split()  # noqa: SIM905
 )
+PICTURE_TAGS = ("svg", "math", "video", "object", "canvas")
+"""Pictures that are not read; told where they stand."""
 DROPPED_ROLES = frozenset(("navigation", "search", "contentinfo", "banner"))
 DROPPED_CLASSES = frozenset(
     """
@@ -38,10 +42,15 @@ BLOCKS = frozenset(
 LINK_BLOCKS = {"ul": 1, "ol": 1, "dl": 1, "p": 2, "table": 2, "div": 3}
 """Blocks that are navigation if nearly all their text is links, and the fewest links it takes."""
 LINK_SHARE = 0.9
+MAX_FRAMES = 10_000
+"""Calls in each other that it takes to walk a page as deep as the parser allows (2,048 elements)."""
 ICON_MAX = 15
 """An image no larger than this on both sides is a bullet or an icon."""
 ALT_WINDOW = 400
 """Characters before and after an image in which an equal caption makes its alt text redundant."""
+
+ALT_PARTS = 40
+"""Parts, of text and pictures, before and after it that are looked at for this."""
 
 # Stand-ins while text is collected: white space to keep as it is (code), a line's end however many follow each
 # other, and "swallow the white space that follows" (list bullets).
@@ -52,19 +61,24 @@ class _Alt(str):
     """Alternative text of the image before it."""
 
 
-def html_spans(page: str, load_image: LoadImage) -> tuple[Text | Image, ...]:
-    """Spans of a page in reading order.
+def html_spans(
+    page: str, load_image: LoadImage, note: Callable[[str, str], None] = lambda source, reason: None
+) -> tuple[Text | Image, ...]:
+    """Spans of a page in reading order; ``note`` is told source and reason of each picture that is left out.
 
     Scripts, navigation, headers, footers and blocks of links are left out, as are icons. The alternative
     text of an image follows it, unless the text around says the same. Headings, list items, table rows and
     code become lines of plain text.
     """
-    parser = lxml_html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True)
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), MAX_FRAMES))
+    parser = lxml_html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
     try:
         root = lxml_html.document_fromstring(page.encode("utf-8"), parser=parser)
     except etree.ParserError:  # nothing but white space or comments
         return ()
-    builder = _Builder(load_image)
+    for entry in parser.error_log.filter_from_fatals():
+        note("rest", f"damaged page: {entry.message}")
+    builder = _Builder(load_image, note, _menus(root))
     mains = root.xpath("//main") or root.xpath("//*[@role='main']")
     content = mains[0] if len(mains) == 1 else root.find("body")
     title = root.findtext("head/title")
@@ -78,9 +92,12 @@ def html_spans(page: str, load_image: LoadImage) -> tuple[Text | Image, ...]:
 class _Builder:
     """Collects text and images while walking the tree."""
 
-    def __init__(self, load_image: LoadImage):
-        self.load_image = load_image
+    def __init__(self, load_image: LoadImage, note: Callable[[str, str], None], menus: set[etree._Element]):
+        self.load_image, self.note, self.menus = load_image, note, menus
         self.parts: list[str | _Alt | Image] = []
+        self.numbers: dict[etree._Element, int] = {}
+        self.alone: dict[etree._Element, bool] = {}
+        self.letters: dict[int, tuple[str, str]] = {}
 
     def add(self, text: str) -> None:
         self.parts.append(text)
@@ -91,7 +108,9 @@ class _Builder:
 
     def visit(self, element: etree._Element) -> None:
         """Add an element and what follows it up to the next tag."""
-        if not _is_dropped(element):
+        if _is_dropped(element, self.menus):
+            self.dropped(element)
+        else:
             tag = element.tag
             if tag == "img":
                 self.image(element)
@@ -112,6 +131,13 @@ class _Builder:
                 self.add(_LINE if tag == "dt" else gap)
         self.words(element.tail)
 
+    def dropped(self, element: etree._Element) -> None:
+        """Tell of the pictures in an element that is left out."""
+        if isinstance(element.tag, str):
+            for inner in element.iter("img", *PICTURE_TAGS):
+                reason = f"{inner.tag} element" if inner.tag in PICTURE_TAGS else "image in navigation or a hidden part"
+                self.note(inner.get("src") or inner.get("data") or inner.tag, reason)
+
     def children(self, element: etree._Element) -> None:
         self.words(element.text)
         for child in element:
@@ -121,30 +147,51 @@ class _Builder:
         parent = element.getparent()
         bullet = "-"
         if parent is not None and parent.tag == "ol":
-            items = [child for child in parent if child.tag == "li"]
-            start = parent.get("start", "1")
-            bullet = f"{items.index(element) + (int(start) if start.isdecimal() else 1)}."
+            if parent not in self.numbers:
+                start = parent.get("start", "1").strip()
+                self.numbers[parent] = int(start) if re.fullmatch(r"-?[0-9]{1,9}", start) else 1
+            bullet = f"{self.numbers[parent]}."
+            self.numbers[parent] += 1
         self.add(f"{_LINE}{bullet}{_EAT}")
         self.children(element)
         self.add(_LINE)
 
     def image(self, element: etree._Element) -> None:
         alt = " ".join((element.get("alt") or "").split())
-        if re.fullmatch(r"\[\w+\]", alt):
-            return  # the sign beside a note, as DocBook makes it: [Note], [Tip], [Warning]
         source = element.get("src") or ""
+        if re.fullmatch(r"\[\w+\]", alt):  # the sign beside a note, as DocBook makes it: [Note], [Tip], [Warning]
+            return self.note(source, "icon: the sign beside a note")
         if not source or source.startswith("data:"):
             source = element.get("data-src") or source  # images loaded late by a script
-        image = load_data_uri(source) if source.startswith("data:") else self.load_image(source)
+        if source.startswith("data:"):
+            image = load_data_uri(source)
+            if image is None:
+                self.note(source[:40], "broken image: damaged data URI")
+        else:
+            image = self.load_image(source)
         if image is not None:
             try:
                 if max(header_size(image.data)) <= ICON_MAX:
-                    return
+                    return self.note(source[:200], f"icon: at most {ICON_MAX} pixels a side")
             except ImageError:
                 pass  # kept: preparation lists it as broken
             self.parts.append(image)
         if alt and not re.search(r"\.(png|jpe?g|gif|svg|webp)$", alt, re.IGNORECASE):
-            self.parts.append(_Alt(alt + ("\n\n" if _is_alone(element) else " ")))
+            self.parts.append(_Alt(alt + ("\n\n" if self.is_alone(element) else " ")))
+        return None
+
+    def is_alone(self, image: etree._Element) -> bool:
+        """Whether no text stands beside an image in its block."""
+        parent = image.getparent()
+        if parent is None:
+            return True
+        if parent not in self.alone:
+            texts = (parent.text, *(child.tail for child in parent))
+            is_block = parent.tag in BLOCKS or parent.tag in ("td", "th")
+            self.alone[parent] = not any(text and text.strip() for text in texts) and (
+                is_block or self.is_alone(parent)
+            )
+        return self.alone[parent]
 
     def spans(self) -> tuple[Text | Image, ...]:
         """What was collected, white space tidied, repeated alt texts dropped."""
@@ -175,10 +222,18 @@ class _Builder:
 
     def _is_repeated(self, index: int) -> bool:
         """Whether the alt text at ``index`` stands in the text just before or after it."""
-        alt = _letters(self.parts[index])
-        before = _letters("".join(p for p in self.parts[max(0, index - 40) : index] if isinstance(p, str)))
-        after = _letters("".join(p for p in self.parts[index + 1 : index + 40] if isinstance(p, str)))
+        alt, near = self._letters(index)[0], range(max(0, index - ALT_PARTS), min(len(self.parts), index + ALT_PARTS))
+        before = "".join(self._letters(i)[1] for i in near if i < index)
+        after = "".join(self._letters(i)[0] for i in near if i > index)
         return not alt or alt in before[-ALT_WINDOW:] or alt in after[:ALT_WINDOW]
+
+    def _letters(self, index: int) -> tuple[str, str]:
+        """Letters of the start and of the end of a part, which may be a whole book."""
+        if index not in self.letters:
+            part, most = self.parts[index], 4 * ALT_WINDOW
+            text = part if isinstance(part, str) else ""
+            self.letters[index] = _letters(text[:most]), _letters(text[-most:])
+        return self.letters[index]
 
 
 def tidy_text(text: str) -> str:
@@ -186,7 +241,7 @@ def tidy_text(text: str) -> str:
     text = re.sub(r"[ \t\r\f\v]+", " ", text.replace("\u00a0", " ").replace("\u200b", ""))
     text = re.sub(rf"{_EAT}[\s{_LINE}]*", " ", text)
     text = re.sub(rf"[ \n{_LINE}]+", _white_space, text)
-    text = re.sub(r"\n(-|\d+\.) ?(?=\n|$)", "\n", text)  # bullets whose item was dropped
+    text = re.sub(r"\n(-|-?\d+\.) ?(?=\n|$)", "\n", text)  # bullets whose item was dropped
     return text.replace(_SPACE, " ").replace(_NEWLINE, "\n")
 
 
@@ -206,7 +261,7 @@ def load_data_uri(uri: str) -> Image | None:
     return Image(data=data, name="data URI")
 
 
-def _is_dropped(element: etree._Element) -> bool:
+def _is_dropped(element: etree._Element, menus: set[etree._Element]) -> bool:
     tag = element.tag
     if not isinstance(tag, str) or tag in DROPPED_TAGS or "hidden" in element.attrib:
         return True
@@ -214,7 +269,7 @@ def _is_dropped(element: etree._Element) -> bool:
         return True
     if element.get("role") in DROPPED_ROLES or DROPPED_CLASSES & set((element.get("class") or "").lower().split()):
         return True
-    return tag in LINK_BLOCKS and _is_link_block(element, LINK_BLOCKS[tag])
+    return element in menus
 
 
 def _is_tight(element: etree._Element) -> bool:
@@ -226,27 +281,40 @@ def _is_tight(element: etree._Element) -> bool:
     )
 
 
-def _is_alone(image: etree._Element) -> bool:
-    """Whether no text stands beside an image in its block."""
-    element = image
-    while (parent := element.getparent()) is not None:
-        if any(text and text.strip() for text in (parent.text, *(child.tail for child in parent))):
-            return False
-        if parent.tag in BLOCKS or parent.tag in ("td", "th"):
-            return True
-        element = parent
-    return True
+@dataclass
+class _Inside:
+    """What is inside an element."""
+
+    letters: int = 0
+    link_letters: int = 0
+    links: int = 0
+    has_image: bool = False
 
 
-def _is_link_block(element: etree._Element, min_links: int) -> bool:
-    """Whether a block is a menu: almost all of its letters inside links, and no image."""
-    if element.find(".//img") is not None:
-        return False
-    links = [link for link in element.iter("a") if link.get("href")]
-    if len(links) < min_links:
-        return False
-    inside = sum(len(_letters(link.text_content())) for link in links)
-    return inside >= LINK_SHARE * len(_letters(element.text_content()))
+def _menus(root: etree._Element) -> set[etree._Element]:
+    """Blocks that are menus: almost all of their letters inside links, and no image. One walk, however they nest."""
+    menus: set[etree._Element] = set()
+    open_elements = [_Inside()]
+    for event, element in etree.iterwalk(root, events=("start", "end")):
+        if event == "start":
+            open_elements.append(_Inside(letters=_num_letters(element.text)))
+            continue
+        inside, outer = open_elements.pop(), open_elements[-1]
+        if element.tag == "a" and element.get("href"):
+            inside.link_letters, inside.links = inside.letters, inside.links + 1
+        fewest = LINK_BLOCKS.get(element.tag)
+        is_menu = fewest and inside.links >= fewest and inside.link_letters >= LINK_SHARE * inside.letters
+        if is_menu and not inside.has_image:
+            menus.add(element)
+        outer.letters += inside.letters + _num_letters(element.tail)
+        outer.link_letters += inside.link_letters
+        outer.links += inside.links
+        outer.has_image = outer.has_image or inside.has_image or element.tag == "img"
+    return menus
+
+
+def _num_letters(text: str | None) -> int:
+    return sum(map(str.isalpha, text)) if text else 0
 
 
 def _letters(text: str) -> str:

@@ -1,26 +1,31 @@
 """From command-line inputs to reading tasks: what is in a folder, and of which kind."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megamm.data.documents import Document, Skipped
+from megamm.data.dataset_info import KINDS
+from megamm.data.documents import Document, Skipped, Task, given, printable, unread
 from megamm.data.readers import tables
-from megamm.data.readers.captions import match_captions, read_pair
+from megamm.data.readers.captions import IMAGE_SUFFIXES, VECTOR_SUFFIXES, match_captions, read_pair
 from megamm.data.readers.pages import HTML_SUFFIXES, MARKDOWN_SUFFIXES, read_page
+from megamm.data.readers.streams import inside
 from megamm.data.readers.text import SUFFIXES as TEXT_SUFFIXES
 from megamm.data.readers.text import read_text
 from megamm.errors import InputError
 
-KINDS = ("caption", "interleaved", "text")
 SCENES = "scenes:"
 PAGE_SUFFIXES = HTML_SUFFIXES + MARKDOWN_SUFFIXES
-TABLE_WEIGHT = 1000
-"""A table counts for this many single files when a folder's kind is detected."""
-
-Task = Callable[[], Iterable[Document | Skipped]]
+ABOUT = frozenset(
+    """
+    readme license licence copying copyright notice authors contributors changelog changes news todo index robots
+    requirements citation contributing
+    """.split()  # noqa: SIM905
+)
+"""Names of files that tell of a folder; they do not make it one of several kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +36,13 @@ class Inputs:
         kinds: the kind of each input.
         tasks: reading tasks in a fixed order: inputs as given, files by name.
         num_tasks: how many, None where a table's records are not counted yet.
+        pictures: path and id of each picture that pages and tables of a folder may refer to.
     """
 
     kinds: list[str]
     tasks: Iterator[Task]
     num_tasks: int | None
+    pictures: dict[str, str]
 
 
 def open_inputs(
@@ -51,6 +58,7 @@ def open_inputs(
     Raises:
         InputError: an input does not exist, is of an unknown format or holds nothing of ``kind``.
     """
+    pictures: dict[str, str] = {}
     kinds, opened, total = [], [], 0
     for name, prefix in zip(inputs, _prefixes(inputs), strict=True):
         if name.startswith(SCENES):
@@ -64,87 +72,173 @@ def open_inputs(
         else:
             files = _Files(Path(name), prefix)
             found = files.detect() if kind == "auto" else kind
-            if not files.count(found):
+            if not files.of(found):
                 raise InputError(f"{name}: nothing of kind {found} found; give another folder, file or --kind")
             opened.append(partial(files.tasks, found))
-            count = None if found in files.tables.values() else files.count(found)
-            if found == "caption" and count is not None:
-                count += len(files.unpaired)
+            pictures |= files.pictures(found)
+            count = None if found in files.tables.values() else sum(1 for _ in files.tasks(found))
         kinds.append(found)
         total = None if total is None or count is None else total + count
     tasks = (task for tasks in opened for task in tasks())
-    return Inputs(kinds=kinds, tasks=tasks, num_tasks=total)
+    return Inputs(kinds=kinds, tasks=tasks, num_tasks=total, pictures=pictures)
 
 
 class _Files:
     """The files of one input, sorted by name, grouped by how they are read."""
 
     def __init__(self, path: Path, prefix: str):
-        self.prefix = prefix
+        self.prefix, self.root = prefix, path
+        self.skipped: list[Skipped] = []
         if path.is_dir():
-            self.root, names = path, _walk(path)
+            names = self._walk(path)
         elif path.is_file():
             self.root, names = path.parent, [path.name]
             if not path.name.lower().endswith(PAGE_SUFFIXES + TEXT_SUFFIXES + tables.SUFFIXES):
-                known = " ".join(PAGE_SUFFIXES + TEXT_SUFFIXES + tables.SUFFIXES)
+                known = " ".join((*PAGE_SUFFIXES, *TEXT_SUFFIXES, *tables.SUFFIXES))
                 raise InputError(f"{path}: unknown format; expected a folder or one of {known}")
+            if not inside(path, path.parent):  # whoever names a link means what it leads to
+                self.root, names = path.resolve().parent, [path.resolve().name]
+        elif path.exists():
+            raise InputError(f"{path}: is not an ordinary file; expected a folder, a file or scenes:KIND")
         else:
             raise InputError(f"{path}: not found; expected a folder, a file or scenes:KIND")
+        self.names = names
         self.pages = [n for n in names if n.lower().endswith(PAGE_SUFFIXES)]
         self.pairs, self.unpaired = match_captions(names)
         captions = {caption for _, caption in self.pairs}
         self.texts = [n for n in names if n.lower().endswith(TEXT_SUFFIXES) and n not in captions]
-        self.tables = {n: "" for n in names if n.lower().endswith(tables.SUFFIXES)}
-        for name in self.tables:
-            try:
-                self.tables[name] = tables.table_kind(self.root / name)
-            except InputError:
-                if path.is_file():
-                    raise  # in a folder, a table of something else is no input
+        self.tables: dict[str, str] = {}
+        for name in names:
+            if name.lower().endswith(tables.SUFFIXES):
+                try:
+                    self.tables[name] = tables.table_kind(self.root / name)
+                except InputError as error:
+                    if path.is_file():
+                        raise
+                    reason = str(error).removeprefix(f"{self.root / name}: ")
+                    self._skip(name, reason if reason.startswith("damaged") else f"table that cannot be used: {reason}")
+        read = (*PAGE_SUFFIXES, *TEXT_SUFFIXES, *IMAGE_SUFFIXES, *VECTOR_SUFFIXES, *tables.SUFFIXES)
+        for name in names:
+            if not name.lower().endswith(read):
+                self._skip(name, f"file type not read: {Path(name).suffix.lower()}")
 
-    def count(self, kind: str) -> int:
-        """How many files of the kind there are, tables weighted."""
-        loose = {"interleaved": len(self.pages), "caption": len(self.pairs), "text": len(self.texts)}[kind]
+    def of(self, kind: str) -> list[str]:
+        """Files that are read as ``kind``."""
+        loose = {"interleaved": self.pages, "caption": [image for image, _ in self.pairs], "text": self.texts}[kind]
         if kind == "text" and not loose:
-            loose = len(self.pages)  # pages without their pictures
-        return loose + TABLE_WEIGHT * sum(found == kind for found in self.tables.values())
+            loose = self.pages  # pages without their pictures
+        return [*loose, *(name for name, found in self.tables.items() if found == kind)]
 
     def detect(self) -> str:
-        """The kind of most files."""
-        counts = {"interleaved": len(self.pages), "caption": self.count("caption"), "text": self.count("text")}
-        best = max(counts, key=lambda kind: counts[kind])
-        if not counts[best]:
+        """The one kind of the files.
+
+        Raises:
+            InputError: there is nothing to read, or files of several kinds, of which most would be lost.
+        """
+        texts = self.texts if len(self.texts) > len(self.pairs) else []  # else captions that lost their pictures
+        found = {"interleaved": self.pages, "caption": self.of("caption"), "text": texts}
+        found["text"] = [*texts, *(name for name, kind in self.tables.items() if kind == "text")]
+        # A folder of pictures may have a README.md, and pages their sources, without being of another kind.
+        data = {kind: [n for n in names if not _is_about(n)] for kind, names in found.items()}
+        found = data if any(data.values()) else found
+        kinds = [kind for kind in found if found[kind]]
+        if not kinds:
+            reasons = Counter(skipped.reason.split(":")[0] for skipped in self.skipped)
+            listed = "".join(f"; {count} x {reason}" for reason, count in reasons.most_common(5))
             raise InputError(
                 f"{self.root}: no pages ({' '.join(PAGE_SUFFIXES)}), no images with caption files (x.png + x.txt), "
-                f"no text ({' '.join(TEXT_SUFFIXES)}) and no tables ({' '.join(tables.SUFFIXES)}) in it"
+                f"no text ({' '.join(TEXT_SUFFIXES)}) and no tables ({' '.join(tables.SUFFIXES)}) in it{listed}"
             )
-        return best
+        if len(kinds) > 1:
+            listed = ", ".join(f"{len(found[kind])} {kind} ({found[kind][0]})" for kind in kinds)
+            raise InputError(
+                f"{self.root}: holds files of several kinds: {printable(listed)}; give --kind, which leaves the others "
+                "out, or prepare each from a folder of its own"
+            )
+        return kinds[0]
 
     def tasks(self, kind: str) -> Iterator[Task]:
-        if kind == "interleaved" or (kind == "text" and not self.texts):
-            for name in self.pages:
-                yield partial(read_page, self.root / name, self.root, self.prefix + name)
-        if kind == "text":
-            for name in self.texts:
-                yield partial(read_text, self.root / name, self.prefix + name)
+        """What is read as ``kind``, then every other file with the reason why it is not."""
+        used = {entry.id for entry in self.skipped}
+        left_out = list(self.skipped)
         if kind == "caption":
             for image, caption in self.pairs:
-                yield partial(read_pair, self.root / image, self.root / caption, self.prefix + image)
-            if self.pairs:
-                for skipped in self.unpaired:
-                    yield partial(_given, Skipped(id=self.prefix + skipped.id, reason=skipped.reason))
-        for name, found in self.tables.items():
-            if found == kind:
-                yield from tables.table_tasks(self.root / name, self.prefix + name, kind)
+                yield self._task(image, read_pair, self.root / image, self.root / caption, self.root)
+                used |= {image, caption}
+            if self.pairs and kind not in self.tables.values():
+                left_out += self.unpaired
+                used |= {entry.id for entry in self.unpaired}
+        for name in self.of(kind):
+            if name in self.tables:
+                id = self._id(name)
+                yield from _to_the_end(tables.table_tasks(self.root / name, self.root, id, kind), id)
+            elif kind != "caption":
+                yield self._task(name, read_text if name in self.texts else read_page, self.root / name, self.root)
+            used.add(name)
+        pictures = set(self.pictures(kind).values())
+        for name in self.names:
+            if name not in used and self._id(name) not in pictures:
+                left_out.append(Skipped(id=name, reason=f"of another kind: not {kind}"))
+        for entry in left_out:
+            yield given(Skipped(id=self._id(entry.id), reason=entry.reason))
+
+    def pictures(self, kind: str) -> dict[str, str]:
+        """Path and id of the pictures that pages and tables may refer to, and that no caption file belongs to."""
+        if kind == "text" or (kind == "caption" and kind not in self.tables.values()):
+            return {}
+        paired = {image for image, _ in self.pairs} if kind == "caption" else ()
+        suffixes = IMAGE_SUFFIXES + VECTOR_SUFFIXES
+        names = (name for name in self.names if name.lower().endswith(suffixes) and name not in paired)
+        return {os.path.normpath(self.root / name): self._id(name) for name in names}
+
+    def _task(self, name: str, read: Callable, *arguments) -> Task:
+        id = self._id(name)
+        return Task(id, partial(read, *arguments, id))
+
+    def _id(self, name: str) -> str:
+        return printable(self.prefix + name)
+
+    def _skip(self, name: str, reason: str) -> None:
+        self.skipped.append(Skipped(id=name, reason=reason))
+
+    def _walk(self, folder: Path) -> list[str]:
+        """Names of the ordinary files below a folder, relative to it, sorted; others are told."""
+        names = []
+        for parent, folders, files in os.walk(folder, onerror=self._unread):
+            for name in (*folders, *files):
+                path = Path(parent, name)
+                relative = path.relative_to(folder).as_posix()
+                if name.startswith("."):
+                    self._skip(relative, "hidden file or folder")
+                elif name in folders:
+                    if path.is_symlink():
+                        self._skip(relative, "link to a folder")
+                elif not inside(path, folder):
+                    self._skip(relative, "link out of the input folder")
+                elif not path.is_file():
+                    self._skip(relative, "not an ordinary file")
+                else:
+                    names.append(relative)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+        self.skipped.sort(key=lambda entry: entry.id)
+        return sorted(names)
+
+    def _unread(self, error: OSError) -> None:
+        self._skip(Path(error.filename).relative_to(self.root).as_posix(), f"cannot be read: {error.strerror}")
 
 
-def _walk(folder: Path) -> list[str]:
-    """Names of all files below a folder, relative to it, sorted; hidden ones left out."""
-    names = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(parent, name).relative_to(folder).as_posix() for name in files if not name.startswith(".")]
-    return sorted(names)
+def _is_about(name: str) -> bool:
+    """Whether a file tells of the others beside it, as README.md does."""
+    stem = Path(name).name.partition(".")[0].lower()
+    return stem in ABOUT or "_sources" in Path(name).parts
+
+
+def _to_the_end(tasks: Iterator[Task], id: str) -> Iterator[Task]:
+    """Tasks of a file; what a library raises at its damage is one more of them."""
+    try:
+        yield from tasks
+    except Exception as error:  # any bytes may come in
+        yield given(unread(id, error))
 
 
 def _prefixes(inputs: list[str]) -> list[str]:
@@ -157,15 +251,11 @@ def _prefixes(inputs: list[str]) -> list[str]:
 
 def _scene_tasks(kind: str, prefix: str, num_documents: int, seed: int, image_size: int) -> Iterator[Task]:
     for index in range(num_documents):
-        yield partial(_read_scene, kind, prefix, index, seed, image_size)
+        yield Task(f"{prefix}{kind} {index}", partial(_read_scene, kind, prefix, index, seed, image_size))
 
 
 def _read_scene(kind: str, prefix: str, index: int, seed: int, image_size: int) -> Iterator[Document]:
     from megamm.data import scenes  # draws with OpenCV; not needed for files
 
-    document = scenes.document(kind, index, seed, image_size)
+    document = scenes.document(kind, index, seed, image_size)  # type: ignore[arg-type]  # it checks the kind
     yield Document(id=prefix + document.id, spans=document.spans)
-
-
-def _given(document: Document | Skipped) -> Iterator[Document | Skipped]:
-    yield document

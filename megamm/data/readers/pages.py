@@ -1,5 +1,6 @@
 """Web pages: HTML and Markdown files with the images beside them."""
 
+import codecs
 import os
 import re
 from collections.abc import Iterator
@@ -9,40 +10,83 @@ from urllib.parse import unquote, urlsplit
 
 from markdown_it import MarkdownIt
 
-from megamm.data.documents import Document, Image, Skipped
+from megamm.data.documents import Document, Image, Skipped, printable
 from megamm.data.readers.html import html_spans
+from megamm.data.readers.streams import RefusedError, decode_text, read_file, read_picture
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 MARKDOWN_SUFFIXES = (".md", ".markdown")
 
+MAX_PAGE_BYTES = 8 * 2**20
+"""Of a larger page reading would take over half a gigabyte."""
+
 _CHARSET = re.compile(rb"""(?:charset|encoding)\s*=\s*["']?\s*([A-Za-z0-9_:.-]+)""")
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_SUPERSETS = {
+    "ascii": "cp1252",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "iso8859-11": "cp874",
+    "tis-620": "cp874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+}
+"""What browsers read in place of an encoding (https://encoding.spec.whatwg.org/#names-and-labels)."""
+_ENCODINGS = re.compile(
+    r"utf-8|cp(125[0-8]|866|874|932|949)|iso8859-([2-8]|1[03-6])|koi8-[ru]|mac-(roman|cyrillic)|gb18030|big5|euc_jp|"
+    r"iso2022_jp"
+)
 
 
 def read_page(path: Path, root: Path, id: str) -> Iterator[Document | Skipped]:
-    """Read one page; images are looked for under ``root`` only, and those not found are listed."""
-    content = path.read_bytes()
+    """Read one page; images are looked for under ``root`` only, and those not found or not used are listed."""
+    try:
+        content = read_file(path, root, "page", MAX_PAGE_BYTES)
+    except RefusedError as error:
+        yield Skipped(id=id, reason=str(error))
+        return
     is_markdown = path.suffix.lower() in MARKDOWN_SUFFIXES
     declared = None if is_markdown else _CHARSET.search(content[:2048])
     try:
-        page = content.decode(declared.group(1).decode() if declared else "utf-8").removeprefix("\ufeff")
-    except (UnicodeDecodeError, LookupError):
+        page = _decode(content, declared.group(1).decode() if declared else "utf-8")
+    except (UnicodeError, LookupError):
         yield Skipped(id=id, reason="wrong encoding: not UTF-8 nor what the page declares")
         return
     if is_markdown:
         page = _markdown().render(_FRONT_MATTER.sub("", page.replace("\r\n", "\n")))
     skipped: list[Skipped] = []
 
+    def note(source: str, reason: str) -> None:
+        skipped.append(Skipped(id=f"{id}: {printable(source[:200])}", reason=reason))
+
+    files: list[str] = []
+
     def load_image(source: str) -> Image | None:
         found = _load_image(source, path.parent, root)
         if isinstance(found, Image):
+            files.append(found.file)
             return found
-        skipped.append(Skipped(id=f"{id}: {source[:200]}", reason=found))
+        note(source, found)
         return None
 
-    spans = html_spans(page, load_image)
+    spans = html_spans(page, load_image, note)
     yield from skipped
-    yield Document(id=id, spans=spans)
+    yield Document(id=id, spans=spans, files=tuple(files))
+
+
+def _decode(content: bytes, label: str) -> str:
+    """Text by a mark at the start, else by the label of an encoding as a browser understands it."""
+    if content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        return decode_text(content)
+    name = codecs.lookup(label).name
+    name = _SUPERSETS.get(name, name)
+    if name.startswith("utf-16"):  # a label that could be read is not UTF-16
+        name = "utf-8"
+    if not _ENCODINGS.fullmatch(name):
+        raise LookupError(label)
+    return content.decode(name)
 
 
 def _load_image(source: str, folder: Path, root: Path) -> Image | str:
@@ -60,9 +104,9 @@ def _load_image(source: str, folder: Path, root: Path) -> Image | str:
     if path.lower().endswith((".svg", ".svgz")):
         return "SVG image"
     try:
-        return Image(data=Path(path).read_bytes(), name=name)
-    except (OSError, ValueError):
-        return "image not found"
+        return read_picture(Path(path), root, name)
+    except RefusedError as error:
+        return str(error)
 
 
 @lru_cache(maxsize=1)

@@ -1,171 +1,155 @@
 """Files of many records: JSONL, CSV, webdataset tars, Parquet.
 
 Records are cut off in the main process and parsed by the workers, so that a file larger than memory is read
-once, from front to back. Each function yields tasks: callables that give documents.
+once, from front to back. What cannot be read is told record by record, or as the rest of its file.
 """
 
-import csv
-import json
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megamm.data.documents import Document, Image, Skipped, Text
-from megamm.data.readers.captions import IMAGE_SUFFIXES, captioned
+from megamm.data.documents import Skipped, Task, given, one_line, printable
+from megamm.data.readers.records import (
+    TEXT_FIELDS,
+    json_record,
+    picture_fields,
+    pictures,
+    read_json_line,
+    read_record,
+    text_of,
+)
+from megamm.data.readers.separated import MAX_LINE, BadRow, read_rows
+from megamm.data.readers.streams import COMPRESSED_SUFFIXES, open_stream, without_compression
+from megamm.data.readers.tars import tar_tasks
 from megamm.errors import InputError
 
-SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".tar", ".parquet")
-IMAGE_FIELDS = ("image", "image_path", "file_name", "filename", "file", "path", "jpg", "png")
-TEXT_FIELDS = ("text", "caption", "description", "content")
+_PLAIN = (".jsonl", ".ndjson", ".csv", ".tsv", ".tar")
+SUFFIXES = (*_PLAIN, *(plain + packed for plain in _PLAIN for packed in COMPRESSED_SUFFIXES), ".tgz", ".parquet")
 
 PARQUET_BATCH = 64
-
-
-def pick(fields, names: tuple[str, ...]) -> str | None:
-    """The first of ``names`` that is among ``fields``."""
-    return next((name for name in names if name in fields), None)
+PROBE_RECORDS = 1000
+"""Records that are looked at to find what a table holds."""
 
 
 def table_kind(path: Path) -> str:
-    """caption if the records of a file name an image, else text.
+    """caption if one of the first records of a file has a picture, else text.
 
     Raises:
-        InputError: the first record has no text field.
+        InputError: no record with a text field was found.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".tar":
+    if _format(path) == ".tar":
         return "caption"
-    if suffix == ".parquet":
-        fields = _parquet(path).schema_arrow.names
-    elif suffix in (".csv", ".tsv"):
-        fields = _csv_reader(path).fieldnames or []
-    else:
-        fields = next(_json_fields(path), [])
-    if pick(fields, TEXT_FIELDS) is None:
-        raise InputError(
-            f"{path}: no text field found (one of {', '.join(TEXT_FIELDS)}); it has {', '.join(fields) or 'none'}"
-        )
-    return "caption" if pick(fields, IMAGE_FIELDS) else "text"
-
-
-def table_tasks(path: Path, id: str, kind: str) -> Iterator[partial]:
-    """Tasks that read the records of ``path`` as documents of ``kind``; a record's id is ``id:number``."""
-    suffix = path.suffix.lower()
-    if suffix == ".tar":
-        yield from _tar_tasks(path, id)
-    elif suffix == ".parquet":
-        file = _parquet(path)
-        fields = [f for f in (pick(file.schema_arrow.names, n) for n in (TEXT_FIELDS, IMAGE_FIELDS)) if f]
-        number = 0
-        for batch in file.iter_batches(PARQUET_BATCH, columns=fields):
-            for row in batch.to_pylist():
-                yield partial(read_record, row, path.parent, f"{id}:{number}", kind)
-                number += 1
-    elif suffix in (".csv", ".tsv"):
-        for number, row in enumerate(_csv_reader(path)):
-            yield partial(read_record, row, path.parent, f"{id}:{number}", kind)
-    else:
-        with path.open("rb") as file:
-            for number, line in enumerate(file):
-                if line.strip():
-                    yield partial(read_json_line, line, path.parent, f"{id}:{number}", kind)
-
-
-def read_json_line(line: bytes, folder: Path, id: str, kind: str) -> Iterator[Document | Skipped]:
-    """One line of a JSONL file."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        yield Skipped(id=id, reason="wrong encoding: record is not UTF-8")
-    except (ValueError, RecursionError):
-        yield Skipped(id=id, reason="not valid JSON")
-    else:
+    fields: dict[str, None] = {}
+    has_text = has_picture = False
+    damage = "it has no records"
+    for found in islice(_records(path, path.name), PROBE_RECORDS):
+        if isinstance(found, Skipped):
+            damage = found.reason
+            continue
+        record = json_record(found[1]) if isinstance(found[1], bytes) else found[1]
         if isinstance(record, dict):
-            yield from read_record(record, folder, id, kind)
+            fields |= dict.fromkeys(map(printable, record))
+            has_text, has_picture = has_text or text_of(record) is not None, has_picture or bool(pictures(record))
         else:
-            yield Skipped(id=id, reason="not valid JSON: a record must be an object")
+            damage = record.reason
+        if has_text and has_picture:
+            return "caption"
+    if not has_text:
+        instead = f"it has {', '.join(fields)}" if fields else damage
+        raise InputError(f"{path}: no text field found (one of {', '.join(TEXT_FIELDS)}); {instead}")
+    return "text"
 
 
-def read_record(record: dict, folder: Path, id: str, kind: str) -> Iterator[Document | Skipped]:
-    """A record with a text field and, for captions, an image: bytes, ``{"bytes": ...}`` or a file name."""
-    text = record.get(pick(record, TEXT_FIELDS))
-    if not isinstance(text, str):
-        yield Skipped(id=id, reason="no text field")
+def table_tasks(path: Path, root: Path, id: str, kind: str) -> Iterator[Task]:
+    """Tasks that read the records of ``path`` as documents of ``kind``; a record's id is ``id:number``.
+
+    Pictures are looked for below ``root`` only.
+    """
+    if _format(path) == ".tar":
+        yield from tar_tasks(path, id, kind)
         return
-    if kind == "text":
-        yield Document(id=id, spans=(Text(text=text.strip()),))
+    for found in _records(path, id):
+        if isinstance(found, Skipped):
+            yield given(found)
+        else:
+            name, record = found
+            read: Callable = read_json_line if isinstance(record, bytes) else read_record
+            yield Task(name, partial(read, record, root, path.parent, name, kind))
+
+
+def _format(path: Path) -> str:
+    suffix = Path(without_compression(path.name)).suffix
+    return {".tgz": ".tar", ".ndjson": ".jsonl"}.get(suffix, suffix)
+
+
+def _records(path: Path, id: str) -> Iterator[tuple[str, dict | bytes] | Skipped]:
+    """Id and fields, or line, of each record, and what cannot be read."""
+    if _format(path) == ".parquet":
+        yield from _parquet_records(path, id)
         return
-    image = record.get(pick(record, IMAGE_FIELDS))
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, str) and image:
-        try:
-            image = (folder / image).read_bytes()
-        except (OSError, ValueError):
-            yield Skipped(id=id, reason="image not found")
-            return
-    if isinstance(image, bytes):
-        yield captioned(id, Image(data=image), text)
-    else:
-        yield Skipped(id=id, reason="no image field")
+    stream, file = open_stream(path)
+    with file:
+        if _format(path) == ".jsonl":
+            yield from _lines(file, id)
+        else:
+            for number, row in enumerate(read_rows(file, "\t" if _format(path) == ".tsv" else ",")):
+                name = f"{id}:{number}"
+                yield Skipped(id=name, reason=row.reason) if isinstance(row, BadRow) else (name, row)
+        if stream.damage:
+            yield Skipped(id=id, reason=f"damaged file: {stream.damage}, the rest is lost")
 
 
-def _json_fields(path: Path) -> Iterator[list[str]]:
-    """Field names of each record that can be read."""
-    with path.open("rb") as file:
-        for line in file:
+def _lines(file: BinaryIO, id: str) -> Iterator[tuple[str, bytes] | Skipped]:
+    number = 0
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                pass
+            yield Skipped(id=f"{id}:{number}", reason="record over the size limit")
+        elif line.strip():
+            yield f"{id}:{number}", line
+        number += 1
+
+
+def _parquet_records(path: Path, id: str) -> Iterator[tuple[str, dict] | Skipped]:
+    """Rows, group by group; of a damaged group those before the damage."""
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        names = file.schema_arrow.names
+        counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    except Exception as error:  # Arrow raises many kinds on damaged bytes
+        yield Skipped(id=id, reason=f"damaged Parquet: {one_line(error)}")
+        return
+    with file:
+        columns = picture_fields(names) or names
+        first = 0
+        for group, count in enumerate(counts):
+            number = first
             try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict):
-                yield list(record)
+                for batch in file.iter_batches(PARQUET_BATCH, row_groups=[group], columns=columns):
+                    for row in _rows(batch):
+                        name = f"{id}:{number}"
+                        yield Skipped(id=name, reason=row) if isinstance(row, str) else (name, row)
+                        number += 1
+                detail = "they are missing"
+            except Exception as error:
+                detail = one_line(error)
+            first += count
+            for lost in range(number, first):
+                yield Skipped(id=f"{id}:{lost}", reason=f"damaged Parquet: row group {group}, {detail}")
 
 
-def _csv_reader(path: Path) -> csv.DictReader:
-    # A byte that is not UTF-8 becomes a lone surrogate, by which preparation knows the bad row.
-    file = path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-    return csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-
-
-def _parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({error})") from error
-
-
-def _tar_tasks(path: Path, id: str) -> Iterator[partial]:
-    """Image and caption pairs of a webdataset tar: consecutive members alike up to the first dot."""
-    key, sample = None, {}
-
-    def finished() -> Iterator[partial]:
-        if sample:
-            yield partial(read_record, dict(sample), Path(), f"{id}:{key}", "caption")
-
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if not member.isfile() or not stem:
-                    continue
-                if folder + slash + stem != key:
-                    yield from finished()
-                    key, sample = folder + slash + stem, {}
-                content = tar.extractfile(member).read()
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    sample["image"] = content
-                elif suffix in ("txt", "text", "caption"):
-                    sample["text"] = content.decode("utf-8", errors="surrogateescape")
-            yield from finished()
-    except tarfile.TarError as error:
-        yield from finished()
-        yield partial(_damaged, f"{id}: rest", str(error))
-
-
-def _damaged(id: str, detail: str) -> Iterator[Skipped]:
-    yield Skipped(id=id, reason=f"damaged tar: {detail}")
+def _rows(batch: pa.RecordBatch) -> Iterator[dict | str]:
+    """Rows of a batch; a row that is no valid data by itself as the reason."""
+    for i in range(len(batch)):
+        try:
+            yield batch.slice(i, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            yield "wrong encoding: record is not UTF-8"
+        except Exception as error:
+            yield f"damaged Parquet: {one_line(error)}"

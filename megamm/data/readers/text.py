@@ -5,16 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megamm.data.documents import Document, Skipped, Text
+from megamm.data.readers.streams import RefusedError, decode_text, read_file
 
 SUFFIXES = (".txt", ".text")
 
 
-def read_text(path: Path, id: str) -> Iterator[Document | Skipped]:
-    """Read a UTF-8 file; line ends become \\n, trailing blanks go, blank lines in a row become one."""
+def read_text(path: Path, root: Path, id: str) -> Iterator[Document | Skipped]:
+    """Read a UTF-8 file below ``root``; line ends become \\n, trailing blanks go, blank lines in a row become one."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = decode_text(read_file(path, root))
     except UnicodeDecodeError:
         yield Skipped(id=id, reason="wrong encoding: not UTF-8")
         return
-    text = re.sub(r"[ \t]+\n", "\n", text.replace("\r\n", "\n").replace("\r", "\n"))
+    except RefusedError as error:
+        yield Skipped(id=id, reason=str(error))
+        return
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    text = "\n".join(line.rstrip(" \t") for line in lines)
     yield Document(id=id, spans=(Text(text=re.sub(r"\n{3,}", "\n\n", text).strip()),))

@@ -14,7 +14,7 @@ with size and with tokens:
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import get_args
 
 from megamm.data.documents import Document, Image, Text
@@ -25,7 +25,11 @@ from megamm.errors import InputError
 
 __all__ = ["Skill", "caption_entropy", "document", "draw", "generate", "skills", "text_entropy"]
 
-DRAW = {"caption": captions.draw_caption, "interleaved": stories.draw_story, "text": texts.draw_text}
+DRAW: dict[Kind, Callable[[random.Random], Sequence[str | Scene]]] = {
+    "caption": captions.draw_caption,
+    "interleaved": stories.draw_story,
+    "text": texts.draw_text,
+}
 
 
 def generate(kind: Kind, num_documents: int, seed: int, image_size: int) -> Iterator[Document]:
@@ -57,7 +61,7 @@ def document(kind: Kind, index: int, seed: int, image_size: int) -> Document:
     return Document(id=f"scenes-{kind}-{seed}-{index:06d}", spans=spans)
 
 
-def draw(kind: Kind, index: int, seed: int) -> list[str | Scene]:
+def draw(kind: Kind, index: int, seed: int) -> Sequence[str | Scene]:
     """Make a document's spans with its pictures as scenes, not yet drawn."""
     digest = hashlib.blake2b(f"{kind} {seed} {index}".encode(), digest_size=8).digest()
     rng = random.Random(int.from_bytes(digest, "big"))

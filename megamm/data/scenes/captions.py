@@ -44,7 +44,7 @@ def draw_caption(rng: random.Random) -> list[str | Scene]:
     """Draw a scene and one of its captions."""
     scene = draw_scene(rng)
     swapped = scene.skill == "relation" and rng.random() < 0.5
-    return [scene, describe(scene, frame=rng.randrange(len(FRAMES)), swapped=swapped)]
+    return [scene, caption_of(scene, frame=rng.randrange(len(FRAMES)), swapped=swapped)]
 
 
 def draw_scene(rng: random.Random) -> Scene:
@@ -181,6 +181,6 @@ def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("ss") else "s")
 
 
-def describe(scene: Scene, frame: int = 0, swapped: bool = False) -> str:
+def caption_of(scene: Scene, frame: int = 0, swapped: bool = False) -> str:
     """The exact caption of a scene in one of its wordings."""
     return FRAMES[frame].format(body=body(scene, swapped), background=scene.background)

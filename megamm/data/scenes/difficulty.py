@@ -39,8 +39,11 @@ class Skill:
 
 def skills() -> list[Skill]:
     """Every skill of every kind of document."""
-    rows = [("caption", captions.SKILLS, _caption_entropies()), ("interleaved", stories.SKILLS, {})]
-    rows += [("text", texts.SKILLS, _text_entropies())]
+    rows: list[tuple[Kind, dict, dict]] = [
+        ("caption", captions.SKILLS, _caption_entropies()),
+        ("interleaved", stories.SKILLS, {}),
+        ("text", texts.SKILLS, _text_entropies()),
+    ]
     table = []
     for kind, shares, entropies in rows:
         for name, share in shares.items():

@@ -132,8 +132,8 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
     for item in scene.objects:
         y, x, side = item.row * cell, item.column * cell, item.cells * cell
         place = canvas[y : y + side, x : x + side]
-        mask = coverage(item.shape, side, item.shift, item.scale)[..., None]
-        place += mask * (np.float32(COLOURS[item.colour]) - place)
+        mask = visible_share(item.shape, side, item.shift, item.scale)[..., None]
+        place += mask * (np.array(COLOURS[item.colour], np.float32) - place)
     canvas *= scene.level
     bytes_ = np.frombuffer(random.Random(scene.noise).randbytes(canvas.size), np.uint8)
     canvas += (bytes_ % np.uint8(2 * NOISE)).reshape(canvas.shape)
@@ -147,7 +147,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 @lru_cache(maxsize=8192)
-def coverage(shape: str, side: int, shift: tuple[int, int], scale: float) -> np.ndarray:
+def visible_share(shape: str, side: int, shift: tuple[int, int], scale: float) -> np.ndarray:
     """Share of each pixel that a shape covers: float32 [side, side], edges softened over one pixel."""
     axis = (2 * np.arange(side, dtype=np.float32) + 1) / side - 1
     x = ((axis - shift[0] / 16) / scale)[None, :]

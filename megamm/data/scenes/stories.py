@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megamm.data.scenes import world
-from megamm.data.scenes.captions import PLACES, alike, big, colours_but, describe, place, plural
+from megamm.data.scenes.captions import PLACES, alike, big, caption_of, colours_but, place, plural
 from megamm.data.scenes.scene import BACKGROUNDS, DIGITS, SHAPES, Object, Scene, jitter, look
 
 SKILLS = {"change": 0.6, "more": 0.25, "add": 0.15}
@@ -51,7 +51,7 @@ def _liking(person: int, scene: Scene) -> str:
 
 def _captioned(rng: random.Random, skill: str, background: str, *objects: Object) -> Step:
     scene = Scene(skill=skill, background=background, objects=objects, **look(rng))
-    return scene, describe(scene, frame=rng.randrange(2))
+    return scene, caption_of(scene, frame=rng.randrange(2))
 
 
 def _draw_num_pictures(rng: random.Random) -> int:

@@ -23,13 +23,25 @@ LAST_NAMES = (
 )
 
 CHOICES = {
-    "home": ("the city", "the desert", "the forest", "the harbour", "the mountains", "the town", "the valley",
-             "a boat", "a castle", "a farm", "a mill", "a tower"),
+    "home": (
+        "the city",
+        "the desert",
+        "the forest",
+        "the harbour",
+        "the mountains",
+        "the town",
+        "the valley",
+        "a boat",
+        "a castle",
+        "a farm",
+        "a mill",
+        "a tower",
+    ),
     "food": ("bread", "cake", "corn", "fish", "nuts", "pears", "plums", "rice", "salad", "soup"),
     "pet": ("bird", "cat", "cow", "dog", "duck", "goat", "horse", "mouse", "pig", "sheep"),
     "work": ("baker", "cook", "doctor", "driver", "farmer", "judge", "nurse", "painter", "sailor", "singer"),
     "colour": tuple(COLOURS),
-}  # fmt: skip
+}
 """Attribute -> its values, all equally likely."""
 
 CLAUSES = {

@@ -26,6 +26,9 @@ from megamm.data.shards import ShardedDataset
 from megamm.errors import InputError
 
 PLAN_VERSION = 1
+DIGEST_BYTES = 32
+MAX_SOURCES = 256
+"""Batches number their sources in uint8."""
 MIN_WINDOW_ROWS = 128
 WINDOWS_KEPT = 3
 PARALLEL_WINDOWS = 256
@@ -68,7 +71,7 @@ class PackPlan:
         cache_dir: folder for the index; None keeps it in memory only.
 
     Raises:
-        InputError: a source is empty or has a document longer than a row.
+        InputError: more than 256 sources, one is empty or has a document longer than a row.
     """
 
     def __init__(
@@ -81,6 +84,8 @@ class PackPlan:
         seed: int,
         cache_dir: Path | str | None = None,
     ):
+        if len(datasets) > MAX_SOURCES:
+            raise InputError(f"data.sources: {len(datasets)} sources, at most {MAX_SOURCES}; prepare some together")
         self.datasets, self.row_length, self.seed = list(datasets), row_length, seed
         scans = [_scan(dataset, row_length) for dataset in self.datasets]
         total_weight = sum(map(_exact, weights))
@@ -96,10 +101,10 @@ class PackPlan:
         self._windows: dict[int, Window] = {}
         self._index_path = None
         if cache_dir is not None:
-            identity = [PLAN_VERSION, seed, row_length, self.window_tokens]
+            identity: list[int | str] = [PLAN_VERSION, seed, row_length, self.window_tokens]
             identity += [f"{share} {scan.sha256}" for share, scan in zip(self.shares, scans, strict=True)]
             name = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-            self._index_path = Path(cache_dir) / f"rows-{name}.npy"
+            self._index_path = Path(cache_dir) / f"rows-{name}.index"
         self.load_index()
 
     def __getstate__(self):
@@ -129,19 +134,23 @@ class PackPlan:
         else:
             self._extend(num_rows, map(self._count_rows, count(first)), progress)
         if self._index_path is not None:
-            with files.atomic_path(self._index_path) as temporary, temporary.open("wb") as file:
-                np.save(file, self._ends)
+            ends = np.ascontiguousarray(self._ends, "<i8").tobytes()
+            with files.atomic_path(self._index_path) as temporary:
+                temporary.write_bytes(hashlib.sha256(ends).digest() + ends)
 
     def load_index(self) -> None:
         """Map the saved index, if there is a longer one than that in memory."""
         if self._index_path is None:
             return
         try:
-            ends = np.load(self._index_path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):  # none yet, or a damaged one: it is only a cache
+            stored = np.memmap(self._index_path, np.uint8, mode="r")
+        except (OSError, ValueError):  # none yet, or an empty one
             return
-        if ends.ndim == 1 and ends.dtype == np.int64 and len(ends) > len(self._ends):
-            self._ends = ends
+        digest, ends = stored[:DIGEST_BYTES].tobytes(), stored[DIGEST_BYTES:]
+        if hashlib.sha256(ends.tobytes()).digest() != digest:  # it is only a cache: found again, and written anew
+            return
+        if len(ends) // 8 > len(self._ends):
+            self._ends = ends.view("<i8")
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of row i in order: sources uint8 [n] and indices in their source int64 [n]."""
@@ -212,7 +221,7 @@ def _scan(dataset: ShardedDataset, row_length: int, chunk: int = 1 << 20) -> _Sc
     digest, num_tokens = hashlib.sha256(), 0
     for start in range(0, len(dataset), chunk):
         part = np.ascontiguousarray(dataset.lengths[start : start + chunk])
-        digest.update(part)
+        digest.update(part.data)
         lengths = part.sum(1)
         num_tokens += int(lengths.sum())
         longest = int(lengths.argmax())
