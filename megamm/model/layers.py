@@ -1,29 +1,36 @@
 """Building blocks of the decoder and of the vision tower: the same block serves both.
 
-Shape suffixes: b rows, l positions, w width of the residual stream, h heads, d head width, f SwiGLU hidden.
-Parameters are float32; matrices are cast to the dtype of the activations where they are used.
+Shape suffixes: b rows, l positions, w width of the residual stream, g groups of heads, h heads, d head width,
+f SwiGLU hidden.
+
+Parameters are float32; matrices are cast to the dtype of the activations where they are used. Rows of a matrix are
+laid out so that an equal slice of them is a valid smaller layer: qkv by groups of heads, [G, R + 2, D] with R query
+heads that share one head of keys and one of values; gate and up side by side, [F, 2].
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megamm_kernels import AttentionPlan, add_rms_norm, interval_attention, qk_norm_rope, rms_norm, swiglu
+from megamm_kernels import add_rms_norm, interval_attention, linear_swiglu, qk_norm_rope, rms_norm
 from torch import nn
 
+from megamm.model.context import BlockContext
+from megamm.model.rotary import rotate
 
-class Linear(nn.Linear):
-    """Matrix product without bias, in the dtype of its input."""
 
-    def __init__(self, in_features: int, out_features: int, init_std: float):
-        self.init_std = init_std
-        super().__init__(in_features, out_features, bias=False)
+class Linear(nn.Module):
+    """Matrix product, by default without bias, in the dtype of its input."""
 
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.init_std)
+    def __init__(self, in_features: int, out_features: int, std: float, bias: bool = False):
+        super().__init__()
+        self.initial = {"weight": std, "bias": 0.0}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -31,8 +38,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.eps, self.initial = eps, {"weight": None}
+        self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         """The normalised ``x``; with a residual (normalised ``x + residual``, ``x + residual``)."""
@@ -42,22 +49,46 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with per-head QK-norm and rotary positions; no biases."""
+    """Multi-head or grouped-query attention with rotary positions.
 
-    def __init__(self, width: int, head_dim: int, depth: int, eps: float):
+    Args:
+        heads: of queries; by default as many as have the stream's width together.
+        qk_norm: whether queries and keys are normalised, within a head.
+        qkv_bias: whether they and the values have biases.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        head_dim: int,
+        key_heads: int,
+        depth: int,
+        eps: float,
+        *,
+        heads: int | None = None,
+        qk_norm: bool = True,
+        qkv_bias: bool = False,
+    ):
         super().__init__()
-        self.num_heads, self.head_dim, self.eps = width // head_dim, head_dim, eps
-        std = width**-0.5
-        self.qkv = Linear(width, 3 * width, std)
-        self.out = Linear(width, width, std / math.sqrt(2 * depth))
-        self.qk_norm = nn.Parameter(torch.ones(2, head_dim))
+        heads = heads or width // head_dim
+        self.group = (heads // key_heads + 2, head_dim)
+        self.eps, self.initial = eps, {"qk_norm": None}
+        self.qkv = Linear(width, key_heads * math.prod(self.group), width**-0.5, qkv_bias)
+        self.out = Linear(heads * head_dim, width, (heads * head_dim) ** -0.5 / math.sqrt(2 * depth))
+        self.qk_norm = nn.Parameter(torch.empty(2, head_dim)) if qk_norm else None
+        self.attend = interval_attention
 
-    def forward(self, x_blw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan):
-        qkv = self.qkv(x_blw).unflatten(-1, (3, self.num_heads, self.head_dim))
-        qk, v = qkv.split((2, 1), dim=2)
-        q_blhd, k_blhd = qk_norm_rope(qk, self.qk_norm, cos, sin, self.eps)
-        a_blhd = interval_attention(q_blhd, k_blhd, v.squeeze(2), plan)
-        return self.out(a_blhd.flatten(2))
+    def heads(self, x_blw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries [B, L, H, D], keys and values [B, L, G, D]: normalised and rotated, the values as they are."""
+        qkv = self.qkv(x_blw).unflatten(-1, (-1, *self.group))
+        if self.qk_norm is None:
+            q, k, v = qkv.split((self.group[0] - 2, 1, 1), dim=3)
+            return rotate(q.flatten(2, 3), cos, sin), rotate(k.squeeze(3), cos, sin), v.squeeze(3)
+        return qk_norm_rope(qkv, self.qk_norm, cos, sin, self.eps)
+
+    def forward(self, x_blw: torch.Tensor, context: BlockContext) -> torch.Tensor:
+        q_blhd, k_blgd, v_blgd = self.heads(x_blw, context.cos, context.sin)
+        return self.out(self.attend(q_blhd, k_blgd, v_blgd, context.mask).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -68,21 +99,36 @@ class FeedForward(nn.Module):
         self.gate_up = Linear(width, 2 * hidden, width**-0.5)
         self.down = Linear(hidden, width, hidden**-0.5 / math.sqrt(2 * depth))
 
-    def forward(self, x_blw: torch.Tensor) -> torch.Tensor:
-        return self.down(swiglu(self.gate_up(x_blw)))
+    def forward(self, x_blw: torch.Tensor, context: BlockContext | None = None) -> torch.Tensor:
+        """[..., W] -> [..., W]; the context does not matter: all positions meet the same weights."""
+        return self.down(linear_swiglu(x_blw, self.gate_up.weight))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block.
 
-    def __init__(self, width: int, head_dim: int, hidden: int, depth: int, eps: float):
+    Args:
+        feed_forward: called with the normalised stream [B, L, W] and the context; gives [B, L, W].
+        attention: further options of :class:`Attention`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        head_dim: int,
+        key_heads: int,
+        depth: int,
+        eps: float,
+        feed_forward: nn.Module,
+        **attention: Any,
+    ):
         super().__init__()
         self.attention_norm = RMSNorm(width, eps)
-        self.attention = Attention(width, head_dim, depth, eps)
+        self.attention = Attention(width, head_dim, key_heads, depth, eps, **attention)
         self.feed_forward_norm = RMSNorm(width, eps)
-        self.feed_forward = FeedForward(width, hidden, depth)
+        self.feed_forward = feed_forward
 
-    def forward(self, x_blw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan):
-        a_blw = self.attention(self.attention_norm(x_blw), cos, sin, plan)
+    def forward(self, x_blw: torch.Tensor, context: BlockContext) -> torch.Tensor:
+        a_blw = self.attention(self.attention_norm(x_blw), context)
         normed_blw, x_blw = self.feed_forward_norm(a_blw, residual=x_blw)
-        return x_blw + self.feed_forward(normed_blw)
+        return x_blw + self.feed_forward(normed_blw, context)

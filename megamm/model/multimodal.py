@@ -4,134 +4,146 @@
     late:  pixels -> ViT, per image   -> decoder
     text:  image positions keep the placeholder's embedding (a blind baseline)
 
-Single-device mathematics only. Shape suffixes: b rows, s positions, w width.
+A model is inputs (embedding, vision tower) -> blocks -> head; a stage of a pipeline is the same class without inputs,
+without head, or with some of the blocks. Single-device mathematics only. Shape suffixes: b rows, s positions, w width.
 """
 
-import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from megamm_kernels import (
-    AttentionPlan,
-    attention_plan,
-    default_backend,
-    linear_cross_entropy,
-    multimodal_embedding,
-    multimodal_patch_embedding,
-    rope_table,
-)
 from torch import nn
 
 from megamm.config import ModelConfig
-from megamm.data.batch import Batch
-from megamm.data.tokens import MODALITIES
-from megamm.errors import InputError
-from megamm.model.layers import Block, Linear, RMSNorm
-from megamm.model.sizes import hidden_width, resolve_model
-from megamm.model.vision import PatchProjection, VisionTower
-
-
-class LossOutput(NamedTuple):
-    """Summed next-token losses of a batch.
-
-    Attributes:
-        loss: scalar, differentiable; the sum over labelled positions, in nats.
-        sums: float32 [num_sources, num_modalities], the same sum split up, detached.
-        counts: float32, same shape; number of labels.
-    """
-
-    loss: torch.Tensor
-    sums: torch.Tensor
-    counts: torch.Tensor
+from megamm.model.context import BlockContext, make_context, position_kinds
+from megamm.model.experts import attach_loss, make_block
+from megamm.model.head import Head, LossOutput
+from megamm.model.initial import initialise
+from megamm.model.inputs import Embedding
+from megamm.model.sizes import resolve_model
+from megamm.model.vision import make_tower
+from megamm.sequence import Batch
 
 
 class MultimodalModel(nn.Module):
-    """Decoder with SwiGLU, RMSNorm, QK-norm, RoPE and untied embeddings; no biases (arXiv 2504.07951)."""
+    """Decoder with SwiGLU, RMSNorm and RoPE; by default QK-norm, untied embeddings and no biases (arXiv 2504.07951).
 
-    def __init__(self, config: ModelConfig, num_sources: int = 1):
+    On the meta device parameters have no values: initial.initialise gives them theirs once they lie somewhere.
+
+    Args:
+        config: completed in place (widths that follow from others).
+        num_sources: by which losses are split.
+        blocks: numbers of the blocks that it has, in a run; all by default. Their names do not depend on it.
+        inputs, head: whether it has that part.
+        seed: of the first values (see initial.py); by default the one that torch.manual_seed was called with.
+
+    Attributes:
+        expert_counts: int64 [depth, E, 2], text and image positions that each block's experts got in forward passes
+            with gradients, since :meth:`take_expert_counts`; only with experts.
+    """
+
+    expert_counts: torch.Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_sources: int = 1,
+        *,
+        blocks: Iterable[int] | None = None,
+        inputs: bool = True,
+        head: bool = True,
+        seed: int | None = None,
+    ):
         super().__init__()
         resolve_model(config)
         self.config, self.num_sources = config, num_sources
-        width, eps = config.width, config.norm_eps
-        hidden = hidden_width(width, config.hidden_multiple)
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, width).normal_(std=1.0))
-        self.vision = make_vision(config)
-        self.patches_per_image = (config.image_size // config.patch_size) ** 2
-        self.blocks = nn.ModuleList(
-            Block(width, config.head_dim, hidden, config.depth, eps) for _ in range(config.depth)
-        )
-        self.norm = RMSNorm(width, eps)
-        self.head = Linear(width, config.vocab_size, 1 / width)
+        patch_dim = 3 * config.patch_size**2 if config.architecture == "early" else None
+        std = config.width**-0.5 if config.tied_embeddings else 1.0  # as a head it gives logits of about 1
+        self.embedding = Embedding(config.vocab_size, config.width, patch_dim, std) if inputs else None
+        self.vision = make_tower(config) if inputs and config.architecture == "late" else None
+        numbers = list(range(config.depth) if blocks is None else blocks)
+        self.blocks = nn.ModuleDict({str(i): make_block(config) for i in numbers})
+        self.head = Head(config, num_sources) if head else None
+        if config.experts.num:
+            self.block_range = slice(numbers[0], numbers[-1] + 1) if numbers else slice(0)
+            counts = torch.zeros(config.depth, config.experts.num, 2, dtype=torch.int64)
+            self.register_buffer("expert_counts", counts, persistent=False)
+        if not any(p.is_meta for p in self.parameters()):
+            initialise(self, torch.initial_seed() if seed is None else seed)
 
-    def hidden_states(self, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Final normalised states [B, S, W] of every position, in ``dtype``."""
-        x_bsw = self.embed(batch, dtype)
-        cos, sin = rope_table(batch.positions, self.config.head_dim, self.config.rope_theta)
-        plan = self.plan_attention(batch.lo, batch.hi, dtype)
-        for block in self.blocks:
-            x_bsw = block(x_bsw, cos, sin, plan)
-        return self.norm(x_bsw)
+    def forward(
+        self,
+        batch: Batch,
+        dtype: torch.dtype = torch.float32,
+        x_bsw: torch.Tensor | None = None,
+        auxiliary_scale: float = 1.0,
+    ) -> LossOutput | torch.Tensor:
+        """Next-token losses of a batch.
 
-    def embed(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-        """Decoder input [B, S, W]: text rows of the table, and at image positions what the architecture has there."""
-        tokens, index = batch.tokens, batch.patch_index
-        if self.config.architecture == "early":
-            projection = self.vision.projection.weight
-            return multimodal_patch_embedding(tokens, self.embedding, batch.patches, projection, index, dtype)
-        features = self.image_features(batch, dtype) if self.vision else None
-        return multimodal_embedding(tokens, self.embedding, features, index, dtype)
+        Args:
+            batch: packed rows.
+            dtype: of activations and matrix products.
+            x_bsw: the residual stream [B, S, W] that enters a model without inputs.
+            auxiliary_scale: of a model without a head; its auxiliary losses, times this, are part of the gradient of
+                whatever the stream leads to.
 
-    def plan_attention(self, lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype) -> AttentionPlan:
-        """What all blocks share of the mask of rows (lo, hi), for the configured backend.
-
-        Raises:
-            InputError: the backend cannot run here, or not on these rows.
+        Returns:
+            The losses; of a model without a head, the residual stream [B, S, W] that leaves it.
         """
-        backend = self.config.attention.backend or default_backend(lo)
-        try:
-            return attention_plan(lo, hi, dtype, backend)
-        except (ImportError, ValueError) as error:
-            raise InputError(f"model.attention.backend: {error}") from error
+        x_bsw, auxiliary = self.run_blocks(batch, dtype, x_bsw)
+        if self.head is not None:
+            return self.head(x_bsw, batch, auxiliary, self.tied_table)
+        return x_bsw if auxiliary is None else attach_loss(x_bsw, auxiliary * auxiliary_scale)
 
-    def image_features(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-        """The vision tower's features [P, W] of the batch's patches.
+    def run_blocks(
+        self, batch: Batch, dtype: torch.dtype, x_bsw: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual stream [B, S, W] after the last block and the routers' auxiliary losses; see :meth:`forward`."""
+        if self.embedding is not None:
+            features = None if self.vision is None else self.vision(batch.patches, dtype)
+            x_bsw = self.embedding(batch, features, dtype)
+        context = self.context(batch, dtype)
+        for block in self.blocks.values():
+            x_bsw = block(x_bsw, context)
+        routed = context.routed.close()
+        if routed is None:
+            return x_bsw, None
+        auxiliary, counts = routed
+        if torch.is_grad_enabled():
+            self.expert_counts[self.block_range] += counts
+        return x_bsw, auxiliary
 
-        A batch without images still runs a black one: ranks whose micro-batches have images must find all
-        others in the same collectives, and an optimizer step must not depend on how rows are split.
-        """
-        length, count = self.patches_per_image, batch.patches.shape[0]
-        patches = batch.patches if count else batch.patches.new_zeros(length, batch.patches.shape[1])
-        lo = torch.zeros(patches.shape[0] // length, length, dtype=torch.int32, device=patches.device)
-        plan = self.plan_attention(lo, lo + (length - 1), dtype)  # each image is a row that sees all of itself
-        return self.vision(patches, dtype, plan)[:count]
+    @property
+    def tied_table(self) -> torch.Tensor | None:
+        """The table [V, W] of the embedding where it is the head's matrix too."""
+        return self.embedding.weight if self.config.tied_embeddings else None
 
-    def forward(self, batch: Batch, dtype: torch.dtype = torch.float32) -> LossOutput:
-        """Next-token loss on labelled positions; only their rows reach the head."""
-        x_nw = self.hidden_states(batch, dtype).flatten(0, 1)
-        shape = (self.num_sources, len(MODALITIES))
-        group = batch.source.int() * len(MODALITIES) + batch.modality
-        loss, sums, counts, _ = linear_cross_entropy(
-            x_nw, self.head.weight, batch.targets.flatten(), batch.label_index, group.flatten(), math.prod(shape)
-        )
-        return LossOutput(loss, sums.view(shape), counts.view(shape))
+    def residual_stream(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """The residual stream [B, S, W] after the last block."""
+        return self.run_blocks(batch, dtype)[0]
 
+    def take_expert_counts(self) -> torch.Tensor:
+        """``expert_counts`` since the last call."""
+        counts = self.expert_counts.clone()
+        self.expert_counts.zero_()
+        return counts
 
-def make_vision(config: ModelConfig) -> nn.Module | None:
-    """The image front end of an architecture; None for the blind one."""
-    patch_dim = 3 * config.patch_size**2
-    if config.architecture == "text":
-        return None
-    if config.architecture == "early":
-        return PatchProjection(patch_dim, config.width)
-    vision = config.vision
-    return VisionTower(
-        patch_dim=patch_dim,
-        patches_per_image=(config.image_size // config.patch_size) ** 2,
-        width=vision.width,
-        head_dim=vision.head_dim,
-        hidden=hidden_width(vision.width, config.hidden_multiple),
-        depth=vision.depth,
-        out_width=config.width,
-        rope_theta=config.rope_theta,
-        eps=config.norm_eps,
-    )
+    def move_expert_bias(self, counts: torch.Tensor) -> None:
+        """After an optimizer step, move the experts' biases by its ``expert_counts`` [depth, E, 2] of all ranks."""
+        for number, block in self.blocks.items():
+            layer: Any = block.feed_forward
+            layer.move_bias(counts[int(number)])
+
+    def all_blocks(self) -> list[nn.Module]:
+        """The blocks of the vision tower, where it has one, then those of the decoder."""
+        tower = [] if self.vision is None else self.vision.blocks.values()
+        return [*tower, *self.blocks.values()]
+
+    def context(self, batch: Batch, dtype: torch.dtype) -> BlockContext:
+        """What all blocks share of a batch."""
+        kinds = position_kinds(self.config, batch)
+        return make_context(self.config, batch.positions, batch.lo, batch.hi, self.config.head_dim, dtype, **kinds)
+
+    def logits(self, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Logits [B, S, V] of every position."""
+        return self.head.logits(self.residual_stream(batch, dtype), self.tied_table)

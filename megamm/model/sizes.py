@@ -2,7 +2,7 @@
 
 import math
 
-from megamm.config import ModelConfig
+from megamm.config import ModelConfig, default_head_dim
 
 
 def hidden_width(width: int, multiple: int) -> int:
@@ -10,17 +10,55 @@ def hidden_width(width: int, multiple: int) -> int:
     return multiple * math.ceil((8 * width // 3) / multiple)
 
 
-def default_head_dim(width: int) -> int:
-    """The multiple of 8 nearest to 64 that divides the width."""
-    divisors = [d for d in range(8, width + 1, 8) if width % d == 0]
-    return min(divisors, key=lambda d: (abs(d - 64), d))
+def decoder_hidden(config: ModelConfig) -> int:
+    """SwiGLU hidden width of the decoder."""
+    return config.hidden or hidden_width(config.width, config.hidden_multiple)
+
+
+def tower_hidden(config: ModelConfig) -> int:
+    """Hidden width of the vision tower's feed-forward layers; with a resolved tower."""
+    vision = config.vision
+    default = hidden_width(vision.width, config.hidden_multiple) if vision.kind == "megamm" else 4 * vision.width
+    return vision.hidden or default
+
+
+def tower_eps(config: ModelConfig) -> float:
+    """What the vision tower's norms add to the variance."""
+    return config.vision.norm_eps or {"megamm": config.norm_eps, "clip": 1e-5, "siglip": 1e-6}[config.vision.kind]
+
+
+def tower_activation(config: ModelConfig) -> str:
+    """Activation function of a CLIP or SigLIP tower."""
+    return config.vision.activation or ("quick_gelu" if config.vision.kind == "clip" else "gelu_tanh")
+
+
+def tower_patch_size(config: ModelConfig) -> int:
+    """Patch height and width of the vision tower."""
+    return config.vision.patch_size or config.patch_size
+
+
+def shuffle_ratio(config: ModelConfig) -> int:
+    """Patches of the tower, in a row and in a column, that make up one patch of the model."""
+    return config.patch_size // tower_patch_size(config)
+
+
+def num_heads(config: ModelConfig) -> int:
+    """Heads of queries of the decoder; with a resolved ``head_dim``."""
+    return config.heads or config.width // config.head_dim
 
 
 def resolve_model(config: ModelConfig) -> ModelConfig:
-    """Fill in head width and vision tower where they default to other settings, in place."""
-    config.head_dim = config.head_dim or default_head_dim(config.width)
+    """Fill in head width, key heads, experts and vision tower where they default to other settings, in place."""
+    if config.head_dim is None:
+        config.head_dim = config.width // config.heads if config.heads else default_head_dim(config.width)
+    config.key_heads = config.key_heads or num_heads(config)
+    if config.experts.num:
+        config.experts.hidden = config.experts.hidden or decoder_hidden(config)
     vision = config.vision
-    vision.head_dim = vision.head_dim or config.head_dim
     vision.depth = vision.depth or config.depth
-    vision.width = vision.width or vision.head_dim * -(-config.width // (2 * vision.head_dim))
+    step = vision.head_dim or config.head_dim
+    vision.width = vision.width or step * -(-config.width // (2 * step))
+    if vision.head_dim is None:
+        fits = vision.width % config.head_dim == 0
+        vision.head_dim = config.head_dim if fits else default_head_dim(vision.width)
     return config

@@ -1,0 +1,181 @@
+"""Vision towers of CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343), so that trained ones can be read.
+
+Pre-norm transformers with layer norms, biases, learned positions and a plain feed-forward layer; CLIP's has a class
+token and a norm before the first block. Pixels are normalised as theirs were. Shape suffixes: n images, l positions of
+one, w width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megamm.config import ModelConfig, VisionConfig
+from megamm.model.layers import Linear
+from megamm.model.sizes import shuffle_ratio, tower_activation, tower_eps, tower_hidden, tower_patch_size
+from megamm.sequence import patches_per_image
+
+PIXELS = {
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation of red, green and blue, of pixels from 0 to 1."""
+
+
+def activate(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The activation function of that name; see ``VisionConfig.activation``."""
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with scale and bias, in float32 at least."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps, self.initial = eps, {"weight": None, "bias": 0.0}
+        self.weight, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.layer_norm(x.to(wide), x.shape[-1:], self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
+
+
+class PatchEmbedding(nn.Module):
+    """Normalised pixels to the tower's width, with positions, and CLIP's class token before them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        vision, self.kind, size = config.vision, config.vision.kind, tower_patch_size(config)
+        is_clip = self.kind == "clip"
+        length = patches_per_image(config.image_size, size) + is_clip
+        patch_dim, std = 3 * size**2, vision.width**-0.5
+        self.initial = {"position": std, "class_token": std}
+        self.projection = Linear(patch_dim, vision.width, patch_dim**-0.5, bias=not is_clip)
+        self.position = nn.Parameter(torch.empty(length, vision.width))
+        self.class_token = nn.Parameter(torch.empty(vision.width)) if is_clip else None
+        self.norm = LayerNorm(vision.width, tower_eps(config)) if is_clip else None
+
+    def forward(self, patches: torch.Tensor, num_images: int, dtype: torch.dtype) -> torch.Tensor:
+        """uint8 [num_images * patches of one, patch_dim] -> [N, L, W]."""
+        mean, deviation = (patches.new_tensor(values, dtype=torch.float32) for values in PIXELS[self.kind])
+        pixels = (patches.float().unflatten(1, (-1, 3)) / 255 - mean) / deviation
+        x_nlw = self.projection(pixels.flatten(1).to(dtype)).unflatten(0, (num_images, -1))
+        if self.class_token is not None:
+            first = self.class_token.to(dtype).expand(num_images, 1, -1)
+            x_nlw = torch.cat((first, x_nlw), dim=1)
+        x_nlw = x_nlw + self.position.to(dtype)
+        return x_nlw if self.norm is None else self.norm(x_nlw)
+
+
+class Attention(nn.Module):
+    """Attention over all positions of an image; rows of ``qkv`` by heads, [H, 3, D]."""
+
+    def __init__(self, vision: VisionConfig):
+        super().__init__()
+        width, self.head_dim, std = vision.width, vision.head_dim, vision.width**-0.5
+        self.qkv = Linear(width, 3 * width, std, bias=True)
+        self.out = Linear(width, width, std / (2 * vision.depth) ** 0.5, bias=True)
+
+    def forward(self, x_nlw: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x_nlw).unflatten(-1, (-1, 3, self.head_dim)).transpose(1, 2).unbind(3)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two matrices with biases and an activation between them; to another width as a projector."""
+
+    def __init__(self, width: int, hidden: int, out: int, activation: str, depth: int = 1):
+        super().__init__()
+        self.activation = activation
+        self.up = Linear(width, hidden, width**-0.5, bias=True)
+        self.down = Linear(hidden, out, hidden**-0.5 / (2 * depth) ** 0.5, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(activate(self.up(x), self.activation))
+
+
+class Block(nn.Module):
+    """Pre-norm block of such a tower."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        vision = config.vision
+        self.attention_norm = LayerNorm(vision.width, tower_eps(config))
+        self.attention = Attention(vision)
+        self.feed_forward_norm = LayerNorm(vision.width, tower_eps(config))
+        sizes = vision.width, tower_hidden(config), vision.width
+        self.feed_forward = FeedForward(*sizes, tower_activation(config), vision.depth)
+
+    def forward(self, x_nlw: torch.Tensor) -> torch.Tensor:
+        x_nlw = x_nlw + self.attention(self.attention_norm(x_nlw))
+        return x_nlw + self.feed_forward(self.feed_forward_norm(x_nlw))
+
+
+class PretrainedTower(nn.Module):
+    """A CLIP or SigLIP tower and a projector: the features of the patches, without CLIP's class token."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        vision = config.vision
+        self.config = config
+        self.embed = PatchEmbedding(config)
+        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(vision.depth)})
+        self.norm = LayerNorm(vision.width, tower_eps(config)) if vision.final_norm else None
+        self.projector = make_projector(config)
+
+    def forward(self, patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """uint8 [num_images * patches_per_image, patch_dim] -> features [num_images, patches_per_image, W].
+
+        Without images it runs on a black one (see ``vision.VisionTower``).
+        """
+        length, ratio = patches_per_image(self.config.image_size, self.config.patch_size), shuffle_ratio(self.config)
+        patches = patches if len(patches) else patches.new_zeros(length, patches.shape[1])
+        features = self.features(cut_patches(patches, length, ratio), dtype)
+        return self.projector(join_features(features, ratio))
+
+    def features(self, patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The tower's own features [num_images, L, width of the tower]; L and ``patches`` are those of the tower."""
+        length = patches_per_image(self.config.image_size, tower_patch_size(self.config))
+        x_nlw = self.embed(patches, patches.shape[0] // length, dtype)
+        for block in self.blocks.values():
+            x_nlw = block(x_nlw)
+        x_nlw = x_nlw if self.norm is None else self.norm(x_nlw)
+        return x_nlw[:, -length:]
+
+
+def make_projector(config: ModelConfig) -> nn.Module:
+    """From the tower's width to the decoder's."""
+    width = config.vision.width * shuffle_ratio(config) ** 2
+    if config.vision.projector == "mlp":
+        return FeedForward(width, config.width, config.width, "gelu")
+    return Linear(width, config.width, width**-0.5)
+
+
+def cut_patches(patches: torch.Tensor, length: int, ratio: int) -> torch.Tensor:
+    """Patches of the model to those of a tower, in raster order of each image.
+
+    Args:
+        patches: [N * length, (ratio * p)^2 * 3], of square images.
+        length: patches of an image.
+        ratio: of the sizes; p is the tower's.
+
+    Returns:
+        [N * length * ratio^2, p^2 * 3].
+    """
+    if ratio == 1:
+        return patches
+    side, size = math.isqrt(length), math.isqrt(patches.shape[1] // 3) // ratio
+    x = patches.view(-1, side, side, ratio, size, ratio, size * 3)  # image, patch row and column, row in it, ...
+    return x.permute(0, 1, 3, 2, 5, 4, 6).flatten(5).flatten(0, 4)
+
+
+def join_features(features: torch.Tensor, ratio: int) -> torch.Tensor:
+    """Features [N, L, W] of a tower's patches to those of the model's, [N, L / ratio^2, ratio^2 W] (pixel shuffle)."""
+    if ratio == 1:
+        return features
+    side = math.isqrt(features.shape[1]) // ratio
+    x = features.unflatten(1, (side, ratio, side, ratio))
+    return x.transpose(2, 3).flatten(3).flatten(1, 2)

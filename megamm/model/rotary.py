@@ -1,0 +1,54 @@
+"""Rotary positions beyond the kernels' table: stretched wavelengths, and rotation without a norm."""
+
+import math
+
+import torch
+from megamm_kernels import rope_table
+
+from megamm.config import RopeScalingConfig
+
+
+def rotary_table(
+    positions: torch.Tensor, head_dim: int, theta: float, scaling: RopeScalingConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotation angles, float32 [B, L, 1, D / 2]; as ``rope_table`` where nothing is stretched.
+
+    Args:
+        positions: integers [B, L].
+        head_dim: width D of a head.
+        theta: base of the geometric series of wavelengths.
+        scaling: how they are stretched.
+    """
+    if scaling.kind == "none":
+        return rope_table(positions, head_dim, theta)
+    angles = positions[..., None, None].float() * frequencies(head_dim, theta, scaling).to(positions.device)
+    return angles.cos(), angles.sin()
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig) -> torch.Tensor:
+    """Radians per position of each pair of entries, float32 [D / 2].
+
+    llama3: between the two limits of the wavelength the share of the plain frequency rises with
+    original_length / wavelength (Llama 3.1, reference code ``apply_scaling``).
+    """
+    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling.kind == "none":
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    turns = scaling.original_length * plain / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return share * plain + (1 - share) * plain / scaling.factor
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate heads [B, L, H, D] by position: entry i pairs with entry i + D / 2, as in ``qk_norm_rope``.
+
+    Args:
+        cos, sin: float32 [B or 1, L, 1, D / 2]. The product is taken in float32 at least, as the kernels do.
+    """
+    first, second = x.chunk(2, dim=-1)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    first, second = first.to(dtype), second.to(dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
