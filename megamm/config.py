@@ -1,39 +1,80 @@
 """Every setting of a training run, in one place.
 
-Keyword-only dataclasses filled from YAML and ``--section.key value`` overrides. Values are parsed and typed
-by jsonargparse, one setting at a time, so that *all* problems are reported at once, an unknown key with the
-nearest known one. jsonargparse and yaml are imported where they parse: settings made in Python need neither.
+Keyword-only dataclasses with a sentence for each field; ``settings.py`` fills them from YAML and from
+``--section.key value`` overrides. Settings made in Python are checked by nobody.
 """
 
-import dataclasses
-import difflib
-import functools
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from megamm.errors import InputError, ProblemsError
+from megamm.settings import read_settings, setting
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+COUNT = 10**9
+"""More rows, tokens of a vocabulary or ranks than anybody has."""
+STEPS = 10**12
+"""More steps than anybody trains."""
 
 
-MAX_DEPTH = 10_000
-"""Blocks; the deepest transformers trained have a thousand."""
+def default_head_dim(width: int) -> int:
+    """The multiple of 8 nearest to 64 that divides the width, itself a multiple of 8."""
+    divisors = [d for d in range(8, width + 1, 8) if width % d == 0]
+    return min(divisors, key=lambda d: (abs(d - 64), d))
 
 
 @dataclass(kw_only=True)
 class VisionConfig:
     """The image encoder of a late-fusion model."""
 
-    width: int | None = None
+    kind: Literal["megamm", "clip", "siglip"] = "megamm"
+    """megamm: the decoder's block over patches; clip, siglip: the towers of these names, with learned positions, layer
+    norms and biases, which can take their weights (start.vision_weights)."""
+    width: int | None = setting(None, min=2, max=10**6)
     """Width of the vision tower; by default half of model.width, rounded up to a multiple of head_dim."""
-    depth: int | None = None
+    depth: int | None = setting(None, min=1, max=10**4)
     """Number of blocks; by default model.depth."""
-    head_dim: int | None = None
-    """Width of an attention head; by default model.head_dim."""
+    head_dim: int | None = setting(None, min=2, max=10**4)
+    """Width of an attention head; by default model.head_dim where it divides the tower's width, otherwise the multiple
+    of 8 nearest to 64 that does."""
+    hidden: int | None = setting(None, min=1, max=10**7)
+    """Hidden width of the feed-forward layers; by default as in the decoder, or 4 times the width (clip, siglip)."""
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] | None = None
+    """Of clip and siglip: x Phi(x), x sigmoid(1.702 x), or the tanh form; by default quick_gelu (clip) and gelu_tanh
+    (siglip)."""
+    norm_eps: float | None = setting(None, min=1e-30, max=1)
+    """Added to the variance in the tower's norms; by default model.norm_eps, or 1e-5 (clip) and 1e-6 (siglip)."""
+    final_norm: bool = True
+    """Norm after the last block; LLaVA has none."""
+    patch_size: int | None = setting(None, min=1, max=10**4)
+    """Patch height and width of the tower, a divisor of model.patch_size (its default). Features of its patches in one
+    of the model's are laid side by side for the projector: fewer positions in the decoder (pixel shuffle)."""
+    projector: Literal["linear", "mlp"] = "linear"
+    """From the tower's width to the decoder's: one matrix, or two with biases and a GELU between them (LLaVA 1.5)."""
+
+
+@dataclass(kw_only=True)
+class RopeScalingConfig:
+    """How rotary wavelengths are stretched, for rows longer than those of a first training."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    """linear: all wavelengths by the factor (arXiv 2306.15595); llama3: long ones by the factor, short ones not, and
+    those in between by a part of it (Llama 3.1)."""
+    factor: float = setting(1.0, min=1, max=1e6)
+    """How many times longer."""
+    low_frequency_factor: float = setting(1.0, min=1e-3, max=1e6)
+    """llama3: wavelengths above original_length divided by this are stretched in full."""
+    high_frequency_factor: float = setting(4.0, min=1e-3, max=1e6)
+    """llama3: wavelengths below original_length divided by this stay as they are."""
+    original_length: int = setting(8192, min=1, max=10**9)
+    """llama3: longest row of the first training."""
+
+    def problems(self) -> list[str]:
+        if self.kind == "llama3" and self.high_frequency_factor <= self.low_frequency_factor:
+            return [
+                f"model.rope_scaling.high_frequency_factor: {self.high_frequency_factor:g} must be above "
+                f"low_frequency_factor {self.low_frequency_factor:g}"
+            ]
+        return []
 
 
 @dataclass(kw_only=True)
@@ -47,50 +88,126 @@ class AttentionConfig:
 
 
 @dataclass(kw_only=True)
+class ExpertsConfig:
+    """Sparse mixture of experts in place of the decoder's feed-forward layers; dropless (docs/experts.md)."""
+
+    num: int = setting(0, min=0, max=10**5)
+    """Experts of a block, among which a learned router chooses (the paper: 8); 0 = dense."""
+    top_k: int = setting(1, min=1, max=10**5)
+    """Experts of each position."""
+    hidden: int | None = setting(None, min=1, max=10**6)
+    """SwiGLU hidden width of an expert (fine-grained experts: a part of the dense one); by default the dense one."""
+    shared_hidden: int = setting(0, min=0, max=10**6)
+    """SwiGLU hidden width of a further expert that every position meets; 0 = none."""
+    normalise: bool = False
+    """Scale the chosen experts' probabilities to a sum of 1; needs a top_k of 2 or more."""
+    balance_weight: float = setting(0.01, min=0, max=1e6)
+    """Weight of the loss that spreads each row's positions over the experts; it is 1 where they are spread evenly."""
+    z_weight: float = setting(0.001, min=0, max=1e6)
+    """Weight of the router z-loss, the mean square of the log-sum-exp of its logits."""
+    bias_rate: float = setting(0.0, min=0, max=1)
+    """Step by which each expert's bias, which counts in the choice alone, moves towards an even load after every
+    optimizer step (DeepSeek-V3: 0.001, with a balance_weight of 0.0001 or 0); 0 = no bias."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.num and self.top_k > self.num:
+            found.append(f"model.experts.top_k: {self.top_k} is above model.experts.num {self.num}")
+        if self.num and self.normalise and self.top_k == 1:
+            found.append(
+                "model.experts.normalise: the one probability would always be 1, and the router would get no gradient; "
+                "set it to false or model.experts.top_k to 2 or more"
+            )
+        return found
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """Architecture and size."""
 
     architecture: Literal["early", "late", "text"] = "early"
     """early: raw patches in the decoder; late: a ViT before it; text: blind, images left empty (a baseline)."""
-    width: int = 800
+    width: int = setting(800, min=2, max=10**6, study=True)
     """Width of the residual stream."""
-    depth: int = 24
+    depth: int = setting(24, min=1, max=10**4)
     """Number of blocks."""
-    head_dim: int | None = None
-    """Width of an attention head; by default the multiple of 8 nearest to 64 that divides the width."""
-    hidden_multiple: int = 256
-    """The SwiGLU hidden width is 8/3 of the width rounded up to a multiple of this."""
-    vocab_size: int | None = None
-    """Rows of both embedding tables; by default the tokenizer's, from the prepared data."""
-    image_size: int | None = None
+    heads: int | None = setting(None, min=1, max=10**6)
+    """Heads of queries; by default model.width / model.head_dim. Their widths need not add up to model.width."""
+    head_dim: int | None = setting(None, min=2, max=10**4)
+    """Width of an attention head; by default model.width / model.heads where that is set, otherwise the multiple of 8
+    nearest to 64 that divides the width."""
+    key_heads: int | None = setting(None, min=1, max=10**6)
+    """Heads of keys and values (grouped-query attention), a divisor of the query heads; by default as many."""
+    hidden: int | None = setting(None, min=1, max=10**7)
+    """SwiGLU hidden width; by default 8/3 of the width, rounded up to a multiple of model.hidden_multiple."""
+    hidden_multiple: int = setting(256, min=1, max=10**6)
+    """The SwiGLU hidden width is 8/3 of the width rounded up to a multiple of this, unless model.hidden is set."""
+    qk_norm: bool = True
+    """RMS norm of each head's queries and keys, with a scale of their own; Llama and Qwen2 have none."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values (Qwen2)."""
+    tied_embeddings: bool = False
+    """The head is the transpose of the table of the embedding: one matrix instead of two."""
+    vocab_size: int | None = setting(None, min=1, max=COUNT)
+    """Rows of both embedding tables; by default, and at least, the tokenizer's, from the prepared data."""
+    image_size: int | None = setting(None, min=1, max=10**5)
     """Image height and width in pixels; by default the prepared data's."""
-    patch_size: int | None = None
+    patch_size: int | None = setting(None, min=1, max=10**4)
     """Patch height and width in pixels; by default the prepared data's."""
-    rope_theta: float = 10000.0
+    rope_theta: float = setting(10000.0, min=1, max=1e12)
     """Base of the rotary position embedding."""
-    norm_eps: float = 1e-6
+    norm_eps: float = setting(1e-6, min=1e-30, max=1)
     """Added to the mean square in every RMS norm."""
+    per_modality: Literal["none", "feed_forward", "block"] = "none"
+    """What text and image positions have a copy of their own of: nothing; the decoder's feed-forward layers (the
+    modality-aware baseline of the paper); every weight of its blocks (mixture of transformers)."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
 
     def problems(self) -> list[str]:
         found = []
-        for name in ("width", "depth", "hidden_multiple"):
-            if getattr(self, name) < 1:
-                found.append(f"model.{name}: {getattr(self, name)} is not positive")
-        optional = {name: getattr(self, name) for name in ("head_dim", "vocab_size", "image_size", "patch_size")}
-        optional |= {f"vision.{name}": value for name, value in vars(self.vision).items()}
-        below = [name for name, value in optional.items() if value is not None and value < 1]
-        found += [f"model.{name}: {optional[name]} is not positive" for name in below]
-        for name, depth in (("depth", self.depth), ("vision.depth", self.vision.depth or 0)):
-            if depth > MAX_DEPTH:
-                found.append(f"model.{name}: {depth} is above {MAX_DEPTH} blocks")
-        if self.head_dim is not None and "head_dim" not in below and (self.head_dim % 2 or self.width % self.head_dim):
-            found.append(f"model.head_dim: {self.head_dim} must be even and divide model.width {self.width}")
-        if self.head_dim is None and self.width % 8:
+        head_dim = self.head_dim or (default_head_dim(self.width) if self.width % 8 == 0 else None)
+        if self.heads:
+            head_dim = self.head_dim or (None if self.width % self.heads else self.width // self.heads)
+            if head_dim is None or head_dim % 2:
+                found.append(
+                    f"model.heads: {self.heads} heads of model.width {self.width} have no even whole width; set an "
+                    "even model.head_dim"
+                )
+            elif self.key_heads and self.heads % self.key_heads:
+                found.append(f"model.key_heads: {self.key_heads} does not divide model.heads {self.heads}")
+        elif head_dim is None:
             found.append(f"model.width: {self.width} is not a multiple of 8; change it or set model.head_dim")
-        if self.image_size and self.patch_size and not below and self.image_size % self.patch_size:
+        elif head_dim % 2 or self.width % head_dim:
+            found.append(
+                f"model.head_dim: {head_dim} must be even and divide model.width {self.width} (or set model.heads)"
+            )
+        elif self.key_heads and self.width // head_dim % self.key_heads:
+            found.append(
+                f"model.key_heads: {self.key_heads} does not divide the {self.width // head_dim} query heads "
+                f"(model.width {self.width} / model.head_dim {head_dim})"
+            )
+        vision = self.vision
+        if vision.head_dim and (vision.head_dim % 2 or (vision.width or 0) % vision.head_dim):
+            of = "" if vision.width is None else f" and divide model.vision.width {vision.width}"
+            found.append(f"model.vision.head_dim: {vision.head_dim} must be even{of}")
+        elif vision.width and not vision.head_dim and vision.width % 8 and (not head_dim or vision.width % head_dim):
+            found.append(
+                f"model.vision.width: {vision.width} is not a multiple of 8; change it or set model.vision.head_dim"
+            )
+        if vision.patch_size and self.patch_size and self.patch_size % vision.patch_size:
+            found.append(
+                f"model.vision.patch_size: {vision.patch_size} does not divide model.patch_size {self.patch_size}"
+            )
+        if self.image_size and self.patch_size and self.image_size % self.patch_size:
             found.append(f"model.patch_size: {self.patch_size} does not divide model.image_size {self.image_size}")
+        if self.experts.num and self.per_modality != "none":
+            found.append(
+                f"model.per_modality: {self.per_modality}, but model.experts.num is {self.experts.num}; a block has "
+                "learned experts or weights per modality, not both"
+            )
         return found
 
 
@@ -100,7 +217,7 @@ class SourceConfig:
 
     path: str
     """Folder written by tools/prepare_data.py."""
-    weight: float = 1.0
+    weight: float = setting(1.0, min=1e-9, max=1e9)
     """Share of the mixture's tokens (text tokens and patches), relative to the other sources."""
 
 
@@ -108,7 +225,7 @@ class SourceConfig:
 class AugmentConfig:
     """Image augmentation, drawn anew for each epoch from the data seed."""
 
-    crop_scale_min: float = 1.0
+    crop_scale_min: float = setting(1.0, min=0.001, max=1)
     """Random resized crop keeps between this share of the area and all of it (the paper: 0.4); 1 = off."""
     flip: bool = False
     """Random horizontal flip. Wrong for captions that say left and right, and for text in images."""
@@ -120,116 +237,135 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Name -> prepared dataset and weight; the names head the per-source losses."""
-    row_length: int = 1024
-    """Positions in a packed row."""
-    window_tokens: int = 1_000_000
+    row_length: int = setting(1024, min=8, max=2**31 - 1)
+    """Positions in a packed row (they are counted in int32)."""
+    window_tokens: int = setting(1_000_000, min=8, max=10**15)
     """Documents of about this many tokens are drawn, shuffled and packed together."""
-    seed: int = 0
+    seed: int = setting(0, min=0, max=2**63 - 1)
     """Seed of the data order."""
-    workers: int = 1
+    workers: int = setting(1, min=0, max=1024, free=True)
     """Loader processes per rank; 0 loads in the training process. The data order does not depend on it."""
-    prefetch: int = 4
+    prefetch: int = setting(4, min=1, max=1024, free=True)
     """Batches each worker keeps ready."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def problems(self) -> list[str]:
-        found = []
-        if not 8 <= self.row_length < 2**31:
-            found.append(f"data.row_length: {self.row_length} is not between 8 and 2147483647 (positions are int32)")
-        for name, source in self.sources.items():
-            if not source.weight > 0:
-                found.append(f"data.sources.{name}.weight: {source.weight} is not positive")
-        if not 0 < self.augment.crop_scale_min <= 1:
-            found.append(f"data.augment.crop_scale_min: {self.augment.crop_scale_min} is not in (0, 1]")
-        if self.workers < 0:
-            found.append(f"data.workers: {self.workers} is negative")
-        return found
+        if self.window_tokens < self.row_length:
+            return [f"data.window_tokens: {self.window_tokens} is less than a row (data.row_length {self.row_length})"]
+        return []
+
+
+@dataclass(kw_only=True)
+class StartConfig:
+    """First values from other weights, in place of random ones (docs/exchange.md)."""
+
+    weights: str | None = None
+    """Run directory, checkpoint, Hugging Face folder or folder of tools/convert_checkpoint.py to start from. The vision
+    tower, projector or patch projection may be missing there: they begin as in a new model."""
+    vision_weights: str | None = None
+    """Hugging Face folder of a CLIP or SigLIP, for the vision tower (model.vision.kind)."""
+    first_row: int = setting(0, min=0, max=COUNT)
+    """Row of our vocabulary that is the first one of start.weights; rows before it and after theirs begin as in a new
+    model."""
+
+    def problems(self) -> list[str]:
+        if self.first_row and not self.weights:
+            return [f"start.first_row: {self.first_row} without start.weights; set both"]
+        return []
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW with decoupled weight decay."""
 
-    lr: float = 1.5e-3
+    lr: float = setting(1.5e-3, min=1e-12, max=1e38)
     """Peak learning rate."""
-    vision_lr_factor: float = 0.01
-    """The vision tower's learning rate is this times lr (late fusion)."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
+    vision_lr_factor: float = setting(0.01, also=0, min=1e-9, max=1e6)
+    """The vision tower's learning rate is this times lr (late fusion); 0 = the tower stays as it was drawn."""
+    beta1: float = setting(0.9, min=0, below=1)
+    """Share of the mean gradient that a step keeps."""
+    beta2: float = setting(0.95, min=0, below=1)
+    """Share of the mean squared gradient that a step keeps."""
+    eps: float = setting(1e-8, min=1e-30, max=1)
+    """Added to the root of the mean squared gradient, by which a step is divided."""
+    weight_decay: float = setting(1e-4, min=0, max=1)
     """Share of a weight removed per step at the peak rate, not multiplied by lr; on matrices only."""
-    clip: float = 1.0
+    clip: float = setting(1.0, also=0, min=1e-9, max=1e9)
     """Largest norm of the whole gradient; 0 = no clipping."""
+    freeze: list[str] = field(default_factory=list)
+    """Beginnings of names of parameters that stay as they began, such as blocks. or vision."""
+    freeze_until: int | None = setting(None, min=1, max=STEPS)
+    """Step from which optimizer.freeze no longer holds; by default it holds to the end."""
 
     def problems(self) -> list[str]:
-        return [f"optimizer.{n}: {getattr(self, n)} is not positive" for n in ("lr",) if not getattr(self, n) > 0]
+        if self.freeze_until is not None and not self.freeze:
+            return [f"optimizer.freeze_until: {self.freeze_until} without optimizer.freeze; set both"]
+        return []
 
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
     """Learning rate over steps: warm-up, constant, cool-down."""
 
-    warmup_steps: int = 1000
-    """Steps of linear warm-up."""
+    warmup_steps: int = setting(1000, min=0, max=STEPS)
+    """Steps of linear warm-up. A run of fewer never reaches optimizer.lr; training and the dry run say so."""
     cooldown: Literal["inverse_sqrt", "one_minus_sqrt", "linear", "cosine", "none"] = "inverse_sqrt"
     """Shape of the cool-down; none keeps the rate constant (the trunk of a ladder)."""
-    cooldown_fraction: float = 0.2
+    cooldown_fraction: float = setting(0.2, min=0, max=1)
     """Share of all steps spent in the cool-down."""
-
-    def problems(self) -> list[str]:
-        if not 0 <= self.cooldown_fraction <= 1:
-            return [f"schedule.cooldown_fraction: {self.cooldown_fraction} is not in [0, 1]"]
-        return []
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
     """Length, batch, numerics and place of a run."""
 
-    run_dir: str = "runs/default"
+    run_dir: str = setting("runs/default", free=True, study=True)
     """Where config.yaml, run.json, metrics.jsonl, tensorboard/, checkpoints/ and result.json go."""
-    steps: int | None = None
+    steps: int | None = setting(None, min=1, max=STEPS, study=True)
     """Optimizer steps; give this or tokens."""
-    tokens: float | None = None
-    """Positions to train on (text tokens, patches and padding); rounded up to whole steps."""
-    batch_rows: int = 2048
+    tokens: float | None = setting(None, min=1, max=1e18, study=True)
+    """Positions to train on (text tokens, patches and padding); at least a batch, and rounded up to whole
+    steps."""
+    batch_rows: int = setting(2048, min=1, max=COUNT)
     """Rows of a global batch; with rows of 1024 the default is 2M tokens."""
-    micro_rows: int | None = None
+    micro_rows: int | None = setting(None, min=1, max=COUNT, free=True)
     """Rows of one forward and backward pass of a rank; by default the rank's whole share of the batch."""
-    seed: int = 0
+    seed: int = setting(0, min=0, max=2**63 - 1)
     """Seed of the initial weights."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", free=True)
     """auto: cuda where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; parameters and optimizer state stay float32."""
-    compile: bool = False
+    compile: bool = setting(False, free=True)
     """Compile the blocks with torch.compile."""
-    log_every: int = 10
+    recompute: Literal["none", "per_op", "full"] = setting("none", free=True)
+    """Activations computed again in the backward instead of kept: of no block; of its cheap operations (norms,
+    activation functions), keeping what matrix products and attention give; of the whole block. Exact."""
+    log_every: int = setting(10, min=1, max=STEPS, free=True)
     """Steps between lines of metrics.jsonl."""
-    peak_flops: float | None = None
+    timeout_minutes: float = setting(10.0, min=0.01, max=1e5, free=True)
+    """Minutes that a rank waits for the others in a step before the run ends with an error."""
+    peak_flops: float | None = setting(None, min=1, max=1e21, free=True)
     """FLOP/s of one rank's device, against which MFU is stated; without it MFU is not logged."""
-    branch_from: str | None = None
+    variant: str | None = setting(None, study=True)
+    """What run tables and reports call the architecture; by default model.architecture, with -moe where it has
+    experts."""
+    branch_from: str | None = setting(None, study=True)
     """Run directory of a trunk; start from its checkpoint of the step where the cool-down begins."""
 
     def problems(self) -> list[str]:
-        found = []
         if (self.steps is None) == (self.tokens is None):
-            found.append("train.steps, train.tokens: give exactly one of the two")
-        for name in ("steps", "tokens", "batch_rows", "micro_rows", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                found.append(f"train.{name}: {value} is not positive")
-        return found
+            return ["train.steps, train.tokens: give exactly one of the two"]
+        return []
 
 
 @dataclass(kw_only=True)
 class EvalConfig:
     """Validation on the val split of every source, the same rows each time."""
 
-    every: int = 0
+    every: int = setting(0, min=0, max=STEPS, free=True)
     """Steps between validations; 0 = at the end only."""
-    rows: int = 64
+    rows: int = setting(64, min=1, max=10**6)
     """Rows per source."""
     swap_images: bool = False
     """Also evaluate with each image replaced by another one, to show how far images are used."""
@@ -239,25 +375,43 @@ class EvalConfig:
 class CheckpointConfig:
     """Saving and resuming. A run directory with a checkpoint is resumed from it."""
 
-    every: int = 1000
+    every: int = setting(1000, min=0, max=STEPS, free=True)
     """Steps between checkpoints; 0 = at the end and at `steps` only."""
-    steps: list[int] = field(default_factory=list)
+    steps: list[int] = setting(default_factory=list, min=1, max=STEPS, free=True, study=True)
     """Further steps to save at; these are never deleted (the branch points of a trunk)."""
-    keep: int = 2
+    keep: int = setting(2, min=1, max=COUNT, free=True)
     """Number of the newest periodic checkpoints kept."""
-    final: bool = True
+    final: bool = setting(True, free=True)
     """Save at the last step."""
-
-    def problems(self) -> list[str]:
-        return [f"checkpoint.keep: {self.keep} is below 1"] if self.keep < 1 else []
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
     """How the model is spread over ranks."""
 
-    data: int | None = None
-    """Ranks that each hold a shard of every parameter (FSDP2) and read their own rows; by default all."""
+    dp_replicate: int = setting(1, min=1, max=COUNT, free=True)
+    """Data-parallel replicas; within each the parameters are sharded (HSDP)."""
+    dp_shard: int = setting(-1, also=-1, min=1, max=COUNT, free=True)
+    """Ranks that each hold a shard of every parameter (FSDP2) and read their own rows; -1: all that the other axes
+    leave."""
+    tensor: int = setting(1, min=1, max=COUNT, free=True)
+    """Ranks that share each matrix product; between the blocks the positions are spread over them."""
+    pipeline: int = setting(1, min=1, max=COUNT, free=True)
+    """Stages of blocks, each on ranks of its own."""
+    context: int = setting(1, min=1, max=COUNT, free=True)
+    """Ranks that share the positions of a row."""
+    expert: int = setting(1, min=1, max=COUNT, free=True)
+    """Ranks that share the experts of a layer; they are taken from the data-parallel ones."""
+    pipeline_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = setting("1f1b", free=True)
+    """Order of the micro-batches' passes through the stages."""
+    micro_batches: int | None = setting(None, min=1, max=COUNT, free=True)
+    """Micro-batches of a step in a pipeline; by default twice the stages."""
+    context_method: Literal["gather", "ring"] = setting("gather", free=True)
+    """How attention sees the keys of the whole row: gathered at once, or passed around the ranks."""
+    reshard_after_forward: bool = setting(True, free=True)
+    """Drop a block's gathered parameters after its forward and gather them again for its backward."""
+    reduce_every_pass: bool = setting(True, free=True)
+    """Reduce gradients after each of several passes: less memory, more communication; else once a step."""
 
 
 @dataclass(kw_only=True)
@@ -266,6 +420,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -273,109 +428,20 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    @property
+    def variant(self) -> str:
+        """What run tables call the architecture."""
+        return self.train.variant or self.model.architecture + ("-moe" if self.model.experts.num else "")
+
     def problems(self) -> list[str]:
-        """Everything wrong with the values, a line each."""
-        sections = (getattr(self, f.name) for f in dataclasses.fields(self))
-        return [line for section in sections if hasattr(section, "problems") for line in section.problems()]
-
-
-def to_dict(config: Any) -> dict:
-    """The settings as nested plain dictionaries."""
-    return dataclasses.asdict(config)
-
-
-def to_yaml(config: Any) -> str:
-    """The settings as YAML, in the order of their definition."""
-    import yaml
-
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def read_yaml(path: Path | str) -> dict:
-    """Read a YAML mapping safely.
-
-    Raises:
-        InputError: the file is missing, is not YAML or is not a mapping.
-    """
-    import yaml
-
-    try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a mapping of sections (model:, data:, ...)")
-    return value
-
-
-def parse_overrides(arguments: list[str]) -> dict:
-    """Turn ``["--train.steps", "10", "--data.workers=2"]`` into nested dictionaries; values are YAML scalars."""
-    import yaml
-
-    nested: dict = {}
-    rest = list(arguments)
-    while rest:
-        key = rest.pop(0)
-        if not key.startswith("--"):
-            raise InputError(f"{key!r}: expected --section.key value")
-        key, equals, value = key[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise InputError(f"--{key}: a value must follow")
-            value = rest.pop(0)
-        try:
-            merge(nested, _nest(key.split("."), yaml.safe_load(value)))
-        except yaml.YAMLError as error:
-            raise InputError(f"--{key}: {value!r} is not valid YAML") from error
-    return nested
-
-
-def merge(base: dict, changes: dict) -> dict:
-    """Merge nested ``changes`` into ``base`` in place, the later value winning; returns ``base``."""
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merge(base[key], value)
-        else:
-            base[key] = value
-    return base
-
-
-def build(cls: type, values: dict, where: str = "config") -> Any:
-    """Make a dataclass of settings from nested dictionaries.
-
-    Raises:
-        ProblemsError: with every problem in ``values``.
-    """
-    from jsonargparse import ArgumentError
-
-    parser = _parser(cls)
-    problems: list[str] = []
-    leaves = _known_leaves(cls, values, [], problems)
-    good = functools.reduce(lambda nested, leaf: merge(nested, _nest(*leaf)), leaves, {})
-    try:
-        parser.parse_object(good)
-    except ArgumentError:  # parse one setting at a time, to name each that is wrong
-        good = {}
-        for path, value in leaves:
-            try:
-                parser.parse_object(_nest(path, value))
-            except ArgumentError as error:
-                problems.append(f"{'.'.join(path)}: {_last_line(error)}")
-            else:
-                merge(good, _nest(path, value))
-    config = None
-    try:
-        config = cls(**vars(parser.instantiate(parser.parse_object(good))))
-    except ArgumentError as error:
-        if not problems:
-            problems.append(_last_line(error))
-    if config is not None and hasattr(config, "problems"):
-        problems.extend(config.problems())
-    if problems:
-        raise ProblemsError(where, problems)
-    return config
+        tokens, batch = self.train.tokens, self.train.batch_rows * self.data.row_length
+        if tokens is not None and tokens < batch:
+            return [
+                f"train.tokens: {tokens:g} is less than one batch, {batch:,} positions (train.batch_rows "
+                f"{self.train.batch_rows} x data.row_length {self.data.row_length}); make the batch smaller, or set "
+                "train.steps"
+            ]
+        return []
 
 
 def load(paths: list[Path | str] | Path | str | None, overrides: list[str] | None = None) -> Config:
@@ -384,73 +450,4 @@ def load(paths: list[Path | str] | Path | str | None, overrides: list[str] | Non
     Raises:
         InputError: a file that cannot be read, or every problem of the settings at once.
     """
-    values: dict = {}
-    paths = [paths] if isinstance(paths, (str, Path)) else paths or []
-    for path in paths:
-        merge(values, read_yaml(path))
-    merge(values, parse_overrides(overrides or []))
-    return build(Config, values, where=", ".join(map(str, paths)) or "config")
-
-
-def make_parser(cls: type = Config, **kwargs) -> "ArgumentParser":
-    """The jsonargparse parser of a dataclass of settings (also the source of ``--help``)."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(exit_on_error=False, **kwargs)
-    parser.add_class_arguments(cls, None)
-    return parser
-
-
-@functools.cache
-def _parser(cls: type) -> "ArgumentParser":
-    return make_parser(cls)
-
-
-def _known_leaves(cls: type, values: dict, prefix: list[str], problems: list[str]) -> list[tuple[list[str], Any]]:
-    """List the settings in ``values`` that ``cls`` has; note the unknown ones in ``problems``."""
-    hints = typing.get_type_hints(cls)
-    leaves = []
-    for key, value in values.items():
-        path = [*prefix, str(key)]
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(hints)}"
-            problems.append(f"{'.'.join(path)}: unknown key; {hint}")
-            continue
-        nested = _dataclass_in(hints[key])
-        if typing.get_origin(hints[key]) is dict and nested and isinstance(value, dict):
-            for name, entry in value.items():
-                if isinstance(entry, dict):
-                    _known_leaves(nested, entry, [*path, str(name)], problems)
-                    known = {k: v for k, v in entry.items() if k in typing.get_type_hints(nested)}
-                    leaves.append(([*path, str(name)], known))
-                else:
-                    leaves.append(([*path, str(name)], entry))
-        elif nested and isinstance(value, dict):
-            leaves.extend(_known_leaves(nested, value, path, problems))
-        elif nested and value is None:
-            continue
-        elif dataclasses.is_dataclass(hints[key]):
-            problems.append(f"{'.'.join(path)}: expected a mapping of settings, found {value!r}")
-        else:
-            leaves.append((path, value))
-    return leaves
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that a type hint holds, if any (itself, in a dict's values or in a union)."""
-    if dataclasses.is_dataclass(hint):
-        return hint
-    if typing.get_origin(hint) in (dict, types.UnionType):
-        return next((a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)), None)
-    return None
-
-
-def _nest(path: list[str], value: Any) -> dict:
-    return {path[0]: _nest(path[1:], value) if len(path) > 1 else value}
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else str(error)
+    return read_settings(Config, paths, overrides)

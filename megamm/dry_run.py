@@ -3,30 +3,28 @@
 import os
 
 from megamm.config import Config
-from megamm.resolve import resolve_config
-from megamm.scaling.estimate.memory import micro_batches, rank_memory
-from megamm.scaling.estimate.tokens import stated_stats, stats_of_sources
-from megamm.scaling.flops import TokenStats, count_parameters, exact_flops_per_token
+from megamm.estimate.memory import rank_memory
+from megamm.estimate.tokens import stated_stats, stats_of_sources
+from megamm.model.counts import TokenStats, count_parameters, exact_flops_per_token
+from megamm.model.sizes import num_heads
+from megamm.parallel.layout import resolve_layout
+from megamm.resolve import remarks, resolve_config
 
 
 def describe(config: Config) -> str:
     """A text of a line per quantity. Reads at most the headers of the data.
 
     Raises:
-        InputError: a size is set neither in the config nor by the data.
+        InputError: a size is set neither in the config nor by the data, or the layout does not fit the ranks.
     """
     config = resolve_config(config)
-    model, train, ranks = (
-        config.model,
-        config.train,
-        config.parallel.data or int(os.environ.get("WORLD_SIZE", 1)),
-    )
+    model, train, ranks = config.model, config.train, int(os.environ.get("WORLD_SIZE", 1))
     counts = count_parameters(model)
     row = config.data.row_length
     step_tokens = train.batch_rows * row
-    micro_rows, passes = micro_batches(config, ranks)
+    layout = resolve_layout(config, ranks)
     stats = stats_of_sources(config) if config.data.sources else stated_stats(model, row)
-    memory = rank_memory(config, ranks, stats)
+    memory = rank_memory(config, layout, stats)
     state = sum(memory[name] for name in ("parameters", "gradients", "optimizer state"))
     kept = sum(value for name, value in memory.items() if name.startswith("activations"))
     other = sum(memory.values()) - state - kept
@@ -35,21 +33,30 @@ def describe(config: Config) -> str:
     lines = [
         f"run                 {train.run_dir}",
         f"architecture        {model.architecture}, width {model.width}, depth {model.depth}, "
-        f"heads {model.width // model.head_dim} x {model.head_dim}",
-        f"parameters          {counts.total:,} (decoder {counts.decoder:,}, vision tower {counts.vision:,})",
-        f"FLOPs per token     {6 * counts.decoder:.4g} (6N)"
+        f"heads {num_heads(model)} x {model.head_dim}{_tower(config)}",
+        f"parameters          {counts.total:,} (decoder {counts.decoder:,}, vision tower {counts.vision:,})"
+        + (f", {counts.active:,} active" if counts.idle else ""),
+        f"FLOPs per token     {6 * counts.active_decoder:.4g} (6N)"
         + (f" + {6 * counts.vision:.4g} per image patch" if counts.vision else "")
         + f"; exact, on one text document per row: {exact:.4g}",
         f"tokens per step     {step_tokens:,} ({train.batch_rows} rows of {row})",
         f"steps               {train.steps:,}, {train.steps * step_tokens:,} tokens",
-        f"total FLOPs         {6 * counts.decoder * train.steps * step_tokens:.4g} (6ND"
+        f"total FLOPs         {6 * counts.active_decoder * train.steps * step_tokens:.4g} (6ND"
         + (", vision tower not counted)" if counts.vision else ")"),
         f"memory per rank     {_gib(state)} parameters, gradients and AdamW state (fp32) + about {_gib(kept)} "
         f"activations + {_gib(other)} weights and gradients in use, logits",
-        f"layout              {ranks} rank{'s' * (ranks > 1)}, data parallel (FSDP2); {micro_rows} rows per pass, "
-        f"{passes} passes per step",
+        f"layout              {layout}; {layout.micro_rows} rows per pass, {layout.micro_batches} passes per step",
+        *(f"warning             {line}" for line in remarks(config)),
     ]
     return "\n".join(lines)
+
+
+def _tower(config: Config) -> str:
+    if config.model.architecture != "late":
+        return ""
+    tower = config.model.vision
+    heads = f"heads {tower.width // tower.head_dim} x {tower.head_dim}"
+    return f"; vision tower width {tower.width}, depth {tower.depth}, {heads}"
 
 
 def _gib(num_bytes: float) -> str:

@@ -1,7 +1,7 @@
 """Complete a training config: what the data decides and what follows from other settings."""
 
 from megamm.config import Config
-from megamm.data.shards import read_dataset_info
+from megamm.data.dataset_info import read_dataset_info
 from megamm.errors import InputError
 from megamm.model.sizes import resolve_model
 
@@ -14,21 +14,43 @@ def resolve_config(config: Config) -> Config:
     Raises:
         InputError: the data contradicts the config, or neither says it.
     """
-    model, problems = config.model, []
-    source = next(iter(config.data.sources.values()), None)
-    info = read_dataset_info(source.path) if source else {}
-    for name in ("vocab_size", "image_size", "patch_size"):
-        known, wanted = info.get(name), getattr(model, name)
-        if wanted is None and known is None:
-            problems.append(f"model.{name}: set it, or data.sources, from which it is read")
-        elif wanted is not None and known is not None and wanted != known:
-            problems.append(f"model.{name}: {wanted}, but {source.path} was prepared with {known}")
-        setattr(model, name, known if wanted is None else wanted)
+    problems = fill_in(config)
     if problems:
         raise InputError("; ".join(problems))
+    return config
+
+
+def fill_in(config: Config) -> list[str]:
+    """What :func:`resolve_config` does, as far as it can be done; returns what stands in the way of the rest."""
+    model, train, problems = config.model, config.train, []
+    source, info = next(iter(config.data.sources.values()), None), {}
+    sizes = ("vocab_size", "image_size", "patch_size")
+    try:
+        info = read_dataset_info(source.path) if source else {}
+    except InputError as error:
+        problems.append(str(error))
+    else:
+        for name in sizes:
+            known, wanted = info.get(name), getattr(model, name)
+            if wanted is None and known is None:
+                problems.append(f"model.{name}: set it, or data.sources, from which it is read")
+            elif wanted is not None and known is not None and wanted != known:
+                if name == "vocab_size" and wanted > known:
+                    continue  # rows that no token has, as other models have them for even shares
+                problems.append(f"model.{name}: {wanted}, but {source.path} was prepared with {known}")
+    for name in sizes:
+        if getattr(model, name) is None:
+            setattr(model, name, info.get(name))
     resolve_model(model)
-    train = config.train
     if train.steps is None:
         train.steps = -(-int(train.tokens) // (train.batch_rows * config.data.row_length))
         train.tokens = None
-    return config
+    return problems
+
+
+def remarks(config: Config) -> list[str]:
+    """What is allowed in a resolved config but rarely meant, a line each."""
+    warmup, steps = config.schedule.warmup_steps, config.train.steps
+    if warmup > steps:
+        return [f"schedule.warmup_steps: {warmup}, but the run has {steps} steps; the rate never reaches optimizer.lr"]
+    return []

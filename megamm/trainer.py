@@ -1,37 +1,39 @@
 """The loop: batch -> loss -> gradients -> step -> log -> checkpoint."""
 
-import json
 import sys
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megamm.config import AugmentConfig, Config
-from megamm.data.loader import Loader, build_plan, open_sources
-from megamm.data.tokens import MODALITIES
+from megamm.config import Config
+from megamm.data.balance import RowContents, row_costs
+from megamm.data.loader import Loader, build_pack_plan, open_sources
+from megamm.data.shards import fingerprints
 from megamm.errors import InputError, RunError
+from megamm.estimate.tokens import stats_of_sources
+from megamm.exchange.start import start_from
+from megamm.exchange.weights import model_shapes
 from megamm.files import write_json
-from megamm.model.multimodal import MultimodalModel
-from megamm.parallel.data import set_gradient_sync, shard_over_data
-from megamm.parallel.mesh import World, init_world
+from megamm.model.counts import TokenStats, count_parameters, exact_flops_per_token, flops_weights, paper_flops
+from megamm.parallel.data import clip_gradients
+from megamm.parallel.engine import Engine
+from megamm.parallel.mesh import World, init_world, join, lost_contact
 from megamm.resolve import resolve_config
-from megamm.scaling.flops import TokenStats, count_parameters, exact_flops_per_token, paper_flops
+from megamm.sequence import LABEL_KINDS, keys_seen, patches_per_image
 from megamm.training import checkpoint, run_dir
-from megamm.training.evaluation import validation_loss
+from megamm.training.divergence import diverged
+from megamm.training.evaluation import ValidationRows, validation_loss
+from megamm.training.expert_metrics import expert_record
 from megamm.training.metrics import MetricsLog
-from megamm.training.optimizer import make_optimizer, set_learning_rate
+from megamm.training.optimizer import check_freeze, freeze, held_back, make_optimizer, set_learning_rate
 from megamm.training.schedule import cooldown_start, learning_rate_factor
+from megamm.training.signals import StopFlag, Stopped
 
 
 class Trainer:
@@ -40,145 +42,209 @@ class Trainer:
     Raises:
         InputError: bad settings or data, or a run directory of another config.
         RunError: another process is training there, or the loss became NaN.
+        Stopped: by SIGTERM or SIGUSR1, from ``run``, after a checkpoint.
     """
 
     def __init__(self, config: Config, world: World | None = None):
-        torch.manual_seed(config.train.seed)
+        torch.manual_seed(config.train.seed)  # for whatever is drawn in a step; first values have a seed of their own
+        with (world or join()).agree():
+            self._open(config)
+        self.world = world or init_world(config)
+        self._check_same_data()
+        self.params = count_parameters(config.model)
+        stats = stats_of_sources(config) if self.world.layout.pipeline > 1 else None
+        self.engine = Engine(config, len(self.sources), self.world, stats)
+        self.model = self.engine.model
+        self.held = freeze(self.model, config.optimizer)  # until optimizer.freeze_until
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self._validation: dict[str, ValidationRows] = {}
+        self.step = 0
+        self.stop, self.stop_agreed = StopFlag(), False  # of this rank; of any rank, before the last step
+        # Totals over all ranks: positions without padding, patches, labels, and pairs that attention sees.
+        self.totals = {"tokens": 0, "patches": 0, "labels": 0, "pairs": 0, "positions": 0}
+        self.grad_norms = torch.zeros((), device=self.world.device)  # their sum: not finite if any was not
+        experts = config.model.experts.num
+        self.routed = torch.zeros(config.model.depth, experts, 2, dtype=torch.int64, device=self.world.device)
+        self.window = torch.zeros(2, len(self.sources), len(LABEL_KINDS), device=self.world.device)
+
+    def _open(self, config: Config) -> None:
+        """Open the data and complete the config by them."""
         if not config.data.sources:
             raise InputError("data.sources: empty; name at least one prepared dataset (see tools/prepare_data.py)")
-        self.world = world or init_world(config)
-        self.datasets = open_sources(config.data, "train")
+        self.datasets, self._val_datasets = open_sources(config.data, "train"), open_sources(config.data, "val")
+        self.fingerprints = {name: fingerprints(source.path) for name, source in config.data.sources.items()}
         self.config = resolve_config(config)
+        if config.optimizer.freeze:
+            check_freeze(model_shapes(self.config.model), config.optimizer)
         self.run_dir = Path(config.train.run_dir)
         self.steps = config.train.steps
         self.dtype = getattr(torch, config.train.dtype)
         self.sources = list(config.data.sources)
-        if config.train.batch_rows % self.world.size:
-            raise InputError(
-                f"train.batch_rows: {config.train.batch_rows} is not a multiple of the {self.world.size} ranks"
-            )
-        self.params = count_parameters(config.model)
-        self.model = MultimodalModel(config.model, len(self.sources)).to(self.world.device)
-        shard_over_data(self.model, self.world.mesh, self.dtype)
-        if config.train.compile:
-            for block in [*getattr(self.model.vision, "blocks", []), *self.model.blocks]:
-                block.compile()
-        self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.step = 0
-        # Totals over all ranks: positions without padding, patches, labels, and pairs that attention sees.
-        self.totals = {"tokens": 0, "patches": 0, "labels": 0, "pairs": 0, "positions": 0}
-        self.grad_norms = torch.zeros((), device=self.world.device)  # their sum: not finite if any was not
-        self.window = torch.zeros(2, len(self.sources), len(MODALITIES), device=self.world.device)
+
+    def _check_same_data(self) -> None:
+        """Ranks may read copies of the data on disks of their own, if all are of the same content."""
+        first = self.world.broadcast(self.fingerprints)
+        with self.world.agree():
+            others = [name for name in self.sources if first.get(name) != self.fingerprints[name]]
+            if others:
+                raise InputError(
+                    f"data.sources.{others[0]}.path: {self.config.data.sources[others[0]].path} has other data on rank "
+                    f"{self.world.rank} than on rank 0; copy the dataset there again"
+                )
 
     # ---- the run -------------------------------------------------------------------------------------
 
     def run(self) -> dict:
         """Train to the end, from a checkpoint where there is one; returns what result.json holds."""
-        with run_dir.lock(self.run_dir) if self.world.rank == 0 else nullcontext():
-            result = self.run_dir / "result.json"
-            if self.world.rank == 0:
-                run_dir.claim(self.run_dir, self.config, self.params, self.world.size, self.world.device)
-            self.world.barrier()
-            if result.exists():
-                return json.loads(result.read_text())
-            self._restore()
-            log = MetricsLog(self.run_dir, self.step) if self.world.rank == 0 else None
-            try:
-                self._loop(log)
-                return self._finish(log)
-            finally:
-                if log:
-                    log.close()
+        try:
+            # From here on: a signal that comes before the first step is heeded after it, with that step saved.
+            with self.stop.listen(), run_dir.occupy(self.run_dir, self.world):
+                return self._begin() or self._train()
+        except RuntimeError as error:
+            if self.world.size == 1 or not lost_contact(error):
+                raise
+            raise RunError(
+                f"rank {self.world.rank}: another rank has ended or does not answer ({str(error).splitlines()[0]}); "
+                "its own message says why. Run the same command again to go on from the last checkpoint"
+            ) from error
+
+    def _train(self) -> dict:
+        self.checkpoints = checkpoint.Checkpoints(
+            self.run_dir, self.world, self.config.checkpoint.keep, self.config.checkpoint.steps
+        )
+        log = None
+        try:
+            with self.world.agree():
+                if self.world.rank == 0:
+                    first = cooldown_start(self.config.schedule, self.steps) if self.config.train.branch_from else 0
+                    every, ends = self.config.train.log_every, self.step == self.steps
+                    log = MetricsLog(self.run_dir, self.step, every, first, validates=ends)
+            self.plan_validation()  # a split that cannot be read is told of before the training
+            self._loop(log)
+            return self._finish(log)
+        finally:
+            self.checkpoints.close()
+            if log:
+                log.close()
 
     def _loop(self, log: MetricsLog | None) -> None:
         config = self.config
-        plan = build_plan(
-            self.datasets, [s.weight for s in config.data.sources.values()], config.data,
-            cache_dir=self.run_dir / "pack_plan", num_rows=self.steps * config.train.batch_rows, world=self.world,
-        )  # fmt: skip
+        plan = build_pack_plan(
+            self.datasets,
+            [s.weight for s in config.data.sources.values()],
+            config.data,
+            cache_dir=self.run_dir / "pack_plan",
+            num_rows=self.steps * config.train.batch_rows,
+            world=self.world,
+        )
         loader = Loader(
-            plan, self.datasets, config.data, global_batch_rows=config.train.batch_rows, rank=self.world.rank,
-            num_ranks=self.world.size, micro_rows=config.train.micro_rows, start_step=self.step, end_step=self.steps,
-        )  # fmt: skip
+            plan,
+            self.datasets,
+            config.data,
+            global_batch_rows=config.train.batch_rows,
+            rank=self.world.data_rank,
+            num_ranks=self.world.data_size,
+            micro_rows=self.world.layout.micro_rows,
+            work=self._row_work(),
+            start_step=self.step,
+            end_step=self.steps,
+        )
         marker = (time.perf_counter(), dict(self.totals), self.step)
-        with self._progress() as advance:
-            for micro_batches in loader:
+        with self._progress() as advance, closing(iter(loader)) as batches:
+            while self.step < self.steps:
+                with self.world.agree():
+                    self.checkpoints.poll()
+                    micro_batches = next(batches)
                 grad_norm = self.train_step(micro_batches)
                 advance(self.step)
                 if self.step % config.train.log_every == 0 or self.step == self.steps:
-                    record = self._record(grad_norm, marker, loader.wait_seconds())
+                    with self.world.agree():
+                        record = self._record(grad_norm, marker, loader.wait_seconds())
+                        if log:
+                            log.write(record)
                     marker = (time.perf_counter(), dict(self.totals), self.step)
-                    if log:
-                        log.write(record)
                 if config.eval.every and self.step % config.eval.every == 0 and self.step < self.steps:
                     self._log_validation(log, self.validate())
                     marker = (time.perf_counter(), dict(self.totals), self.step)
-                if self._checkpoint_due():
+                if self._checkpoint_due() or self.stop_agreed:
                     self._save()
+                if self.stop_agreed:
+                    with self.world.agree():
+                        self.checkpoints.wait()
+                    raise Stopped(f"{self.run_dir}: told to stop, saved at step {self.step}; start it again to go on")
 
     def train_step(self, micro_batches: list) -> torch.Tensor:
         """One optimizer step on this rank's micro-batches; returns the gradient norm (a device scalar)."""
-        counts = torch.tensor([self._count(batch) for batch in micro_batches], dtype=torch.int64).sum(0)
-        counts = self.world.all_reduce(counts).tolist()
+        local = torch.tensor([self._count(batch) for batch in micro_batches], dtype=torch.int64).sum(0)
+        stop = torch.tensor([self.stop.raised])
+        counts: list[int] = self.world.all_reduce(torch.cat((local * self.world.is_first_of_rows, stop))).tolist()
+        self.stop_agreed = counts.pop() > 0
         for name, value in zip(self.totals, counts, strict=True):
             self.totals[name] += value
-        # FSDP averages gradients over ranks; the loss is a sum over all labels of the global batch.
-        scale = self.world.size / max(1, counts[2])
+        # FSDP averages gradients over ranks; losses are means over the labels of the global batch, those of routers
+        # over its positions.
+        ranks = self.world.layout.dp_replicate * self.world.layout.shard_ranks
+        scale, auxiliary_scale = (ranks / max(1, count) for count in (counts[2], counts[0]))
         factor = learning_rate_factor(self.config.schedule, self.step, self.steps)
         set_learning_rate(self.optimizer, factor)
-        split = torch.zeros_like(self.window)
-        for i, batch in enumerate(micro_batches):
-            set_gradient_sync(self.model, i == len(micro_batches) - 1)
-            output = self.model(batch.to(self.world.device), self.dtype)
-            (output.loss * scale).backward()
-            split += torch.stack((output.sums, output.counts))
-        self.window += self.world.all_reduce(split)
+        self.window += self.world.all_reduce(self.engine.step(micro_batches, scale, auxiliary_scale))
+        for parameter in self.held if self._holds(self.step) else []:
+            parameter.grad = None
         clip = self.config.optimizer.clip or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+        grad_norm = clip_gradients(self.model.parameters(), clip, self.world)
         self.grad_norms += grad_norm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        routed = self.engine.take_expert_counts()
+        if routed is not None:
+            self.routed += routed
+            if self.config.model.experts.bias_rate:
+                self.engine.move_expert_bias(routed)
         self.step += 1
         return grad_norm
 
+    def _holds(self, step: int) -> bool:
+        """Whether the step of this number, the first is 0, leaves ``held`` as it is."""
+        until = self.config.optimizer.freeze_until
+        return until is not None and step < until
+
+    def plan_validation(self) -> dict[str, ValidationRows]:
+        """The rows of each source that validation reads, planned once."""
+        config = self.config
+        if not self._validation:
+            options = {"cache_dir": self.run_dir / "pack_plan", "world": self.world}
+            patches = patches_per_image(config.model.image_size, config.model.patch_size)
+            self._validation = {
+                name: ValidationRows(dataset, config.data, config.eval.rows, patches, **options)
+                for name, dataset in zip(self.sources, self._val_datasets, strict=True)
+            }
+        return self._validation
+
     def validate(self, swapped: bool = False) -> dict[str, dict[str, float]]:
-        """Losses of each source on its val split (see ``validation_loss``)."""
-        config, results = self.config, {}
-        per_rank = -(-config.eval.rows // self.world.size)
-        micro = min(per_rank, config.train.micro_rows or config.train.batch_rows // self.world.size)
-        model = config.model
-        patches = (model.image_size // model.patch_size) ** 2 if swapped else 0
-        for name, dataset in zip(self.sources, open_sources(config.data, "val"), strict=True):
-            if swapped and not dataset.info["splits"]["val"]["num_images"]:
-                continue
-            data = replace(
-                config.data,
-                sources={name: config.data.sources[name]},
-                workers=0,
-                augment=AugmentConfig(),
-            )
-            rows = per_rank * self.world.size
-            plan = build_plan(
-                [dataset], [1.0], data, cache_dir=self.run_dir / "pack_plan", num_rows=rows, world=self.world
-            )
-            loader = Loader(
-                plan, [dataset], data, global_batch_rows=rows, rank=self.world.rank, num_ranks=self.world.size,
-                micro_rows=micro, start_step=0, end_step=1,
-            )  # fmt: skip
-            batches = [batch for step in loader for batch in step]
-            results[name] = validation_loss(self.model, batches, self.world, self.dtype, patches)
-        return results
+        """Losses of each source on its val split (see ``validation_loss``).
+
+        Args:
+            swapped: with each image replaced by the one before it; sources without images are left out.
+        """
+        return {
+            name: validation_loss(self.engine, rows.passes(self.world, swapped), self.world)
+            for name, rows in self.plan_validation().items()
+            if rows.has_images or not swapped
+        }
 
     # ---- logging -------------------------------------------------------------------------------------
 
     @staticmethod
     def _count(batch) -> tuple[int, int, int, int, int]:
         """What ``totals`` counts, of one micro-batch on the CPU."""
-        width = (batch.hi - batch.lo + 1).clamp(min=0)
+        width = keys_seen(batch.lo, batch.hi)
         return (
-            int((width > 0).sum()), batch.patches.shape[0], batch.num_labels(), int(width.sum()), batch.tokens.numel()
-        )  # fmt: skip
+            int((width > 0).sum()),
+            batch.patches.shape[0],
+            batch.num_labels(),
+            int(width.sum()),
+            batch.tokens.numel(),
+        )
 
     def flops(self, totals: dict) -> tuple[float, float]:
         """(paper's 6ND form, exact operations) for what ``totals`` counts."""
@@ -188,16 +254,22 @@ class Trainer:
         exact = exact_flops_per_token(self.config.model, stats) * totals["positions"]
         return paper_flops(self.params, totals["tokens"], totals["patches"]), exact
 
+    def _row_work(self) -> Callable[[RowContents], np.ndarray] | None:
+        """FLOPs of rows, by which they are dealt where ranks wait for each other."""
+        layout = self.world.layout
+        if layout.data_ranks * layout.pipeline == 1:
+            return None
+        weights = flops_weights(self.config.model)._asdict()
+        return partial(row_costs, row_length=self.config.data.row_length, **weights)
+
     def _record(self, grad_norm: torch.Tensor, marker: tuple, waited: float) -> dict:
         """A line of metrics.jsonl; losses are means over the labels since the line before."""
         sums, counts = self.window.clone().cpu()
         self.window.zero_()
         loss, norm = (sums.sum() / counts.sum()).item(), grad_norm.item()
         if loss != loss or norm != norm or norm == float("inf"):
-            raise RunError(
-                f"{self.run_dir}: loss {loss}, gradient norm {norm} between steps {marker[2]} and {self.step}; "
-                f"the last checkpoint is good. Lower optimizer.lr or lengthen schedule.warmup_steps"
-            )
+            what = f"loss {loss}, gradient norm {norm} between steps {marker[2]} and {self.step}"
+            raise diverged(self.config, what)
         seconds = time.perf_counter() - marker[0]
         since = {k: v - marker[1][k] for k, v in self.totals.items()}
         flops, flops_exact = self.flops(self.totals)
@@ -206,9 +278,9 @@ class Trainer:
         for s, source in enumerate(self.sources):
             if counts[s].sum() > 0:
                 record[f"loss/{source}"] = (sums[s].sum() / counts[s].sum()).item()
-            for m, modality in enumerate(MODALITIES):
+            for m, kind in enumerate(LABEL_KINDS):
                 if counts[s, m] > 0:
-                    record[f"loss/{source}/{modality}"] = (sums[s, m] / counts[s, m]).item()
+                    record[f"loss/{source}/{kind}"] = (sums[s, m] / counts[s, m]).item()
         record |= {
             "lr": self.config.optimizer.lr * learning_rate_factor(self.config.schedule, self.step - 1, self.steps),
             "grad_norm": norm,
@@ -219,22 +291,30 @@ class Trainer:
             "flops_per_second": speed,
             "loader_wait": waited / seconds,
         }
+        if self.config.model.experts.num:
+            record |= expert_record(self.routed)
+            self.routed.zero_()
         if self.config.train.peak_flops:
             record["mfu"] = speed / self.config.train.peak_flops / self.world.size
         return record
 
     def _log_validation(self, log: MetricsLog | None, losses: dict, prefix: str = "val") -> None:
-        if log:
-            flat = {f"{prefix}/{s}/{k}": v for s, values in losses.items() for k, v in values.items()}
-            log.write({"step": self.step, "tokens": self.totals["tokens"], **flat})
+        flat = {f"{prefix}/{s}/{k}": v for s, values in losses.items() for k, v in values.items()}
+        with self.world.agree():
+            if log:
+                log.write({"step": self.step, "tokens": self.totals["tokens"], **flat})
 
     @contextmanager
     def _progress(self):
         """A progress bar on rank 0's terminal."""
         columns = (
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
-            TimeElapsedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         hidden = self.world.rank != 0 or not sys.stderr.isatty()
         with Progress(*columns, disable=hidden) as progress:
             task = progress.add_task(self.run_dir.name, total=self.steps, completed=self.step)
@@ -242,21 +322,59 @@ class Trainer:
 
     # ---- the run directory ---------------------------------------------------------------------------
 
-    def _restore(self) -> None:
-        """Go on from this run's newest checkpoint, or from the trunk that it branches from."""
-        path = checkpoint.latest(self.run_dir)
-        if path is None and self.config.train.branch_from:
-            start = cooldown_start(self.config.schedule, self.steps)
-            path = Path(self.config.train.branch_from) / "checkpoints" / checkpoint.step_name(start)
-            if not path.exists():
-                raise InputError(
-                    f"train.branch_from: {path} does not exist; train the trunk with checkpoint.steps [{start}] first"
-                )
+    def _begin(self) -> dict | None:
+        """Take the run up where it stands; returns the result of a finished one."""
+        result = self.world.decide(self._look)
+        if result:
+            return result
+        path = self._find_start()
         if path is None:
-            return
-        state = checkpoint.load(path, self.model, self.optimizer, self.world)
-        self.step, self.totals = state["step"], state["totals"]
-        self.window = torch.tensor(state["window"], device=self.world.device)
+            start_from(self.model, self.config, self.world)
+        else:
+            with held_back(self.held if self._holds(checkpoint.step_of(path) - 1) else []):
+                state = checkpoint.load(path, self.model, self.optimizer, self.world)
+            self.step, self.totals = state["step"], state["totals"]
+            self.window = torch.tensor(state["window"], device=self.world.device)
+        self.world.decide(self._claim, path)
+        return None
+
+    def _look(self) -> dict | None:
+        """What rank 0 finds in the run directory: the result, if it is finished."""
+        run_dir.check_settings(self.run_dir, self.config)
+        run_dir.check_data(self.run_dir, self.fingerprints)
+        return run_dir.finished(self.run_dir, self.config)
+
+    def _claim(self, path: Path | None) -> None:
+        if path is not None and path.is_relative_to(self.run_dir):
+            checkpoint.settle_on(path)  # first: later checkpoints may be of a shorter run's cool-down
+        run_dir.claim(self.run_dir, self.config, run_dir.describe(self.params, self.world, self.fingerprints))
+
+    def _find_start(self) -> Path | None:
+        """This run's newest checkpoint, or that of the trunk that it branches from; None to start at step 0."""
+        shared = self.world.decide(run_dir.constant_until, self.run_dir, self.config)
+        path = checkpoint.newest_whole(self.run_dir, self.world, up_to=shared)
+        if path is not None:
+            return path
+        if self.world.decide(checkpoint.list_checkpoints, self.run_dir):
+            raise InputError(
+                f"train.steps: {self.run_dir} cannot be lengthened to {self.steps} steps: its cool-down began at step "
+                f"{shared}, and no checkpoint up to there is kept. Use a new train.run_dir; with checkpoint.steps "
+                f"[{cooldown_start(self.config.schedule, self.steps)}] that run can be lengthened later"
+            )
+        trunk = self.config.train.branch_from
+        return self._find_branch_point(Path(trunk)) if trunk else None
+
+    def _find_branch_point(self, trunk: Path) -> Path:
+        """The trunk's newest whole checkpoint up to the branch's cool-down: the steps between are the trunk's own."""
+        start = cooldown_start(self.config.schedule, self.steps)
+        wanted = trunk / "checkpoints" / checkpoint.step_name(start)
+        self.world.decide(run_dir.check_branch, trunk, self.config, self.fingerprints)
+        path = checkpoint.newest_whole(trunk, self.world, up_to=start)
+        if path is None:
+            raise InputError(
+                f"train.branch_from: {wanted} does not exist; train the trunk with checkpoint.steps [{start}] first"
+            )
+        return path
 
     def _checkpoint_due(self) -> bool:
         c = self.config.checkpoint
@@ -265,15 +383,13 @@ class Trainer:
         return self.step in c.steps or bool(c.every and self.step % c.every == 0)
 
     def _save(self) -> None:
-        if not bool(torch.isfinite(self.window).all() & torch.isfinite(self.grad_norms)):
-            raise RunError(
-                f"{self.run_dir}: the loss or gradient is not finite at step {self.step}; no checkpoint written. "
-                "Lower optimizer.lr or lengthen schedule.warmup_steps"
-            )
-        state = {"totals": self.totals, "window": self.window.tolist()}
-        checkpoint.save(self.run_dir, self.step, self.model, self.optimizer, state, self.world)
-        if self.world.rank == 0:
-            checkpoint.remove_old(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.steps)
+        with self.world.agree():
+            if not bool(torch.isfinite(self.window).all() & torch.isfinite(self.grad_norms)):
+                what = f"the loss or gradient is not finite at step {self.step}, no checkpoint written"
+                raise diverged(self.config, what)
+            row = self.step * self.config.train.batch_rows
+            state = {"next_row": row, "totals": self.totals, "window": self.window.tolist()}
+            self.checkpoints.save(self.step, self.model, self.optimizer, state)
 
     def _finish(self, log: MetricsLog | None) -> dict:
         """Final validation and result.json."""
@@ -283,9 +399,10 @@ class Trainer:
         if self.config.eval.swap_images:
             result["losses_swapped"] = self.validate(swapped=True)
             self._log_validation(log, result["losses_swapped"], "val_swapped")
-        if self.world.rank == 0:
-            write_json(self.run_dir / "result.json", result)
-        self.world.barrier()
+        with self.world.agree():
+            self.checkpoints.wait()
+            if self.world.rank == 0:
+                write_json(self.run_dir / "result.json", result)
         return result
 
     def _result(self, losses: dict) -> dict:
@@ -295,13 +412,13 @@ class Trainer:
         shares = (f"{name} {round(100 * w / sum(weights), 1):g}" for name, w in zip(self.sources, weights, strict=True))
         return {
             "name": self.run_dir.name,
-            "architecture": config.model.architecture,
+            "architecture": config.variant,
             "mixture": ", ".join(shares),
             "width": config.model.width,
             "depth": config.model.depth,
             "steps": self.steps,
             "params": self.params.total,
-            "params_active": self.params.total,
+            "params_active": self.params.active,
             "params_vision": self.params.vision,
             "tokens": totals["tokens"],
             "tokens_vision": totals["patches"],
@@ -313,4 +430,7 @@ class Trainer:
             "lr": config.optimizer.lr,
             "cooled": config.schedule.cooldown != "none",
             "branch_from": config.train.branch_from,
+            "init": "llm" if config.start.weights else None,
+            "start": config.start.weights,
+            "fingerprints": self.fingerprints,
         }

@@ -1,43 +1,94 @@
-"""Validation: the same packed rows of every source's val split, each time."""
+"""Validation: the same packed rows of every source's val split, each time, whatever the ranks and micro-batches.
 
-from collections.abc import Iterable
+Rows 0 to N-1 of a source's plan are dealt to the data ranks; each share is filled up with empty rows, so that all make
+equally many passes. Images are numbered through all N rows: with swapped images, image i has the
+pixels of image i-1, and image 0 those of the last one, wherever they are computed.
+"""
+
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import nn
 
-from megamm.data.batch import Batch
-from megamm.data.tokens import MODALITIES
+from megamm.config import AugmentConfig, DataConfig
+from megamm.data.loader import build_pack_plan
+from megamm.data.rows import RowReader
+from megamm.data.shards import ShardedDataset
+from megamm.parallel.engine import Engine
 from megamm.parallel.mesh import World
+from megamm.sequence import LABEL_KINDS, Batch
 
 
-def swap_images(batch: Batch, patches_per_image: int) -> Batch:
-    """The batch with each image replaced by the one before it (the first by the last)."""
-    images = batch.patches.unflatten(0, (-1, patches_per_image))
-    return replace(batch, patches=images.roll(1, 0).flatten(0, 1))
-
-
-@torch.no_grad()
-def validation_loss(
-    model: nn.Module, batches: Iterable[Batch], world: World, dtype: torch.dtype, swap_patches: int = 0
-) -> dict[str, float]:
-    """Mean loss over all labels of one source, and per modality, in nats.
+class ValidationRows:
+    """The rows that one source is validated on.
 
     Args:
-        batches: this rank's share; all ranks have equally many.
-        swap_patches: patches per image, to evaluate on swapped images; 0 for the true ones.
+        dataset: its val split.
+        config: of the training data.
+        num_rows: how many.
+        image_patches: patches of an image.
+        options: ``cache_dir`` and ``world`` of :func:`megamm.data.loader.build_pack_plan`.
+
+    Raises:
+        InputError: the split is empty or has a document longer than a row.
+    """
+
+    def __init__(self, dataset: ShardedDataset, config: DataConfig, num_rows: int, image_patches: int, **options):
+        self.num_rows, self.image_patches = num_rows, image_patches
+        self.has_images = bool(dataset.info["splits"][dataset.split]["num_images"])
+        plan = build_pack_plan([dataset], [1.0], config, num_rows=num_rows, **options)
+        self._reader = RowReader(plan, [dataset], AugmentConfig(), config.seed)
+
+    def passes(self, world: World, swapped: bool = False) -> Iterator[list[Batch]]:
+        """This rank's share in order, in lists of micro-batches that a pipeline takes at once; else of one each."""
+        layout, in_stages = world.layout, world.layout.pipeline > 1
+        pass_rows = layout.micro_rows * (layout.micro_batches if in_stages else 1)
+        share = -(-self.num_rows // world.data_size)
+        first = world.data_rank * share
+        end = min(first + share, self.num_rows)
+        length = -(-share // pass_rows) * pass_rows if in_stages else share  # stages pass on a fixed shape
+        numbers = [row if row < end else None for row in range(first, first + length)]
+        before = self._image_before(first) if swapped and first < self.num_rows else None
+        for start in range(0, length, pass_rows):
+            batches = []
+            for begin in range(start, min(start + pass_rows, length), layout.micro_rows):
+                batch = self._reader.read(numbers[begin : begin + layout.micro_rows])
+                if before is not None and len(batch.patches):
+                    images = torch.cat((before, batch.patches))
+                    before = images[-self.image_patches :]
+                    batch = replace(batch, patches=images[: -self.image_patches])
+                batches.append(batch)
+            yield batches
+
+    def _image_before(self, row: int) -> torch.Tensor | None:
+        """Patches of the last image before a row, going round at the first row; None where no row has an image."""
+        for back in range(1, self.num_rows + 1):
+            patches = self._reader.read([(row - back) % self.num_rows]).patches
+            if len(patches):
+                return patches[-self.image_patches :]
+        return None
+
+
+def validation_loss(engine: Engine, passes: Iterator[list[Batch]], world: World) -> dict[str, float]:
+    """Mean loss over all labels of one source, and per label kind, in nats.
+
+    Args:
+        passes: this rank's share; all ranks have equally many.
 
     Returns:
-        ``{"loss": ..., "text": ..., "text_after_image": ...}``, modalities without labels left out.
+        ``{"loss": ..., "text": ..., "text_after_image": ...}``, kinds without labels left out.
+
+    Raises:
+        InputError, RunError: a shard or a document is damaged, on any rank.
     """
-    totals = torch.zeros(2, len(MODALITIES), dtype=torch.float64)
-    for batch in batches:
-        batch = batch.to(world.device)
-        if swap_patches and batch.patches.shape[0]:
-            batch = swap_images(batch, swap_patches)
-        output = model(batch, dtype)
-        totals += torch.stack((output.sums.sum(0), output.counts.sum(0))).double().cpu()
+    totals = torch.zeros(2, len(LABEL_KINDS), dtype=torch.float64)
+    while True:
+        with world.agree():
+            batches = next(passes, None)
+        if batches is None:
+            break
+        totals += engine.evaluate(batches).double().sum(1).cpu()
     sums, counts = world.all_reduce(totals)
     losses = {"loss": (sums.sum() / counts.sum()).item()}
-    losses |= {name: (sums[m] / counts[m]).item() for m, name in enumerate(MODALITIES) if counts[m] > 0}
+    losses |= {name: (sums[m] / counts[m]).item() for m, name in enumerate(LABEL_KINDS) if counts[m] > 0}
     return losses

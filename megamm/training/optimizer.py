@@ -1,25 +1,81 @@
 """AdamW with weight decay that is not multiplied by the learning rate."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from megamm.config import OptimizerConfig
+from megamm.errors import InputError
 
 TOWER_PREFIXES = ("vision.embed.", "vision.blocks.", "vision.norm.")
 """Parameters of the late-fusion vision tower; its projector learns at the decoder's rate."""
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over parameter groups, each with its ``peak_lr``.
+def freeze(model: nn.Module, config: OptimizerConfig) -> list[nn.Parameter]:
+    """Leave parameters as they began: a vision tower whose rate is 0, and what ``optimizer.freeze`` names.
 
-    Groups: matrices and vectors (norm scales: no decay), the vision tower of late fusion apart, with its own
+    What is frozen to the end gets no gradients, hence no decay and no state of the optimizer.
+
+    Returns:
+        What is frozen until ``optimizer.freeze_until``; see :func:`held_back`.
+    """
+    held, prefixes = [], tuple(config.freeze)
+    for name, parameter in model.named_parameters():
+        in_tower = config.vision_lr_factor == 0 and name.startswith(TOWER_PREFIXES)
+        if in_tower or (prefixes and name.startswith(prefixes) and config.freeze_until is None):
+            parameter.requires_grad_(False)
+        elif prefixes and name.startswith(prefixes):
+            held.append(parameter)
+    return held
+
+
+def check_freeze(names: Iterable[str], config: OptimizerConfig) -> None:
+    """Check that ``optimizer.freeze`` names parameters of the model, and not all.
+
+    Args:
+        names: of all parameters of the whole model.
+
+    Raises:
+        InputError: it does not.
+    """
+    names = list(names)
+    for prefix in config.freeze:
+        if not any(name.startswith(prefix) for name in names):
+            parts = sorted({name.split(".")[0] + "." for name in names})
+            raise InputError(f"optimizer.freeze: no parameter's name begins with {prefix!r}; parts: {', '.join(parts)}")
+    if config.freeze and all(name.startswith(tuple(config.freeze)) for name in names):
+        raise InputError("optimizer.freeze: names every parameter, so nothing would be trained")
+
+
+@contextmanager
+def held_back(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Let parameters seem frozen within the block: they have no state of the optimizer yet, so none is loaded.
+
+    Outside of it they have gradients, which the step drops: what is sharded notes once whether it has any.
+    """
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over parameter groups, each with its ``peak_lr``; frozen parameters are left out.
+
+    Groups: matrices and vectors (norm scales and biases: no decay), the vision tower of late fusion apart, with its own
     learning-rate factor. torch multiplies weight decay by the learning rate, so ``weight_decay / peak_lr`` is
     passed: a step then removes ``weight_decay * schedule`` of each weight, whatever the rate.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        in_tower = name.startswith(TOWER_PREFIXES)
-        groups.setdefault((in_tower, "norm" not in name), []).append(parameter)
+        if parameter.requires_grad:
+            in_tower = name.startswith(TOWER_PREFIXES)
+            groups.setdefault((in_tower, "norm" not in name and not name.endswith("bias")), []).append(parameter)
     options = []
     for (in_tower, decays), parameters in sorted(groups.items()):
         peak = config.lr * (config.vision_lr_factor if in_tower else 1.0)

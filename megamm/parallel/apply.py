@@ -1,0 +1,59 @@
+"""How a model is spread, in one visible order: tensor, experts, context, inputs, recompute, compile, data."""
+
+import torch
+
+from megamm.config import Config
+from megamm.model.counts import TokenStats
+from megamm.model.initial import initialise
+from megamm.model.multimodal import MultimodalModel
+from megamm.parallel.context import apply_context
+from megamm.parallel.data import shard_over_data, share_of
+from megamm.parallel.experts import apply_experts
+from megamm.parallel.inputs import apply_inputs
+from megamm.parallel.mesh import World
+from megamm.parallel.recompute import recompute_blocks
+from megamm.parallel.stages import Stage, cut_stages
+from megamm.parallel.tensor import apply_tensor
+
+
+def whole_or_stages(config: Config, world: World, stats: TokenStats | None) -> list[tuple[int, Stage]]:
+    """The numbered stages of this rank; without a pipeline one that is the whole model, whatever ``stats``."""
+    layout, axis = world.layout, world.axis("pipeline")
+    if stats is None or layout.num_stages == 1:
+        return [(0, Stage(first_block=0, last_block=config.model.depth - 1, inputs=True, head=True, cost=0.0))]
+    stages = cut_stages(config.model, stats, layout.num_stages)
+    return [(i, stage) for i, stage in enumerate(stages) if i % axis.size == axis.rank]
+
+
+def make_part(config: Config, num_sources: int, world: World, stage: Stage) -> MultimodalModel:
+    """Build this rank's part of the model and give it its first values; nothing is ever held whole.
+
+    Args:
+        config: resolved.
+        num_sources: by which losses are split.
+        world: this process among all.
+        stage: the blocks that it has, and whether inputs and head.
+    """
+    dtype = getattr(torch, config.train.dtype)
+    with torch.device("meta"):
+        model = MultimodalModel(config.model, num_sources, blocks=stage.blocks, inputs=stage.inputs, head=stage.head)
+    apply_tensor(model, world)
+    apply_experts(model, world)
+    apply_context(model, world, config.parallel.context_method)
+    apply_inputs(model, world)
+    recompute_blocks(model, config.train.recompute)
+    if config.train.compile:
+        for block in model.all_blocks():
+            block.compile()
+    shard_over_data(model, world, dtype, reshards(config))
+    model.to_empty(device=world.device)
+    initialise(model, config.train.seed, share_of)
+    return model
+
+
+def reshards(config: Config) -> bool:
+    """Whether units drop their gathered parameters after the forward.
+
+    The zero-bubble schedule looks a stage's weights up between forward and backward, and must find the gathered ones.
+    """
+    return config.parallel.reshard_after_forward and config.parallel.pipeline_schedule != "zero_bubble"

@@ -1,0 +1,201 @@
+"""Context parallelism: the positions of each row dealt to the ranks of an axis, by the attention work they make.
+
+A rank holds its positions in their order, so that ``lo`` and ``hi`` stay non-decreasing; they name keys of the whole
+row. The model sees a batch with fewer positions; only attention looks further: keys and values of all ranks are
+gathered and put in the row's order, or passed around a ring whose partial results are merged by log-sum-exp.
+
+Shapes: B rows, S positions, C ranks of the axis, s = S / C.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from megamm_kernels import AttentionMask, interval_attention
+
+from megamm.config import ModelConfig
+from megamm.model.context import make_context, position_kinds
+from megamm.model.multimodal import MultimodalModel
+from megamm.parallel.collectives import gather, shift
+from megamm.parallel.mesh import Axis, World
+from megamm.sequence import Batch, keys_seen, patches_per_image
+
+CHUNKS = 16
+"""Pieces of a row that each rank gets: enough to even out the work, few enough to keep neighbours together."""
+NO_KEY = -1e30
+
+
+@dataclass(kw_only=True)
+class CutBatch(Batch):
+    """A rank's positions of packed rows; ``lo`` and ``hi`` are positions of the whole row.
+
+    Attributes:
+        key_index: int64 [B, S], where each position of a row lies among the ranks' positions, end to end.
+        own_positions: int64 [C, B, s], the positions of every rank.
+        feature_rows: int64 [P], the row of each image position's feature among those that the ranks' vision towers
+            make, end to end; empty without a tower.
+    """
+
+    key_index: torch.Tensor
+    own_positions: torch.Tensor
+    feature_rows: torch.Tensor
+
+
+def deal_positions(work: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Deal the positions of a row in pieces, costly ones first, each to the rank with the least work that has room.
+
+    Args:
+        work: [S], of each position; S is a multiple of ``num_ranks``.
+
+    Returns:
+        int64 [C, S / C], increasing along each row.
+    """
+    size = len(work) // num_ranks
+    pieces = next(n for n in range(min(CHUNKS, size), 0, -1) if size % n == 0)
+    length = size // pieces
+    costs = work.reshape(-1, length).sum(1)
+    load = np.zeros(num_ranks)
+    held: list[list[int]] = [[] for _ in range(num_ranks)]
+    for piece in np.argsort(-costs, kind="stable").tolist():
+        rank = min((r for r in range(num_ranks) if len(held[r]) < pieces), key=lambda r: (load[r], r))
+        held[rank].append(piece)
+        load[rank] += costs[piece]
+    starts = np.sort(np.array(held), axis=1) * length
+    return (starts[:, :, None] + np.arange(length)).reshape(num_ranks, size)
+
+
+def cut_batch(batch: Batch, axis: Axis, image_patches: int | None) -> CutBatch:
+    """This rank's positions of a batch on the CPU.
+
+    Args:
+        image_patches: patches of an image, for a model with a vision tower: images are dealt to the ranks, each to
+            one. None: a rank keeps the patches at its own positions.
+    """
+    work = keys_seen(batch.lo, batch.hi).numpy() + 1
+    own_positions = torch.from_numpy(np.stack([deal_positions(row, axis.size) for row in work], axis=1))
+    own = own_positions[axis.rank]
+    num_rows, length = batch.tokens.shape
+    key_index = torch.empty(num_rows, length, dtype=torch.int64)
+    key_index.scatter_(1, own_positions.transpose(0, 1).flatten(1), torch.arange(length).expand(num_rows, -1))
+    # Where a position of the whole rows lies in this rank's flattened ones; -1: on another rank.
+    place = torch.full((num_rows, length), -1, dtype=torch.int64)
+    place.scatter_(1, own, torch.arange(own.numel()).view_as(own))
+    place = place.flatten()
+    at = place[batch.patch_index]
+    arrays = {}
+    for field in fields(Batch):
+        value = getattr(batch, field.name)
+        if value.shape == batch.tokens.shape:
+            arrays[field.name] = value.gather(1, own)
+    labels = place[batch.label_index]
+    if image_patches is None:
+        patches, feature_rows = batch.patches[at >= 0], at.new_zeros(0)
+    else:
+        patches, feature_rows = _deal_images(batch.patches, image_patches, axis)
+        feature_rows = feature_rows[at >= 0]
+    return CutBatch(
+        **arrays,
+        patches=patches,
+        patch_index=at[at >= 0],
+        label_index=labels[labels >= 0].sort().values,
+        key_index=key_index,
+        own_positions=own_positions,
+        feature_rows=feature_rows,
+    )
+
+
+def _deal_images(patches: torch.Tensor, image_patches: int, axis: Axis) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's images, as many as every other rank has (black ones at the end), and the row of each patch.
+
+    Returns:
+        uint8 [n * image_patches, C], and int64 [P]: the row of each of ``patches`` among all ranks' features.
+    """
+    images = patches.unflatten(0, (-1, image_patches)) if len(patches) else patches.new_zeros(0, 1, patches.shape[1])
+    each = max(1, -(-len(images) // axis.size))
+    own = images[axis.rank :: axis.size]
+    black = patches.new_zeros((each - len(own)) * image_patches, patches.shape[1])
+    number = torch.arange(len(images))
+    first = (number % axis.size * each + number // axis.size) * image_patches
+    rows = first[:, None] + torch.arange(image_patches)
+    return torch.cat((own.flatten(0, 1) if len(own) else black[:0], black)), rows.flatten()
+
+
+def apply_context(model: MultimodalModel, world: World, method: str) -> None:
+    """Let the decoder's attention see the keys of all ranks of the context axis, in place.
+
+    Args:
+        method: ``gather`` or ``ring``.
+    """
+    axis = world.axis("context")
+    if axis.size == 1:
+        return
+    methods: dict[str, Callable] = {"gather": _attend_gathered, "ring": _attend_in_ring}
+    for block in model.blocks.values():
+        layer: Any = getattr(block, "attention", block)  # per modality the block itself attends
+        layer.attend = partial(methods[method], group=axis.group)
+    model.context = partial(_cut_context, model, method=method, axis=axis)
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Mask over all keys of the rows, and the order that brings the ranks' keys into the row's."""
+
+    mask: AttentionMask
+    key_index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """Mask over the keys of each rank, beginning with this one's and going backwards."""
+
+    masks: list[AttentionMask]
+
+
+def _cut_context(model: MultimodalModel, batch: CutBatch, dtype: torch.dtype, *, method: str, axis: Axis):
+    """The context of a rank's positions; see model.context.make_context."""
+    config = model.config
+    kinds = position_kinds(config, batch)
+    make = partial(make_context, config, batch.positions, head_dim=config.head_dim, dtype=dtype, **kinds)
+    if method == "gather":
+        context = make(lo=batch.lo, hi=batch.hi, num_keys=batch.key_index.shape[1])
+        return context.with_mask(_Gathered(context.mask, batch.key_index))
+    contexts = []
+    for step in range(axis.size):
+        keys = batch.own_positions[(axis.rank - step) % axis.size]
+        lo = torch.searchsorted(keys, batch.lo.long(), out_int32=True)
+        hi = torch.searchsorted(keys, batch.hi.long(), right=True, out_int32=True) - 1
+        contexts.append(make(lo=lo, hi=hi, num_keys=keys.shape[1]))
+    return contexts[0].with_mask(_Ring([context.mask for context in contexts]))
+
+
+def _attend_gathered(q, k, v, mask: _Gathered, *, group):
+    rows = torch.arange(k.shape[0], device=k.device)[:, None]
+    kv = gather(torch.cat((k, v), dim=-1), 1, group)[rows, mask.key_index]
+    k, v = kv.chunk(2, dim=-1)
+    return interval_attention(q, k.contiguous(), v.contiguous(), mask.mask)
+
+
+def _attend_in_ring(q, k, v, mask: _Ring, *, group):
+    """Partial softmaxes over one rank's keys at a time; each weighs exp(its log-sum-exp) in the whole."""
+    kv, total, total_lse = torch.cat((k, v), dim=-1), None, None
+    for step, part in enumerate(mask.masks):
+        kv = shift(kv, group) if step else kv
+        k, v = (x.contiguous() for x in kv.chunk(2, dim=-1))
+        out, lse = interval_attention(q, k, v, part, return_lse=True)
+        # A finite stand-in for no key at all: -inf would give NaN gradients. Its output is zero.
+        out, lse = out.to(lse.dtype), lse.masked_fill(lse == -torch.inf, NO_KEY)
+        if total is None:
+            total, total_lse = out, lse
+            continue
+        merged = torch.logaddexp(total_lse, lse)
+        total = total * (total_lse - merged).exp()[..., None] + out * (lse - merged).exp()[..., None]
+        total_lse = merged
+    return total.to(q.dtype)
+
+
+def tower_patches(config: ModelConfig) -> int | None:
+    """``image_patches`` of :func:`cut_batch`."""
+    return patches_per_image(config.image_size, config.patch_size) if config.architecture == "late" else None
