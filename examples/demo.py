@@ -2,6 +2,8 @@
 
     python examples/demo.py            built-in scenes, about ten minutes on two cores
     python examples/demo.py --real     Debian's manuals, stamps and dictionary, prepared by examples/real_data.sh
+    python examples/demo.py --study moe_vs_dense
+                                       a study of examples/studies at its smoke size, on the built-in scenes
 
 Each step is one of the commands in tools/, printed before it runs; finished steps are skipped.
 """
@@ -15,15 +17,17 @@ import sys
 import time
 from pathlib import Path
 
+from megamm_laws.arguments import ArgumentParser
 from rich.console import Console
 
-from megamm.arguments import ArgumentParser
 from megamm.errors import RunError, exit_on_error
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"caption": 30000, "interleaved": 10000, "text": 10000}
 """Documents of each kind of built-in scenes: a little over one epoch of the largest budget."""
 JOBS = max(1, min(2, os.cpu_count() or 1))
+STUDIES = ("early_vs_late", "mixture", "moe_vs_dense", "resolution")
+"""Files of examples/studies that have a size called smoke."""
 console = Console(stderr=True, highlight=False)
 
 
@@ -40,41 +44,79 @@ def step(title: str, *command: object, produces: Path | None = None) -> None:
     console.print(f"  [dim]{time.monotonic() - started:.0f} s[/]")
 
 
-def prepare_scenes(folder: Path) -> None:
-    """Built-in scenes: a tokenizer and three prepared sources."""
+def prepare_scenes(folder: Path, name: str = "data", patch_size: int = 8) -> None:
+    """Built-in scenes: a tokenizer and three prepared sources below ``folder``/``name``."""
     tokenizer = folder / "tokenizer.json"
     inputs = [f"scenes:{kind}" for kind in KINDS]
     step(
-        "Tokenizer", "tools/train_tokenizer.py", *inputs, "--num-documents", 2000, "--vocab-size", 640,
-        "--out", tokenizer, produces=tokenizer,
-    )  # fmt: skip
+        "Tokenizer",
+        "tools/train_tokenizer.py",
+        *inputs,
+        "--num-documents",
+        2000,
+        "--vocab-size",
+        640,
+        "--out",
+        tokenizer,
+        produces=tokenizer,
+    )
     for kind, count in KINDS.items():
-        out = folder / "data" / kind
+        out = folder / name / kind
         step(
-            f"Data: {kind}", "tools/prepare_data.py", f"scenes:{kind}", "--num-documents", count, "--out", out,
-            "--tokenizer", tokenizer, "--image-size", 32, "--patch-size", 8, "--max-length", 256,
-            "--val-fraction", 0.05, "--workers", JOBS, produces=out / "dataset.json",
-        )  # fmt: skip
+            f"Data: {name}/{kind}",
+            "tools/prepare_data.py",
+            f"scenes:{kind}",
+            "--num-documents",
+            count,
+            "--out",
+            out,
+            "--tokenizer",
+            tokenizer,
+            "--image-size",
+            32,
+            "--patch-size",
+            patch_size,
+            "--max-length",
+            256,
+            "--val-fraction",
+            0.05,
+            "--workers",
+            JOBS,
+            produces=out / "dataset.json",
+        )
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", action="store_true", help="use the data that examples/real_data.sh prepared")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--real", action="store_true", help="use the data that examples/real_data.sh prepared")
+    kind.add_argument("--study", choices=STUDIES, help="another study than demo.yaml")
     parser.add_argument("--jobs", type=int, default=JOBS, help="ladders trained at the same time")
     args = parser.parse_args()
     started = time.monotonic()
-    name = "demo-real" if args.real else "demo"
-    folder = Path(name)
+    name = args.study or ("demo-real" if args.real else "demo")
+    folder = Path("studies", name) if args.study else Path(name)
     os.chdir(ROOT)
     if not args.real:
-        prepare_scenes(folder)
+        prepare_scenes(Path("demo"))
+    if name == "resolution":
+        for patch_size in (4, 16):
+            prepare_scenes(Path("demo"), f"data-32-{patch_size}", patch_size)
     study = folder / "study"
-    step("Study", "tools/run_study.py", f"examples/studies/{name}.yaml", "--out", study, "--jobs", args.jobs)
+    size = ("--size", "smoke") if args.study else ()
+    step("Study", "tools/run_study.py", f"examples/studies/{name}.yaml", *size, "--out", study, "--jobs", args.jobs)
     step("Run table", "tools/collect_runs.py", study, "--out", study / "runs.csv")
     step(
-        "Scaling laws", "tools/fit_scaling_laws.py", study / "runs.csv", "--out", study / "fits",
-        "--group-by", "architecture", "--losses", "all",
-    )  # fmt: skip
+        "Scaling laws",
+        "tools/fit_scaling_laws.py",
+        study / "runs.csv",
+        "--out",
+        study / "fits",
+        "--group-by",
+        "mixture" if name == "mixture" else "architecture",
+        "--losses",
+        "all",
+    )
     step("Report", "tools/render_report.py", study, "--out", folder / "report")
     summary = json.loads((folder / "report" / "summary.json").read_text())
     console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")

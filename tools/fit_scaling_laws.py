@@ -1,66 +1,7 @@
 #!/usr/bin/env python
 """Fit scaling laws to a table of runs: fits.json, fits.md, bootstrap.npz and plots."""
 
-import sys
-
-from rich.console import Console
-
-from megamm.arguments import ArgumentParser, not_negative
-from megamm.errors import exit_on_error
-from megamm.files import check_out
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.forms import FORMS
-from megamm.scaling.laws import FORMS as PLAIN_FORMS
-from megamm.scaling.runs import read_runs
-
-
-def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("runs", metavar="runs.csv", help="table written by collect_runs.py")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument(
-        "--group-by",
-        metavar="COLUMN",
-        help="fit each value of this column apart (default: architecture if given)",
-    )
-    parser.add_argument(
-        "--losses",
-        "--loss-column",
-        default="loss",
-        metavar="COLUMNS",
-        help="column to fit, several with commas, or 'all' (default: loss)",
-    )
-    formulas = "; ".join(f"{form.name}: {form.formula}" for form in (*PLAIN_FORMS.values(), *FORMS.values()))
-    parser.add_argument("--form", default="chinchilla", help=f"form of the law ({formulas}; default: %(default)s)")
-    parser.add_argument(
-        "--bootstrap",
-        type=int,
-        default=1000,
-        metavar="R",
-        help="resamples for the intervals (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=not_negative, default=0, help="seed of the bootstrap (default: %(default)s)")
-    arguments = parser.parse_args()
-    check_out(arguments.out, folder=True)
-    with Console(stderr=True).status("reading runs") as status:
-        fits = fit_table(
-            read_runs(arguments.runs),
-            group_by=arguments.group_by,
-            losses=arguments.losses,
-            form=arguments.form,
-            resamples=arguments.bootstrap,
-            seed=arguments.seed,
-            progress=status.update,
-            left_out=lambda text: print(f"left out: {text}", file=sys.stderr),
-        )
-        written = write_fits(arguments.out, fits)
-    for fit in fits:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in fit.exponents.items())
-        print(f"{fit.group}, {fit.loss_column}: {len(fit.table)} runs, {numbers}, {len(fit.warnings)} warnings")
-        for text in fit.warnings:
-            print(f"warning: {fit.group}, {fit.loss_column}: {text}", file=sys.stderr)
-    print(f"-> {', '.join(str(path) for path in written)}")
-
+from megamm_laws.commands.fit_scaling_laws import command
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    command()

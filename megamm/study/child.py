@@ -8,8 +8,7 @@ import os
 import signal
 import threading
 
-from megamm.errors import exit_on_error
-from megamm.train import main
+from megamm.train import command
 
 
 def end_with_parent() -> None:
@@ -24,4 +23,4 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    exit_on_error(main)
+    command()

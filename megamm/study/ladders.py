@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamm.config import Config, ScheduleConfig, build, merge, read_yaml
-from megamm.errors import ProblemsError
-from megamm.scaling.flops import count_parameters, paper_flops
+from megamm.config import Config
+from megamm.errors import InputError, ProblemsError
+from megamm.model.counts import count_parameters, paper_flops
+from megamm.settings import build, marked, merge, setting
 from megamm.training.schedule import cooldown_start
+from megamm.yaml_text import read_yaml
 
-SET_BY_STUDY = ("model.width", "train.run_dir", "train.steps", "train.tokens", "train.branch_from", "checkpoint.steps")
 DEFAULT_MIXTURE = "default"
 TRUNK = "trunk"
 
@@ -26,9 +27,9 @@ class SingleRunConfig:
 
     architecture: str
     """As in the grid; need not be part of it."""
-    width: int
+    width: int = setting(min=2, max=10**6)
     """Width of the model."""
-    tokens: float
+    tokens: float = setting(min=1, max=1e18)
     """Budget in training positions."""
     mixture: str | None = None
     """Name of a mixture; by default the first one."""
@@ -42,23 +43,21 @@ class StudyConfig:
 
     name: str
     """Title of the study."""
-    base: Config = field(default_factory=Config)
+    base: Config = setting(default_factory=Config, partial=True)
     """Settings of all runs, in the sections of a training config."""
     architectures: list[str] | dict[str, dict[str, Any]]
     """Values of model.architecture, or names with the config sections that each changes."""
-    widths: list[int] | dict[int, dict[str, Any]]
+    widths: list[int] | dict[int, dict[str, Any]] = setting(min=2, max=10**6)
     """Values of model.width, each with the config sections that it changes where it is a mapping."""
-    tokens: list[float]
+    tokens: list[float] = setting(min=1, max=1e18)
     """Budgets in training positions (text tokens, patches and padding), rounded up to whole steps."""
-    mixtures: dict[str, dict[str, float]] = field(default_factory=dict)
+    mixtures: dict[str, dict[str, float]] = setting(default_factory=dict, min=1e-9, max=1e9)
     """Name -> weight of each source that takes part; by default one mixture, with the weights in the base."""
     baselines: list[SingleRunConfig] = field(default_factory=list)
     """Runs beside the grid."""
 
     def problems(self) -> list[str]:
         found = [f"{name}: empty" for name in ("architectures", "widths", "tokens") if not getattr(self, name)]
-        if any(tokens <= 0 for tokens in [*self.tokens, *(single.tokens for single in self.baselines)]):
-            found.append("tokens: a budget is not positive")
         sources = self.base.data.sources
         for mixture, weights in self.mixtures.items():
             unknown = [source for source in weights if source not in sources]
@@ -150,17 +149,34 @@ class Study:
         }
 
 
-def read_study(path: Path | str, out: Path | str) -> Study:
-    """Read a study and expand it into runs below ``out``/runs; reads no data.
+def read_study(path: Path | str, size: str | None = None) -> dict:
+    """The nested dictionaries of a study file; reads no data.
+
+    Args:
+        size: one of the file's ``sizes`` (name -> sections of the study, which are merged over those that all sizes
+            share), where it has some.
 
     Raises:
-        InputError: a file that cannot be read, or every problem of the study and of the configs of its runs.
+        InputError: a file that cannot be read, a size that it does not have, or none where it has some.
     """
-    return expand(read_yaml(path), Path(out), where=str(path))
+    values = read_yaml(path)
+    sizes = values.pop("sizes", {})
+    if not isinstance(sizes, dict) or not all(isinstance(sections, dict) for sections in sizes.values()):
+        raise InputError(f"{path}: sizes: expected a mapping of names to sections of the study")
+    if size is None and not sizes:
+        return values
+    if size not in sizes:
+        named = f"sizes here: {', '.join(map(str, sizes))}" if sizes else "the study has no sizes"
+        raise InputError(f"{path}: --size: {'not given' if size is None else f'{size!r} is none of them'}; {named}")
+    return merge(values, sizes[size])
 
 
 def expand(values: dict, out: Path, where: str = "study") -> Study:
-    """Expand the nested dictionaries of a study; see :func:`read_study`."""
+    """Expand the nested dictionaries of a study into runs below ``out``/runs; reads no data.
+
+    Raises:
+        InputError: every problem of the study and of the configs of its runs.
+    """
     config = build(StudyConfig, values, where=where)
     cells = _cells(config)
     names = [cell.ladder for cell in cells]
@@ -203,11 +219,14 @@ def _cells(config: StudyConfig) -> list[_Cell]:
     ]
     singles = [
         _Cell(
-            architecture=s.architecture, width=s.width, mixture=s.mixture or mixtures[0], budgets=[s.tokens],
+            architecture=s.architecture,
+            width=s.width,
+            mixture=s.mixture or mixtures[0],
+            budgets=[s.tokens],
             overrides=s.overrides,
         )
         for s in config.baselines
-    ]  # fmt: skip
+    ]
     return grid + singles
 
 
@@ -221,19 +240,26 @@ def _ladder(cell: _Cell, config: StudyConfig, base: dict, out: Path) -> list[Run
     typed = build(Config, merge(copy.deepcopy(shared), {"train": {"steps": 1}}))
     steps = sorted(-(-int(tokens) // _step_tokens(typed)) for tokens in cell.budgets)
     starts = [cooldown_start(typed.schedule, n) for n in steps]
-    _check_lengths(typed.schedule, steps, starts, cell.budgets)
+    _check_lengths(typed, steps, starts, cell.budgets)
 
     def make(label: str, start: int, changes: dict) -> Run:
         name = f"{cell.ladder}-{label}"
         place = {"train": {"run_dir": str(out / "runs" / cell.ladder / name)}}
         values = merge(copy.deepcopy(shared), merge(place, changes))
         return Run(
-            name=name, ladder=cell.ladder, architecture=cell.architecture, width=cell.width, mixture=cell.mixture,
-            start=start, trunk=label == TRUNK, values=values, config=build(Config, values, where=name),
-        )  # fmt: skip
+            name=name,
+            ladder=cell.ladder,
+            architecture=cell.architecture,
+            width=cell.width,
+            mixture=cell.mixture,
+            start=start,
+            trunk=label == TRUNK,
+            values=values,
+            config=build(Config, values, where=name),
+        )
 
-    digits = len(str(int(max([*config.tokens, *cell.budgets]))))
-    labels = [f"t{int(tokens):0{digits}d}" for tokens in sorted(cell.budgets)]
+    # A name says nothing of the other budgets, so that it stays when the study grows.
+    labels = [f"t{int(tokens)}" for tokens in sorted(cell.budgets)]
     if len(steps) == 1:
         return [make(labels[0], 0, {"train": {"steps": steps[0]}})]
     # The trunk's last step is the branch point of the longest branch.
@@ -250,26 +276,40 @@ def _ladder(cell: _Cell, config: StudyConfig, base: dict, out: Path) -> list[Run
 def _shared_settings(cell: _Cell, config: StudyConfig, base: dict) -> dict:
     """Config sections of all runs of a ladder: the base, then architecture, width, overrides and mixture."""
     layers = [base, cell.overrides]
-    for options, key in ((config.widths, cell.width), (config.architectures, cell.architecture)):
+    chosen: list[tuple[Any, int | str]] = [(config.widths, cell.width), (config.architectures, cell.architecture)]
+    for options, key in chosen:
         if isinstance(options, dict):
             layers.insert(1, options.get(key) or {})
     given = [
         f"{s}.{k}" for layer in layers for s, section in layer.items() if isinstance(section, dict) for k in section
     ]
-    reserved = [f"{k}: set by the study from widths, tokens and --out; remove it" for k in SET_BY_STUDY if k in given]
+    reserved = [
+        f"{k}: set by the study from widths, tokens and --out; remove it" for k in marked(Config, "study") if k in given
+    ]
     if reserved:
         raise ProblemsError(cell.ladder, reserved)
     shared: dict = {"model": {"architecture": cell.architecture, "width": cell.width}}
     for layer in layers:
         merge(shared, copy.deepcopy(layer))
+    if cell.architecture != shared["model"]["architecture"]:  # several may share a model.architecture
+        merge(shared, {"train": {"variant": cell.architecture}})
     if config.mixtures:
         sources = shared["data"]["sources"]
         shared["data"]["sources"] = {s: {**sources[s], "weight": w} for s, w in config.mixtures[cell.mixture].items()}
     return shared
 
 
-def _check_lengths(schedule: ScheduleConfig, steps: list[int], starts: list[int], budgets: list[float]) -> None:
-    found = []
+def _check_lengths(config: Config, steps: list[int], starts: list[int], budgets: list[float]) -> None:
+    schedule, batch = config.schedule, _step_tokens(config)
+    found = [
+        f"tokens: a budget of {budget:,.0f} is less than one batch, {batch:,} positions (train.batch_rows "
+        f"{config.train.batch_rows} x data.row_length {config.data.row_length}); make the batch smaller or the budget "
+        "larger"
+        for budget in budgets
+        if budget < batch
+    ]
+    if found:  # what follows from it would only confuse
+        raise ProblemsError("study", found)
     if len(set(steps)) < len(steps):
         found.append(f"tokens: budgets {', '.join(f'{b:g}' for b in budgets)} are {steps} steps; make them differ")
     if len(steps) > 1:

@@ -6,19 +6,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megamm.data.shards import read_dataset_info
-from megamm.errors import InputError
+from megamm.data.dataset_info import read_dataset_info
+from megamm.errors import InputError, RunError
 from megamm.files import write_json, write_text
+from megamm.model.counts import count_parameters
 from megamm.resolve import resolve_config
-from megamm.scaling.flops import count_parameters
+from megamm.study.growth import finished_result, list_set_aside, make_way
 from megamm.study.ladders import Run, Study
 from megamm.study.launchers import Job, LocalLauncher, SlurmLauncher
+from megamm.training.signals import EXIT_CODE, StopFlag, Stopped
+from megamm.yaml_text import dump_yaml
 
 POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 60
+"""For runs in training to save when the study is ended."""
 TAIL_BYTES = 8192
 
 
@@ -64,7 +68,7 @@ class StudyRunner:
     """Trains ``study`` below ``out``; resumes what an earlier call left unfinished.
 
     Args:
-        study: with resolved configs; see :func:`resolve_study`.
+        study: with resolved configs; see :func:`resolve_study` and :func:`megamm.study.growth.take_up`.
         patch_shares: from there.
         launcher: runs as many ladders at a time as its ``jobs``, the costliest first.
     """
@@ -77,33 +81,62 @@ class StudyRunner:
         self.flops = {run.name: run.flops(patch_shares[run.name], own=True) for run in study.runs}
         self.status = {run.name: Status(run=run) for run in study.runs}
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self.set_aside: list[dict] = []
+        self.stop = StopFlag()
         self._jobs: dict[str, tuple[Job, int]] = {}  # of each ladder in training, and where its log began
 
     def run(self) -> list[Status]:
-        """Train all that is unfinished; one :class:`Status` per run, in the order of the study."""
+        """Train all that is unfinished; one :class:`Status` per run, in the order of the study.
+
+        Raises:
+            Stopped: by SIGTERM or SIGUSR1, after the runs in training have saved.
+        """
         from megamm.training import run_dir  # takes torch along, which --dry-run does not need
 
         with run_dir.lock(self.out, patience=2.0):
-            for status in self.status.values():
-                try:
-                    run_dir.check_settings(Path(status.run.config.train.run_dir), status.run.config)
-                except InputError as error:
-                    self._fail(status, str(error))
+            self._make_way()
             for ladder in self.study.ladders:
                 self._collect(ladder)
                 self._fail_branches(ladder)
             self._write_study()
-            with self._progress() as progress:
+            with self._progress() as progress, self.stop.listen():
                 try:
                     self._train(progress)
                 finally:
-                    for job, _ in self._jobs.values():
-                        job.kill()
+                    self._end_jobs()
         return list(self.status.values())
+
+    def _make_way(self) -> None:
+        """Set aside what is in the way of a run or no longer of the study; a run that is blocked fails."""
+        for status in self.status.values():
+            try:
+                reason = make_way(status.run, self.out)
+            except (InputError, RunError) as error:
+                self._fail(status, str(error))
+                continue
+            if reason:
+                self._say(f"set aside {status.run.name}: {reason}; it is trained anew")
+        self.set_aside = list_set_aside(self.study, self.out)
+        if self.set_aside:
+            self._say(f"{len(self.set_aside)} runs are set aside: study.json names them, and they count no longer")
+
+    def _end_jobs(self) -> None:
+        """After Ctrl-C, a stop signal or an error: let what is in training save, and end it."""
+        jobs = [job for job, _ in self._jobs.values()]
+        try:
+            for job in jobs:
+                job.stop()
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while time.monotonic() < deadline and any(job.poll() is None for job in jobs):
+                time.sleep(POLL_SECONDS)
+        finally:  # also where Ctrl-C comes again
+            for job in jobs:
+                if job.poll() is None:
+                    job.kill()
 
     def _train(self, progress: Progress) -> None:
         total = sum(self.flops.values())
-        overall = progress.add_task(f"[bold]{self.study.name}", total=total, completed=self._done_flops(), info="")
+        overall = progress.add_task(f"[bold]{self.study.name}", total=total, completed=int(self._done_flops()), info="")
         bars = {}
         queue = [ladder for ladder in self.study.ladders if self._pending(ladder)]
         queue.sort(key=lambda ladder: sum(self.flops[s.run.name] for s in self._pending(ladder)))
@@ -113,6 +146,8 @@ class StudyRunner:
                 self._jobs[ladder] = self._start(ladder)
                 bars[ladder] = progress.add_task(ladder, total=sum(self._ladder_flops(ladder)), info="")
             time.sleep(POLL_SECONDS)
+            if self.stop.raised:
+                raise Stopped(f"{self.out}: told to stop; start it again to go on")
             for ladder, (job, log_start) in list(self._jobs.items()):
                 code = job.poll()
                 self._collect(ladder)
@@ -131,7 +166,7 @@ class StudyRunner:
         configs = []
         for status in self._pending(ladder):
             configs.append(folder / f"{status.run.name}.yaml")
-            write_text(configs[-1], yaml.safe_dump(status.run.values, sort_keys=False))
+            write_text(configs[-1], dump_yaml(status.run.values))
         log = folder / "log.txt"
         log.touch()
         return self.launcher.start(configs, log), log.stat().st_size
@@ -139,9 +174,9 @@ class StudyRunner:
     def _collect(self, ladder: str) -> None:
         """Take note of newly finished runs."""
         for status in self._pending(ladder):
-            path = Path(status.run.config.train.run_dir) / "result.json"
-            if path.exists():
-                status.state, status.result = "finished", json.loads(path.read_text(encoding="utf-8"))
+            result = finished_result(status.run)
+            if result:
+                status.state, status.result = "finished", result
                 if self._jobs:
                     self._write_study()
                     self._say(f"finished {status.run.name}: loss {status.result['loss']:.4f}")
@@ -151,7 +186,7 @@ class StudyRunner:
         with (self.out / "runs" / ladder / "log.txt").open("rb") as file:
             file.seek(log_start)
             lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        pending = self._pending(ladder)
+        pending = self._pending(ladder) if code != EXIT_CODE else []  # told to stop, it goes on in another job
         for status in pending:
             prefix = f"error: {status.run.config.train.run_dir}: "
             reasons = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
@@ -179,9 +214,13 @@ class StudyRunner:
 
     def _progress(self) -> Progress:
         columns = (
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[info]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[info]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         # Runs differ in length and size: the time left is told from the last half hour, not from some seconds.
         return Progress(*columns, console=self.console, disable=not sys.stderr.isatty(), speed_estimate_period=1800)
 
@@ -240,7 +279,8 @@ class StudyRunner:
                     "reason": status.reason,
                 }
             )
-        write_json(self.out / "study.json", {"name": self.study.name, "runs": runs, "saving": self.saving})
+        aside = {"num_set_aside": len(self.set_aside), "set_aside": self.set_aside}
+        write_json(self.out / "study.json", {"name": self.study.name, "runs": runs, "saving": self.saving, **aside})
 
 
 def _last_logged(run: Run) -> tuple[int, float | None]:

@@ -1,11 +1,12 @@
 """A study as text: what it will cost, and what came out."""
 
-from megamm.scaling.flops import count_parameters
+from megamm.model.counts import count_parameters
+from megamm.study.cost import LadderCost
 from megamm.study.ladders import Study
 from megamm.study.runner import Status
 
 
-def plan_table(study: Study, patch_shares: dict[str, float]) -> str:
+def grid_table(study: Study, patch_shares: dict[str, float]) -> str:
     """A line per run with its size and cost, then the totals (runs with resolved configs)."""
     rows, total = [], 0.0
     for run in study.runs:
@@ -20,6 +21,19 @@ def plan_table(study: Study, patch_shares: dict[str, float]) -> str:
     lines = [format_table(head, rows), "", f"{len(rows)} runs, {total:.4g} FLOPs (6ND of the steps that each trains)"]
     saving = study.saving(patch_shares)
     return "\n".join([*lines, saving_line(saving)] if saving else lines)
+
+
+def cost_table(costs: dict[str, LadderCost], price: float | None) -> str:
+    """A line per ladder with its time on the cluster and, at a price per GPU-hour, its money; then the totals."""
+    rows, hours = [], sum(cost.gpu_hours for cost in costs.values())
+    for name, cost in costs.items():
+        one = cost.found.estimate
+        axes = " x ".join(f"{axis} {size}" for axis, size in one.layout.sizes().items() if size > 1) or "one GPU"
+        row = [name, axes, f"{one.step_time:.3g}", f"{one.mfu:.0%}", f"{cost.steps:,}", f"{cost.gpu_hours:,.0f}"]
+        rows.append(row + ([] if price is None else [f"{cost.gpu_hours * price:,.0f}"]))
+    head = ["ladder", "layout", "s/step", "MFU", "steps", "GPU-hours"] + ([] if price is None else ["money"])
+    total = f"{hours:,.0f} GPU-hours" + ("" if price is None else f", {hours * price:,.0f} at {price:g} per GPU-hour")
+    return "\n".join([format_table(head, rows), "", f"{total}, by the estimator (docs/estimate.md)"])
 
 
 def result_table(statuses: list[Status]) -> str:
