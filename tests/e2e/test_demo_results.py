@@ -44,8 +44,12 @@ def test_loss_falls_with_size_and_with_tokens(runs, architecture, source):
 def test_images_are_used(architecture):
     results = [json.loads(path.read_text()) for path in STUDY.rglob("result.json")]
     blind = next(r for r in results if r["architecture"] == "text")
-    same = [r for r in results if (r["architecture"], r["width"], r["steps"], r["cooled"]) == (
-        architecture, blind["width"], blind["steps"], True)]  # fmt: skip
+    same = [
+        r
+        for r in results
+        if (r["architecture"], r["width"], r["steps"], r["cooled"])
+        == (architecture, blind["width"], blind["steps"], True)
+    ]
     seeing = same[0]
     assert seeing["losses"]["caption"]["loss"] < blind["losses"]["caption"]["loss"] - 0.05
     assert seeing["losses_swapped"]["caption"]["loss"] > seeing["losses"]["caption"]["loss"] + 0.2

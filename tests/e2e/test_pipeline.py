@@ -49,14 +49,32 @@ def folder(tmp_path_factory) -> Path:
     tokenizer, study = folder / "tokenizer.json", folder / "study"
     kinds = ("caption", "text")
     tool(
-        "train_tokenizer.py", *(f"scenes:{k}" for k in kinds), "--num-documents", 500, "--vocab-size", 512,
-        "--out", tokenizer,
-    )  # fmt: skip
+        "train_tokenizer.py",
+        *(f"scenes:{k}" for k in kinds),
+        "--num-documents",
+        500,
+        "--vocab-size",
+        512,
+        "--out",
+        tokenizer,
+    )
     for kind in kinds:
         tool(
-            "prepare_data.py", f"scenes:{kind}", "--num-documents", 6000, "--out", folder / kind,
-            "--tokenizer", tokenizer, "--image-size", 16, "--patch-size", 8, "--max-length", 128,
-        )  # fmt: skip
+            "prepare_data.py",
+            f"scenes:{kind}",
+            "--num-documents",
+            6000,
+            "--out",
+            folder / kind,
+            "--tokenizer",
+            tokenizer,
+            "--image-size",
+            16,
+            "--patch-size",
+            8,
+            "--max-length",
+            128,
+        )
     (folder / "study.yaml").write_text(STUDY.format(data=folder))
     tool("run_study.py", folder / "study.yaml", "--out", study)
     tool("collect_runs.py", study, "--out", study / "runs.csv")
@@ -79,7 +97,6 @@ def result(folder: Path, architecture: str, width: int, tokens: int) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pipeline")
 @pytest.mark.parametrize("architecture", ["early", "late"])
 def test_images_are_used(folder, architecture):
     """The model beats a blind one on captions, and captions of other images are much less likely."""
@@ -90,7 +107,6 @@ def test_images_are_used(folder, architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pipeline")
 @pytest.mark.parametrize("architecture", ["early", "late"])
 def test_loss_falls_with_tokens(folder, architecture):
     losses = [result(folder, architecture, 32, tokens)["loss"] for tokens in (100_000, 200_000, 400_000)]
@@ -98,7 +114,6 @@ def test_loss_falls_with_tokens(folder, architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pipeline")
 def test_the_report_says_it_all(folder):
     page = (folder / "report" / "index.html").read_text()
     summary = json.loads((folder / "report" / "summary.json").read_text())
@@ -110,7 +125,6 @@ def test_the_report_says_it_all(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pipeline")
 def test_a_second_run_of_the_study_trains_nothing(folder):
     before = {p: p.stat().st_mtime_ns for p in (folder / "study").rglob("result.json")}
     tool("run_study.py", folder / "study.yaml", "--out", folder / "study")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.runs.collect import collect
+from megamm_laws.runs.table import read_runs, write_runs
 from PIL import Image
 from study_factory import make_datasets, make_study
 
-from megamm.scaling.collect import collect
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.report import render_report
-from megamm.scaling.runs import read_runs, write_runs
+from megamm.report import render_report
 
 CHROMIUM = shutil.which("chromium")
 WIDTH, HEIGHT, PANELS = 1280, 5000, 27
@@ -27,11 +27,22 @@ pytestmark = [
 def browse(page: Path, profile: Path, *arguments: str, width: int = WIDTH) -> str:
     """Open a page in headless Chromium with an empty profile; returns its standard output."""
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-        "--virtual-time-budget=20000", f"--window-size={width},{HEIGHT}", f"--user-data-dir={profile}",
-        *arguments, page.resolve().as_uri(),
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        "--virtual-time-budget=20000",
+        f"--window-size={width},{HEIGHT}",
+        f"--user-data-dir={profile}",
+        *arguments,
+        page.resolve().as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -101,7 +101,7 @@ def test_finished_runs_are_skipped_and_failures_are_reported(study, undisturbed)
     again = study.parent / "again"
     shutil.copytree(out, again)
     results = {name: (again / name / "result.json").stat().st_mtime_ns for name in run_dirs(again)}
-    # The trunk of `early` is of other settings; one branch of `late` cannot start; the rest is finished.
+    # The trunk of `early` is of other settings; one branch of `late` finds no checkpoint early enough in its trunk.
     early, late = (again / "runs" / f"{a}-w0032-default" for a in ("early", "late"))
     trunk, branch = early / f"{early.name}-trunk", late / f"{late.name}-t{SHORT}"
     config = (trunk / "config.yaml").read_text()
@@ -116,17 +116,20 @@ def test_finished_runs_are_skipped_and_failures_are_reported(study, undisturbed)
     assert done.returncode == 1
     runs = {r["name"]: r for r in json.loads((again / "study.json").read_text())["runs"]}
     failed = {name: r["reason"] for name, r in runs.items() if r["status"] == "failed"}
-    assert "made with other settings (optimizer.beta1: 0.8 -> 0.9)" in failed.pop(trunk.name)
+    assert "finished with other settings (optimizer.beta1: 0.8 -> 0.9)" in failed.pop(trunk.name)
     assert failed.pop(f"{early.name}-t{LONG}") == "not run, because its trunk failed"
-    assert "step-00000030 does not exist" in failed.pop(branch.name)
     assert not failed
+    anew, _ = outcome(branch)
+    assert anew == outcome(out / "runs" / late.name / branch.name)[0], "trained from the start, with the same numbers"
     for name, r in runs.items():
         assert name in done.stdout
+        if name == branch.name:
+            continue
         if r["status"] == "finished":
             assert (again / r["dir"] / "result.json").stat().st_mtime_ns == results[Path(r["dir"])]
         else:
             assert f"{name}: {r['reason']}" in done.stderr
-    assert "3 of 7 runs failed" in done.stderr
+    assert "2 of 7 runs failed" in done.stderr
 
 
 @pytest.mark.slow
@@ -149,6 +152,35 @@ def test_a_process_that_breaks_down_costs_one_run(study, undisturbed):
     assert [run for run, state in states.items() if state != "finished"] == [name]
     longest = Path("runs") / ladder / f"{ladder}-t{LONG}"
     assert outcome(broken / longest) == outcome(out / longest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_study_told_to_stop_saves_what_is_in_training(study, undisturbed, number, code):
+    out, _ = undisturbed
+    name = f"stopped-{code}"
+    stopped = study.parent / name
+    process = subprocess.Popen(command(study, name), env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        while not list(stopped.glob("runs/*/*/metrics.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == code, errors
+    assert "again to go on" in errors and "Traceback" not in errors
+    # What was in training has saved: the last line of each log is no further than its newest checkpoint.
+    logs = list(stopped.glob("runs/*/*/metrics.jsonl"))
+    for path in logs:
+        if (path.parent / "result.json").exists():
+            continue
+        saved = max(int(p.name[5:]) for p in path.parent.glob("checkpoints/step-*[0-9]"))
+        assert saved >= max((json.loads(line)["step"] for line in path.read_text().splitlines()), default=1)
+    run(command(study, name), study.parent / "log.txt")
+    for run_dir in run_dirs(out):
+        assert outcome(stopped / run_dir) == outcome(out / run_dir), run_dir
 
 
 @pytest.mark.slow

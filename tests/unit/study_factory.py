@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megamm.config import Config, SourceConfig, to_yaml
+from megamm.config import Config, SourceConfig
 from megamm.data.documents import Text
 from megamm.data.prepare import PrepareSettings, prepare
 from megamm.data.scenes import generate
 from megamm.data.tokenizer import train_tokenizer
+from megamm.model.counts import ParameterCounts, TokenStats, count_parameters, exact_flops_per_token, paper_flops
 from megamm.model.sizes import resolve_model
-from megamm.scaling.flops import ParameterCounts, TokenStats, count_parameters, exact_flops_per_token, paper_flops
+from megamm.settings import to_yaml
 
 IMAGE_SIZE, PATCH_SIZE, ROW_LENGTH, BATCH_ROWS, COOLDOWN = 32, 4, 512, 32, 0.25
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -114,21 +115,41 @@ def _write_run(run: Path, config: Config, rng: np.random.Generator, noise: float
             worse = LAWS["text"][s][0] - LAWS["early"][s][0] + 0.8
             swapped[s] = {k: v + (worse if k != "text" else 0) for k, v in final[s].items()}
     result = {
-        "name": run.name, "architecture": config.model.architecture,
-        "mixture": "caption 45, interleaved 45, text 10", "width": config.model.width, "depth": config.model.depth,
-        "steps": steps, "params": counts.total, "params_active": counts.total, "params_vision": counts.vision,
-        "tokens": at_end["tokens"], "tokens_vision": int(STATS.patches * steps * BATCH_ROWS * ROW_LENGTH),
-        "flops": lines[-2]["flops"], "flops_exact": lines[-2]["flops_exact"],
-        "loss": float(np.mean([v["loss"] for v in final.values()])), "losses": final, "losses_swapped": swapped,
-        "batch_tokens": BATCH_ROWS * ROW_LENGTH, "lr": config.optimizer.lr, "cooled": not trunk,
+        "name": run.name,
+        "architecture": config.model.architecture,
+        "mixture": "caption 45, interleaved 45, text 10",
+        "width": config.model.width,
+        "depth": config.model.depth,
+        "steps": steps,
+        "params": counts.total,
+        "params_active": counts.total,
+        "params_vision": counts.vision,
+        "tokens": at_end["tokens"],
+        "tokens_vision": int(STATS.patches * steps * BATCH_ROWS * ROW_LENGTH),
+        "flops": lines[-2]["flops"],
+        "flops_exact": lines[-2]["flops_exact"],
+        "loss": float(np.mean([v["loss"] for v in final.values()])),
+        "losses": final,
+        "losses_swapped": swapped,
+        "batch_tokens": BATCH_ROWS * ROW_LENGTH,
+        "lr": config.optimizer.lr,
+        "cooled": not trunk,
         "branch_from": config.train.branch_from,
-    }  # fmt: skip
+    }
     about = {
-        "megamm": "0.1.0", "torch": "2.13.0+cpu", "python": "3.11.2", "git_commit": "0f48989" + "0" * 33,
-        "device": "cpu", "world_size": 1, "params": counts.total, "params_active": counts.total,
-        "params_decoder": counts.decoder, "params_vision": counts.vision,
-        "flops_per_token": 6 * counts.decoder, "flops_per_patch_vision": 6 * counts.vision,
-    }  # fmt: skip
+        "megamm": "0.1.0",
+        "torch": "2.13.0+cpu",
+        "python": "3.11.2",
+        "git_commit": "0f48989" + "0" * 33,
+        "device": "cpu",
+        "world_size": 1,
+        "params": counts.total,
+        "params_active": counts.total,
+        "params_decoder": counts.decoder,
+        "params_vision": counts.vision,
+        "flops_per_token": 6 * counts.decoder,
+        "flops_per_patch_vision": 6 * counts.vision,
+    }
     (run / "config.yaml").write_text(to_yaml(config))
     (run / "run.json").write_text(json.dumps(about))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -151,10 +172,15 @@ def _record(config: Config, counts: ParameterCounts, step: int, rng: np.random.G
     flops = paper_flops(counts, record["tokens"], STATS.patches * positions)
     exact = exact_flops_per_token(config.model, STATS) * positions
     return record | {
-        "lr": config.optimizer.lr * (1 - cooled), "grad_norm": 0.5, "flops": flops, "flops_exact": exact,
-        "padding": 0.02, "tokens_per_second": 2e11 / (exact / positions), "flops_per_second": 2e11,
+        "lr": config.optimizer.lr * (1 - cooled),
+        "grad_norm": 0.5,
+        "flops": flops,
+        "flops_exact": exact,
+        "padding": 0.02,
+        "tokens_per_second": 2e11 / (exact / positions),
+        "flops_per_second": 2e11,
         "loader_wait": 0.001,
-    }  # fmt: skip
+    }
 
 
 def _losses(
@@ -181,8 +207,12 @@ def make_datasets(folder: Path, num_documents: int = 80) -> dict[str, Path]:
     train_tokenizer(texts, 512, tokenizer)
     for kind in WEIGHTS:
         settings = PrepareSettings(
-            inputs=(f"scenes:{kind}",), tokenizer=str(tokenizer), image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
-            max_length=ROW_LENGTH, num_documents=num_documents,
-        )  # fmt: skip
+            inputs=(f"scenes:{kind}",),
+            tokenizer=str(tokenizer),
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            max_length=ROW_LENGTH,
+            num_documents=num_documents,
+        )
         prepare(settings, folder / kind)
     return {kind: folder / kind for kind in WEIGHTS}

@@ -5,49 +5,16 @@ import dataclasses
 import pytest
 import torch
 from megamm_kernels.interval_attention import interval_attention_reference
+from model_factory import PATCHES, model_config, one_row
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamm.config import AttentionConfig, ModelConfig, VisionConfig
-from megamm.data.batch import Batch
-from megamm.data.tokens import BOS, EOS, IGNORE, IMAGE, IMAGE_END
+from megamm.config import AttentionConfig, ModelConfig
 from megamm.errors import InputError
 from megamm.model import layers
+from megamm.model.counts import TokenStats, count_parameters, exact_flops_per_token, paper_flops
 from megamm.model.multimodal import MultimodalModel
 from megamm.model.sizes import resolve_model
-from megamm.scaling.flops import TokenStats, count_parameters, exact_flops_per_token, paper_flops
-
-PATCHES = 4
-
-
-def model_config(architecture: str, **kwargs) -> ModelConfig:
-    defaults = {
-        "width": 32, "depth": 2, "head_dim": 16, "hidden_multiple": 16,
-        "vocab_size": 50, "image_size": 16, "patch_size": 8,
-    }  # fmt: skip
-    vision = VisionConfig(width=16, depth=3, head_dim=8)
-    return resolve_model(ModelConfig(architecture=architecture, vision=vision, **(defaults | kwargs)))
-
-
-def one_row(words: list[int], generator: torch.Generator) -> Batch:
-    """<bos> image <image_end> words <eos>, alone in a row."""
-    tokens = torch.tensor([[BOS, *[IMAGE] * PATCHES, IMAGE_END, *words, EOS]], dtype=torch.int32)
-    length = tokens.shape[1]
-    targets = torch.full_like(tokens, IGNORE)
-    targets[0, PATCHES + 1 : -1] = tokens[0, PATCHES + 2 :]
-    hi = torch.arange(length, dtype=torch.int32)[None].clone()
-    hi[0, 1 : 1 + PATCHES] = PATCHES
-    return Batch(
-        tokens=tokens,
-        positions=torch.arange(length, dtype=torch.int32)[None],
-        targets=targets,
-        source=torch.zeros_like(tokens, dtype=torch.uint8),
-        modality=torch.ones_like(tokens, dtype=torch.uint8),
-        lo=torch.zeros_like(tokens),
-        hi=hi,
-        patches=torch.randint(0, 256, (PATCHES, 192), generator=generator).to(torch.uint8),
-        patch_index=torch.arange(1, 1 + PATCHES),
-        label_index=torch.arange(PATCHES + 1, length - 1),
-    )
+from megamm.sequence import Batch
 
 
 @pytest.fixture
@@ -57,7 +24,7 @@ def batch() -> Batch:
 
 @pytest.mark.parametrize("architecture", ["early", "late", "text"])
 def test_parameter_count(architecture):
-    model = MultimodalModel(model_config(architecture))
+    model = MultimodalModel(model_config(architecture), seed=0)
     counts = count_parameters(model.config)
     assert sum(p.numel() for p in model.parameters()) == counts.total
     if architecture == "late":
@@ -67,13 +34,7 @@ def test_parameter_count(architecture):
 
 @pytest.mark.parametrize(
     ("architecture", "width", "millions"),
-    [
-        ("early", 800, 275),
-        ("early", 1632, 932),
-        ("early", 2624, 2280),
-        ("late", 768, 290),
-        ("late", 1024, 494),
-    ],
+    [("early", 800, 275), ("early", 1632, 932), ("early", 2624, 2280), ("late", 768, 290), ("late", 1024, 494)],
 )
 def test_paper_model_sizes(architecture, width, millions):
     config = ModelConfig(architecture=architecture, width=width, vocab_size=50432, image_size=224, patch_size=14)
@@ -89,7 +50,7 @@ def test_exact_flops_match_a_trace(architecture, batch, monkeypatch):
         return interval_attention_reference(q, k, v, lo, lo + q.shape[1] - 1)
 
     monkeypatch.setattr(layers, "interval_attention", dense)
-    model = MultimodalModel(model_config(architecture))
+    model = MultimodalModel(model_config(architecture), seed=0)
     with FlopCounterMode(display=False) as counter:
         model(batch).loss.backward()
     length = batch.tokens.shape[1]
@@ -118,8 +79,7 @@ def test_documents_of_a_row_do_not_see_each_other(architecture):
         joined[name] = torch.cat((getattr(first, name), getattr(second, name) + a))
     for name in ("lo", "hi"):
         joined[name][0, a:] += a
-    torch.manual_seed(0)
-    model = MultimodalModel(model_config(architecture)).double()
+    model = MultimodalModel(model_config(architecture), seed=0).double()
     packed = model(Batch(**joined), torch.float64)
     apart = model(first, torch.float64).loss + model(second, torch.float64).loss
     torch.testing.assert_close(packed.loss, apart, rtol=1e-6, atol=1e-6)
@@ -127,22 +87,21 @@ def test_documents_of_a_row_do_not_see_each_other(architecture):
 
 
 def test_causal_on_text_and_bidirectional_inside_an_image(batch):
-    torch.manual_seed(0)
-    model = MultimodalModel(model_config("early")).double()
-    before = model.hidden_states(batch, torch.float64)
+    model = MultimodalModel(model_config("early"), seed=0).double()
+    before = model.residual_stream(batch, torch.float64)
     changed = dataclasses.replace(batch, patches=batch.patches.clone())
     changed.patches[-1] = 255 - changed.patches[-1]
-    moved = (model.hidden_states(changed, torch.float64) - before).abs().sum(-1)[0] > 1e-9
+    moved = (model.residual_stream(changed, torch.float64) - before).abs().sum(-1)[0] > 1e-9
     assert not moved[0], "<bos> comes before the image"
     assert moved[1 : 1 + PATCHES].all(), "the first patch sees the last"
     later = dataclasses.replace(batch, tokens=batch.tokens.clone())
     later.tokens[0, -1] = 20
-    moved = (model.hidden_states(later, torch.float64) - before).abs().sum(-1)[0] > 1e-9
+    moved = (model.residual_stream(later, torch.float64) - before).abs().sum(-1)[0] > 1e-9
     assert moved.tolist() == [False] * (len(moved) - 1) + [True]
 
 
 def test_the_blind_baseline_ignores_pixels(batch):
-    model = MultimodalModel(model_config("text"))
+    model = MultimodalModel(model_config("text"), seed=0)
     other = dataclasses.replace(batch, patches=255 - batch.patches)
     assert torch.equal(model(batch).loss, model(other).loss)
 
@@ -158,30 +117,28 @@ def test_unlabelled_positions_never_reach_the_head(batch, monkeypatch):
         return original(x, y)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
-    MultimodalModel(model_config("early"))(batch)
+    MultimodalModel(model_config("early"), seed=0)(batch)
     assert sum(seen) == batch.num_labels() == 5
 
 
 def test_losses_split_by_source_and_modality(batch):
-    model = MultimodalModel(model_config("early"), num_sources=2)
+    model = MultimodalModel(model_config("early"), num_sources=2, seed=0)
     output = model(batch)
     assert output.counts.tolist() == [[0, 5], [0, 0]]
     torch.testing.assert_close(output.sums.sum(), output.loss.detach())
 
 
 def test_bf16_activations_stay_close(batch):
-    torch.manual_seed(0)
-    model = MultimodalModel(model_config("early"))
+    model = MultimodalModel(model_config("early"), seed=0)
     exact, low = model(batch).loss, model(batch, torch.bfloat16).loss
     torch.testing.assert_close(low, exact, rtol=0.02, atol=0)
 
 
 def test_compiled_blocks_give_the_same_gradients(batch):
     def gradients(compiled):
-        torch.manual_seed(0)
-        model = MultimodalModel(model_config("early", depth=1))
+        model = MultimodalModel(model_config("early", depth=1), seed=0)
         if compiled:
-            for block in model.blocks:
+            for block in model.all_blocks():
                 block.compile(fullgraph=True)
         model(batch).loss.backward()
         return [p.grad for p in model.parameters()]
@@ -192,8 +149,7 @@ def test_compiled_blocks_give_the_same_gradients(batch):
 
 def test_attention_backend_is_obeyed_or_refused(batch):
     """sdpa is the CPU's default; what cannot run there is bad input that names the setting."""
-    torch.manual_seed(0)
-    model = MultimodalModel(model_config("early"))
+    model = MultimodalModel(model_config("early"), seed=0)
     loss = model(batch).loss
     for backend in ("sdpa", "interval", "flash"):
         model.config.attention = AttentionConfig(backend=backend)
@@ -206,7 +162,7 @@ def test_attention_backend_is_obeyed_or_refused(batch):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_gives_the_same_loss(batch):
-    model = MultimodalModel(model_config("early")).requires_grad_(False)
+    model = MultimodalModel(model_config("early"), seed=0).requires_grad_(False)
     expected = model(batch).loss
     model.config.attention.backend = "flex"
     torch.testing.assert_close(model(batch).loss, expected)

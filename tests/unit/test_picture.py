@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models
 
-from megamm.data.batch import Batch
-from megamm.data.picture import CAUSAL, HIDDEN, WITHIN_IMAGE, draw_row, mask_picture, split_row
-from megamm.data.tokens import BOS, EOS, IGNORE, IMAGE, IMAGE_END, PAD, SPECIAL_TOKENS
+from megamm.data.picture import CAUSAL, HIDDEN, WITHIN_IMAGE, draw_row, mask_picture
+from megamm.sequence import BOS, EOS, IGNORE, IMAGE, IMAGE_END, PAD, SPECIAL_TOKENS, Batch, row_spans
 
 PATCH, SCALE = 4, 2
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
@@ -39,21 +38,26 @@ def batch() -> Batch:
 
     patches = np.repeat(np.array(COLOURS, np.uint8)[:, None], PATCH * PATCH, axis=1).reshape(4, -1)
     return Batch(
-        tokens=rows([PAD] * len(tokens), tokens), positions=rows(empty, empty),
-        targets=rows([IGNORE] * len(tokens), targets), source=rows(empty, [0] * 9 + [1] * 5, torch.uint8),
-        modality=rows(empty, empty, torch.uint8), lo=rows([0] * len(tokens), lo), hi=rows([-1] * len(tokens), hi),
-        patches=torch.from_numpy(patches), patch_index=torch.arange(4) + len(tokens) + 1,
+        tokens=rows([PAD] * len(tokens), tokens),
+        positions=rows(empty, empty),
+        targets=rows([IGNORE] * len(tokens), targets),
+        source=rows(empty, [0] * 9 + [1] * 5, torch.uint8),
+        label_kind=rows(empty, empty, torch.uint8),
+        lo=rows([0] * len(tokens), lo),
+        hi=rows([-1] * len(tokens), hi),
+        patches=torch.from_numpy(patches),
+        patch_index=torch.arange(4) + len(tokens) + 1,
         label_index=torch.tensor([len(tokens) + i for i, t in enumerate(targets) if t != IGNORE]),
-    )  # fmt: skip
+    )
 
 
 def test_splits_a_row_into_documents_and_spans(batch):
-    documents = split_row(batch, 1)
+    documents = row_spans(*(x[1].numpy() for x in (batch.tokens, batch.lo, batch.hi)))
     assert [[(s.start, s.stop, s.is_image) for s in spans] for spans in documents] == [
         [(0, 1, False), (1, 5, True), (5, 9, False)],
         [(9, 12, False)],
     ]
-    assert split_row(batch, 0) == []
+    assert row_spans(*(x[0].numpy() for x in (batch.tokens, batch.lo, batch.hi))) == []
 
 
 def test_draws_every_patch_in_its_place(batch, tokenizer):

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamm.data import images
-from megamm.data.prepare import Encoded, PrepareSettings, assign_splits, prepare
+from megamm.data.prepare import PrepareSettings, prepare
 from megamm.data.shards import ShardedDataset
 from megamm.data.tokenizer import Tokenizer, train_tokenizer
-from megamm.data.tokens import BOS, EOS, IMAGE_END
-from megamm.data.writer import MIN_TEXT_AFTER_IMAGE, split_rows
+from megamm.data.writer import MIN_TEXT_AFTER_IMAGE, split_pieces
 from megamm.errors import InputError, RunError
+from megamm.sequence import BOS, EOS, IMAGE_END
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 TEXT = "The quick brown fox jumps over the lazy dog. "
@@ -197,12 +197,12 @@ def test_mixed_kinds_and_bad_settings(tokenizer, pages, tmp_path):
     extra=st.integers(3, 30),
 )
 @settings(max_examples=300, deadline=None)
-def test_split_rows_loses_nothing(spans, num_patches, extra):
+def test_split_pieces_loses_nothing(spans, num_patches, extra):
     max_length = max(8, num_patches + extra)
     numbers = iter(range(10, 10_000))
     units = [b"image" if span == "image" else [next(numbers) for _ in range(span)] for span in spans]
     units.append([next(numbers), EOS])
-    rows = split_rows("x", units, max_length, num_patches)
+    rows = split_pieces("x", units, max_length, num_patches)
     found = []
     for index, row in enumerate(rows):
         assert row.id == ("x" if index == 0 else f"x#{index}")
@@ -217,29 +217,6 @@ def test_split_rows_loses_nothing(spans, num_patches, extra):
             assert row.length >= max_length - num_patches - MIN_TEXT_AFTER_IMAGE
     expected = [t for unit in units for t in ([unit, IMAGE_END] if unit == b"image" else unit)]
     assert found == expected
-
-
-@given(names=st.lists(st.text(max_size=4), unique=True, max_size=30), fraction=st.sampled_from([0, 0.02, 0.3, 0.5]))
-@settings(max_examples=100, deadline=None)
-def test_splits_hold_each_document_once(names, fraction):
-    found = list(assign_splits((Encoded(id=n, rows=[], skipped=[]) for n in names), fraction))
-    assert sorted(d.id for _, d in found) == sorted(names)
-    val = [d for split, d in found if split == "val"]
-    if fraction and len(names) >= 2:
-        assert 1 <= len(val) < len(names)
-    else:
-        assert not val
-
-
-def test_split_of_a_document_does_not_depend_on_the_others():
-    names = [f"document {n}" for n in range(2000)]
-
-    def val(names):
-        documents = (Encoded(id=n, rows=[], skipped=[]) for n in names)
-        return {d.id for split, d in assign_splits(documents, 0.1) if split == "val"}
-
-    assert 140 < len(val(names)) < 260
-    assert val(names[500:]) == val(names) & set(names[500:])
 
 
 def test_command_line(tokenizer, pages, tmp_path):

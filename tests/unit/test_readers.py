@@ -143,7 +143,7 @@ def test_pages_folder(tmp_path):
         __hidden___c__html="<p>c</p>",
     )
     inputs = open_inputs([str(tmp_path)])
-    assert inputs.kinds == ["interleaved"] and inputs.num_tasks == 5
+    assert inputs.kinds == ["interleaved"] and inputs.num_tasks == 6
     documents, skipped = read(tmp_path)
     assert [d.id for d in documents] == ["b.html", "latin.html", "outside.html", "sub/a.md"]
     b, latin, _, a = documents
@@ -152,6 +152,7 @@ def test_pages_folder(tmp_path):
     assert text_of(a) == "A\n\nAlt\n\ntext code\n\na | b\n1 | 2"
     assert {(s.id, s.reason) for s in skipped} == {
         ("b.html: gone.png", "image not found"),
+        (".hidden", "hidden file or folder"),
         ("bad.html", "wrong encoding: not UTF-8 nor what the page declares"),
         ("outside.html: ../../etc/x.png", "image outside the input folder"),
         ("outside.html: https://e.org/x.png", "remote image"),
@@ -180,8 +181,11 @@ def test_caption_folder(tmp_path):
         ("b.jpg", Image, "Two lines\nof caption"),
     ]
     assert {s.id: s.reason for s in skipped} == {
+        "a.svg": "SVG image beside a pixel version",
         "c.svg": "SVG image without a pixel version",
+        "c.txt": "caption file without an image",
         "d.png": "image without a caption file",
+        "README.md": "of another kind: not caption",
     }
 
 
@@ -279,7 +283,7 @@ def test_bad_inputs(tmp_path):
         ("x.bin", "unknown format"),
         ("empty.jsonl", "no text field"),
         ("other.csv", "no text field"),
-        ("bad.parquet", "cannot be read as Parquet"),
+        ("bad.parquet", "damaged Parquet"),
     ):
         with pytest.raises(InputError, match=message):
             open_inputs([str(tmp_path / name)])

@@ -13,21 +13,23 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from megamm_laws.comparison.compare import compare, verdict
+from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.law import power_law
+from megamm_laws.pictures import units
+from megamm_laws.pictures.charts import extent, to_png
+from megamm_laws.runs.collect import collect
+from megamm_laws.runs.table import read_runs, write_runs
 from PIL import Image
 from study_factory import COOLDOWN, LAWS, make_datasets, make_study
 
 from megamm.errors import InputError
-from megamm.scaling import laws, units
-from megamm.scaling.charts import extent, to_plotly, to_png
-from megamm.scaling.collect import collect
-from megamm.scaling.compare import compare, verdict
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.report import render_report
-from megamm.scaling.report.figures import all_charts, shade
-from megamm.scaling.report.findings import cautions, findings, headline
-from megamm.scaling.report.study import read_study
-from megamm.scaling.report.tables import runs_table
-from megamm.scaling.runs import read_runs, write_runs
+from megamm.report import render_report
+from megamm.report.figures import all_charts, shade
+from megamm.report.findings import cautions, findings, headline
+from megamm.report.plotly_charts import to_plotly
+from megamm.report.study import read_results
+from megamm.report.tables import runs_table
 
 EVIL = "<script>alert('x')</script>"
 TOOL = Path(__file__).parents[2] / "tools" / "render_report.py"
@@ -58,7 +60,7 @@ def copy(folder, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def study(folder):
-    return read_study(folder)
+    return read_results(folder)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_finds_the_architecture_that_is_ahead_by_its_law(study):
     ]
     caption = found["caption"].comparison
     true = {
-        group: laws.frontier_loss(np.array(LAWS[group]["caption"]), caption.flops, study.laws["loss"][group].kappa)
+        group: power_law.frontier_loss(np.array(LAWS[group]["caption"]), caption.flops, study.laws["loss"][group].kappa)
         for group in ("early", "late")
     }
     assert (true["early"] < true["late"]).all()
@@ -202,7 +204,7 @@ def test_shows_isoflop_profiles_where_runs_have_budgets_in_common(copy, study):
         budget = (1e14, 3e14, 1e15)[i // 3]
         row |= {"params": size, "flops": budget, "tokens": budget / 6 / size, "loss": 3 - 0.2 * i + (i % 3 != 1)}
     write_runs(copy / "runs.csv", early + [row for row in rows if row["architecture"] != "early"])
-    charts = all_charts(read_study(copy), None)
+    charts = all_charts(read_results(copy), None)
     assert len(early) == 9 and "isoflop_0" in charts and "isoflop_1" not in charts
     assert charts["isoflop_0"].panels[0].title.startswith("early fusion")
 
@@ -240,7 +242,7 @@ def test_one_architecture_has_no_verdict(copy):
     fits = json.loads((copy / "fits" / "fits.json").read_text())
     fits["fits"] = [fit for fit in fits["fits"] if fit["group"] == "early"]
     (copy / "fits" / "fits.json").write_text(json.dumps(fits))
-    study = read_study(copy)
+    study = read_results(copy)
     assert study.pair is None and findings(study) == []
     assert headline(study, []) == [
         "No verdict: a comparison needs the fits of two architectures, and this study has early fusion."
@@ -253,7 +255,7 @@ def test_unfinished_runs_are_named(copy):
     (run / "result.json").unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 490, "lo')  # as a kill leaves it
-    study = read_study(copy)
+    study = read_results(copy)
     assert [r.path for r in study.runs if r.result is None] == [run]
     assert "Not finished, and left out: runs/late-w64/late-w64-s480" in runs_table(study)
     assert headline(study, findings(study))
@@ -282,10 +284,7 @@ def _rename_groups(study: Path) -> None:
     ("damage", "message"),
     [
         (lambda s: (s / "runs.csv").unlink(), r"runs\.csv: not found; run: python tools/collect_runs\.py"),
-        (
-            lambda s: (s / "fits" / "fits.json").unlink(),
-            r"not found; run: python tools/fit_scaling_laws\.py",
-        ),
+        (lambda s: (s / "fits" / "fits.json").unlink(), r"not found; run: python tools/fit_scaling_laws\.py"),
         (lambda s: (s / "fits" / "bootstrap.npz").unlink(), r"bootstrap\.npz: not found"),
         (_rename_groups, r"no column holds the groups"),
         (_break_metrics, r"metrics\.jsonl: not JSON lines"),
@@ -312,13 +311,21 @@ def test_tool_exits_2_without_runs(tmp_path):
 @pytest.mark.parametrize(
     ("form", "value", "text"),
     [
-        (units.count, 941_696, "942K"), (units.count, 1.5e9, "1.5B"), (units.count, 999_900, "1M"),
-        (units.count, 12, "12"), (units.power, 2.18e13, "2.2×10¹³"), (units.power, 9.99e13, "10¹⁴"),
-        (units.power, 3e-7, "3×10⁻⁷"), (units.digits, 0.04567, "0.0457"), (units.digits, -1234.5, "-1230"),
-        (units.duration, 59, "59 s"), (units.duration, 7200, "2 h"), (units.duration, 4e5, "4.6 days"),
+        (units.count, 941_696, "942K"),
+        (units.count, 1.5e9, "1.5B"),
+        (units.count, 999_900, "1M"),
+        (units.count, 12, "12"),
+        (units.power, 2.18e13, "2.2×10¹³"),
+        (units.power, 9.99e13, "10¹⁴"),
+        (units.power, 3e-7, "3×10⁻⁷"),
+        (units.digits, 0.04567, "0.0457"),
+        (units.digits, -1234.5, "-1230"),
+        (units.duration, 59, "59 s"),
+        (units.duration, 7200, "2 h"),
+        (units.duration, 4e5, "4.6 days"),
         (units.prettify, "from 1.1e+13 to 2e15 at 95%", "from 1.1×10¹³ to 2×10¹⁵ at 95%"),
     ],
-)  # fmt: skip
+)
 def test_numbers_read_well(form, value, text):
     assert form(value) == text
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megamm.data import scenes
 from megamm.data.documents import Image, Text
 from megamm.data.scenes import captions, world
-from megamm.data.scenes.scene import COLOURS, DIGITS, SHAPES, Object, Scene, coverage, render
+from megamm.data.scenes.scene import COLOURS, DIGITS, SHAPES, Object, Scene, render, visible_share
 from megamm.errors import InputError
 
 KINDS = ("caption", "interleaved", "text")
@@ -130,7 +130,7 @@ def identify(mask, row, column, cells):
     candidates = SHAPES + tuple(DIGITS) if cells == 2 else SHAPES
 
     def overlap(shape):
-        outlines = (coverage(shape, len(place), (dx, dy), 0.82) > 0.5 for dx in (-1, 0, 1) for dy in (-1, 0, 1))
+        outlines = (visible_share(shape, len(place), (dx, dy), 0.82) > 0.5 for dx in (-1, 0, 1) for dy in (-1, 0, 1))
         return max((place & outline).sum() / (place | outline).sum() for outline in outlines)
 
     return max(candidates, key=overlap)

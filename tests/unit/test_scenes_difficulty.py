@@ -76,7 +76,7 @@ def test_entropy_of_captions_is_that_of_their_enumeration():
             for objects in make(captions.colours_but(background))
         ]
         texts_ = {
-            captions.describe(scene, frame=frame, swapped=swapped)
+            captions.caption_of(scene, frame=frame, swapped=swapped)
             for scene in scenes_
             for frame in range(len(captions.FRAMES))
             for swapped in ((False, True) if skill == "relation" else (False,))

@@ -11,11 +11,14 @@ from dataset_factory import make_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamm.config import Config, build
+from megamm.config import Config
 from megamm.errors import InputError
+from megamm.estimate.hardware import find_gpu
 from megamm.resolve import resolve_config
-from megamm.study.ladders import expand
-from megamm.study.launchers import LocalLauncher, SlurmLauncher
+from megamm.settings import build
+from megamm.study.cost import ladder_costs, resolve_without_data
+from megamm.study.ladders import expand, read_study
+from megamm.study.launchers import LocalLauncher, NodeCall, SlurmLauncher
 from megamm.study.runner import resolve_study
 from megamm.training.schedule import learning_rate_factor
 
@@ -42,8 +45,10 @@ def test_grid_becomes_ladders_of_a_trunk_and_its_branches():
     assert trunk.trunk and trunk.config.schedule.cooldown == "none"
     assert trunk.steps == 320 and trunk.config.checkpoint.steps == [80, 160, 320] and trunk.config.checkpoint.final
     assert [(b.start, b.steps, b.tokens) for b in branches] == [
-        (80, 100, 100 * STEP), (160, 200, 200 * STEP), (320, 400, 400 * STEP)
-    ]  # fmt: skip
+        (80, 100, 100 * STEP),
+        (160, 200, 200 * STEP),
+        (320, 400, 400 * STEP),
+    ]
     for branch in branches:
         assert branch.config.train.branch_from == trunk.config.train.run_dir == f"out/runs/{trunk.ladder}/{trunk.name}"
         assert (branch.config.model.architecture, branch.config.model.width) == ("late", 64)
@@ -138,9 +143,10 @@ def test_all_problems_of_the_structure_are_named():
         ({"widths": [32, 33]}, {}, "model.width: 33 is not a multiple of 8"),
         ({"widths": {32: {"optimizer": {"lrr": 1}}}}, {}, "optimizer.lrr: unknown key; did you mean 'lr'?"),
         ({"mixtures": {"m": {"c": 1}}}, {}, "mixtures.m: c; known in base.data.sources: a, b"),
-        ({"mixtures": {"m": {"a": 0}}}, {}, "data.sources.a.weight: 0.0 is not positive"),
+        ({"mixtures": {"m": {"a": 0}}}, {}, "mixtures.m.a: expected a number from 1e-09 to 1e+09, found 0"),
+        ({"tokens": [STEP - 1, 400 * STEP]}, {}, f"a budget of {STEP - 1} is less than one batch, {STEP} positions"),
         ({"tokens": [100 * STEP, 100 * STEP - 1]}, {}, "are [100, 100] steps; make them differ"),
-        ({"tokens": [100 * STEP, 0]}, {}, "tokens: a budget is not positive"),
+        ({"tokens": [100 * STEP, 0]}, {}, "tokens.1: expected a number from 1 to 1e+18, found 0"),
         ({"tokens": []}, {}, "tokens: empty"),
         (
             {"architectures": ["early"], "widths": [32, 32]},
@@ -255,6 +261,23 @@ def test_slurm_names_an_unknown_parameter(tmp_path):
         SlurmLauncher(tmp_path, {"gpu_per_node": 1}, cluster="local")
 
 
+def test_slurm_jobs_span_nodes_and_get_their_cpus(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    call = NodeCall(["a.yaml", "b.yaml"], tmp_path / "log.txt", ranks=8)
+    command = " ".join(call.command(2, "node3", "123456"))
+    assert "megamm.launch --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=node3:23456 --rdzv-id=123456" in command
+    assert command.endswith("--nproc-per-node=8 --max-restarts=3 -m megamm.train --config a.yaml b.yaml")
+    assert "--standalone" in call.command(1, "node3", "7")
+    assert call.command(2, "node3", "123457") != call.command(2, "node3", "123456"), "another port"
+    assert "megamm.launch" not in NodeCall(["a.yaml"], tmp_path / "log.txt", ranks=1).command(1, "node3", "7")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    launcher = SlurmLauncher(tmp_path, {"nodes": 2, "gpus_per_node": 8, "cpus_per_task": 64})
+    script = launcher._executor._executor._make_submission_file_text("command", "uid")
+    for line in ("#SBATCH --nodes=2", "#SBATCH --gpus-per-node=8", "#SBATCH --cpus-per-task=64", "@300"):
+        assert line in script, script
+    assert script.index("export SRUN_CPUS_PER_TASK=") < script.index("\nsrun ")
+
+
 def test_demo_study_is_valid():
     values = yaml.safe_load((TOOL.parents[1] / "examples" / "studies" / "demo.yaml").read_text())
     values["base"]["model"] |= {"vocab_size": 2048, "image_size": 32, "patch_size": 4}
@@ -266,3 +289,63 @@ def test_demo_study_is_valid():
         resolve_config(run.config)
     early, late = ({r.width for r in found.runs if r.architecture == a} for a in ("early", "late"))
     assert early == late and len(early) >= 3
+
+
+def test_a_size_is_merged_over_what_all_sizes_share(tmp_path):
+    sizes = {"small": {"widths": [32]}, "large": {"widths": [64], "base": {"model": {"depth": 4}}}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study(sizes=sizes), sort_keys=False))
+    assert read_study(path, "small") == study(widths=[32])
+    large = expand(read_study(path, "large"), Path("out"))
+    assert {run.width for run in large.runs} == {64} and {run.config.model.depth for run in large.runs} == {4}
+    for size, message in ((None, "not given; sizes here: small, large"), ("medium", "'medium' is none of them")):
+        with pytest.raises(InputError, match=message):
+            read_study(path, size)
+    path.write_text(yaml.safe_dump(study()))
+    assert read_study(path) == study()
+    with pytest.raises(InputError, match="the study has no sizes"):
+        read_study(path, "small")
+
+
+STUDIES = sorted(
+    path.name for path in (TOOL.parents[1] / "examples" / "studies").glob("*.yaml") if "demo" not in path.name
+)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("size", ["smoke", "paper"])
+def test_studies_of_examples_expand_and_cost_something(name, size, monkeypatch, tmp_path):
+    """Without data; the smoke size within what two cores train in minutes, the paper's on a cluster."""
+    monkeypatch.chdir(tmp_path)  # where no demo has left its data
+    found = expand(read_study(TOOL.parents[1] / "examples" / "studies" / name, size), Path("out"))
+    shares, origin = resolve_without_data(found)
+    assert origin.startswith("stated: 54.4% image patches")
+    flops = sum(run.flops(shares[run.name], own=True) for run in found.runs)
+    assert 1e12 < flops < 1e13 if size == "smoke" else 1e21 < flops < 1e23
+    if size == "paper":
+        ladders = dict(list(found.ladders.items())[:1])
+        (cost,) = ladder_costs(type(found)(name="one", ladders=ladders), find_gpu("h100"), 64).values()
+        own = sum(run.flops(shares[run.name], own=True) for run in next(iter(ladders.values())))
+        one = cost.found.estimate
+        assert cost.gpu_hours == pytest.approx(own / (one.mfu_6nd * one.peak_flops) * 64 / 3600, rel=0.02)
+
+
+def test_dry_run_prints_the_cost_on_a_cluster():
+    path = TOOL.parents[1] / "examples" / "studies" / "early_vs_late.yaml"
+    command = [sys.executable, str(TOOL), str(path), "--size", "paper", "--out", "out", "--dry-run"]
+    done = subprocess.run([*command, "--gpu", "H100", "--gpus", "64", "--price", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    total = done.stdout.splitlines()[-1]
+    hours, money = (float(word.replace(",", "")) for word in (total.split()[0], total.split()[2]))
+    assert money == pytest.approx(2 * hours, rel=0.01) and hours > 100
+    for wrong in (["--gpu", "H100"], ["--price", "2"], ["--gpu", "H100", "--gpus", "0"]):
+        assert subprocess.run([*command, *wrong], capture_output=True).returncode == 2
+
+
+def test_variants_of_one_architecture_are_told_apart():
+    experts = {"model": {"architecture": "early", "experts": {"num": 4}}}
+    found = expand(
+        study(architectures={"early": {}, "fine": experts, "moe": experts}, tokens=[STEP * 100]), Path("out")
+    )
+    assert {run.architecture: run.config.variant for run in found.runs} == {n: n for n in ("early", "fine", "moe")}
+    assert build(Config, {"model": experts["model"], "train": {"steps": 1}}).variant == "early-moe"

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamm.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
-from megamm.data.tokens import SPECIAL_TOKENS
 from megamm.errors import InputError
+from megamm.sequence import SPECIAL_TOKENS
 
 TEXTS = ["the cat sat on the mat, 1234 times", "the dog sat on the log <image> and <eos>", "ünïcödé 日本語"] * 5
 

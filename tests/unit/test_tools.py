@@ -8,22 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megamm_laws.fitting.fits_file import read_laws
+from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.runs.table import read_runs
 
 from megamm.errors import InputError
 from megamm.files import check_out
-from megamm.scaling.fit_outputs import fit_table, write_fits
-from megamm.scaling.fits_file import read_laws
-from megamm.scaling.plan.inputs import read_fits
-from megamm.scaling.runs import read_runs
+from megamm.planning.inputs import read_fits
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "tests" / "data" / "chinchilla_runs.csv"
 
 
 def tool(name: str, *arguments) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def refused(done: subprocess.CompletedProcess, *expected: str) -> None:
@@ -149,7 +148,7 @@ def test_an_empty_out_is_not_the_working_directory(name, arguments):
 
 
 def test_estimate_of_documents_without_length():
-    config = ROOT / "examples" / "configs" / "early_275m.yaml"
+    config = ROOT / "examples" / "nmm" / "early-275m.yaml"
     done = tool("estimate", "--config", config, "--world-size", "8", "--gpu", "h100", "--document-length", "0")
     refused(done, "--document-length: 0 is not from 1 to data.row_length")
 

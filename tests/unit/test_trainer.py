@@ -1,38 +1,22 @@
 """The training loop: gradient accumulation, logs, and what happens when something is wrong."""
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from dataset_factory import make_dataset
+from run_factory import make_sources, trainer
 
-from megamm.config import load
-from megamm.data.loader import Loader, build_plan
 from megamm.errors import InputError, RunError
-from megamm.trainer import Trainer
 from megamm.training import run_dir
-from megamm.training.evaluation import swap_images
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for seed, kind in enumerate(("caption", "text")):
-        make_dataset(folder / kind, kind=kind, num_documents=120, seed=seed)
-    return folder
-
-
-def trainer(data: Path, run_dir: Path, **overrides) -> Trainer:
-    settings = {
-        "model.width": 16, "model.depth": 1, "model.head_dim": 8, "model.hidden_multiple": 8,
-        "data.row_length": 64, "data.window_tokens": 2000, "data.workers": 0,
-        "data.sources": f"{{caption: {{path: {data}/caption}}, text: {{path: {data}/text}}}}",
-        "optimizer.lr": 0.003, "schedule.warmup_steps": 3, "train.steps": 12, "train.batch_rows": 8,
-        "train.log_every": 4, "train.device": "cpu", "train.run_dir": run_dir, "train.peak_flops": 1e12,
-        "eval.rows": 4, "checkpoint.every": 5,
-    } | overrides  # fmt: skip
-    return Trainer(load(None, [f"--{key}={value}" for key, value in settings.items()]))
+    return make_sources(tmp_path_factory.mktemp("data"))
 
 
 def records(folder: Path) -> list[dict]:
@@ -98,30 +82,43 @@ def test_a_second_process_is_kept_out(tmp_path):
 def test_missing_sources_and_branch_points_are_named(data, tmp_path):
     with pytest.raises(InputError, match=r"data\.sources: empty"):
         trainer(data, tmp_path / "run", **{"data.sources": "{}"})
+    trainer(data, tmp_path / "trunk", **{"schedule.cooldown": "none", "checkpoint.every": 0}).run()
     with pytest.raises(InputError, match=r"train\.branch_from: .*step-00000010 does not exist"):
         trainer(data, tmp_path / "run", **{"train.branch_from": tmp_path / "trunk"}).run()
 
 
-def test_a_damaged_checkpoint_is_named(data, tmp_path):
-    trainer(data, tmp_path / "run").run()
-    (tmp_path / "run" / "result.json").unlink()
-    shard = next((tmp_path / "run" / "checkpoints").glob("step-00000012/*.distcp"))
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(InputError, match="step-00000012: cannot be loaded"):
-        trainer(data, tmp_path / "run").run()
+def test_a_shard_that_is_cut_under_a_run_is_named(tmp_path):
+    """Reading past the end of a memory map would kill the process."""
+    data = make_sources(tmp_path)
+    run, shard = trainer(data, tmp_path / "run"), tmp_path / "text" / "train" / "shard-00000.arrow"
+    train_step = run.train_step
+
+    def cut_after_two_steps(batches):
+        if run.step == 2:
+            os.truncate(shard, 4096)
+        return train_step(batches)
+
+    run.train_step = cut_after_two_steps
+    with pytest.raises(InputError, match=r"text/train/shard-00000\.arrow: damaged or cut short, it has 4096 bytes"):
+        run.run()
+
+
+def test_a_loader_process_that_dies_is_named(data, tmp_path):
+    run = trainer(data, tmp_path / "run", **{"data.workers": 1, "data.prefetch": 1})
+    train_step = run.train_step
+
+    def kill_after_two_steps(batches):
+        if run.step == 2:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+        return train_step(batches)
+
+    run.train_step = kill_after_two_steps
+    with pytest.raises(RunError, match=r"a loader process died \(.*pid.*killed.*Lower data\.workers"):
+        run.run()
 
 
 def test_bfloat16_trains(data, tmp_path):
     exact = trainer(data, tmp_path / "fp32").run()
     low = trainer(data, tmp_path / "bf16", **{"train.dtype": "bfloat16"}).run()
     assert low["loss"] == pytest.approx(exact["loss"], rel=0.02)
-
-
-def test_swapping_images_moves_every_image_and_nothing_else(data, tmp_path):
-    run = trainer(data, tmp_path / "run")
-    config = run.config.data
-    plan = build_plan(run.datasets, [1.0, 1.0], config, cache_dir=tmp_path, num_rows=8)
-    batch = next(iter(Loader(plan, run.datasets, config, global_batch_rows=8, end_step=1)))[0]
-    swapped = swap_images(batch, 4)
-    assert torch.equal(swapped.patches[4:], batch.patches[:-4]) and torch.equal(swapped.patches[:4], batch.patches[-4:])
-    assert torch.equal(swapped.tokens, batch.tokens)

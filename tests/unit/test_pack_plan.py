@@ -7,7 +7,7 @@ from dataset_factory import make_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamm.data.plan import PackPlan
+from megamm.data.pack_plan import PackPlan
 from megamm.data.shards import ShardedDataset
 from megamm.errors import InputError
 
@@ -26,9 +26,13 @@ def datasets(tmp_path_factory):
 
 def make_plan(datasets, weights=(0.45, 0.45, 0.1), window_tokens=2000, seed=3, cache_dir=None, row_length=ROW):
     return PackPlan(
-        datasets[: len(weights)], weights, row_length=row_length, window_tokens=window_tokens, seed=seed,
+        datasets[: len(weights)],
+        weights,
+        row_length=row_length,
+        window_tokens=window_tokens,
+        seed=seed,
         cache_dir=cache_dir,
-    )  # fmt: skip
+    )
 
 
 def row_of(plan, i):
@@ -83,9 +87,7 @@ def test_epochs_differ_in_order(datasets):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    weights=st.tuples(*[st.floats(0.05, 10)] * 3),
-    window_tokens=st.integers(2000, 30_000),
-    seed=st.integers(0, 2**63),
+    weights=st.tuples(*[st.floats(0.05, 10)] * 3), window_tokens=st.integers(2000, 30_000), seed=st.integers(0, 2**63)
 )
 def test_shares_of_tokens(datasets, weights, window_tokens, seed):
     plan = make_plan(datasets, weights, window_tokens, seed)
@@ -129,11 +131,15 @@ def test_index_belongs_to_one_plan(datasets, tmp_path):
     assert make_plan(datasets, cache_dir=tmp_path, weights=(45, 45, 10)).num_rows_known >= 50
 
 
-def test_a_damaged_index_is_made_again(datasets, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip 3", "flip 40"])
+def test_a_damaged_index_is_made_again(datasets, tmp_path, damage):
     plan = make_plan(datasets, cache_dir=tmp_path)
     plan.ensure(50)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
+    data = bytearray(file.read_bytes())
+    if damage.startswith("flip"):
+        data[int(damage.split()[1])] ^= 1
+    file.write_bytes(data[: {"cut": len(data) // 2, "empty": 0}.get(damage)])
     again = make_plan(datasets, cache_dir=tmp_path)
     assert again.num_rows_known == 0
     again.ensure(50)
