@@ -1,6 +1,7 @@
-# make demo | make test | make lint | make bench | make bench-kernels | make gpu | make demo-real
+# Bare `make` prints the targets.
 #
-# Everything lives in .venv; PYTHON= names another interpreter that already has the packages.
+# Everything lives in .venv. PYTHON= names another interpreter that already has the packages: then nothing is installed,
+# and megamm is read from this folder.
 
 TORCH ?= torch==2.13.0
 BASE_PYTHON ?= python3
@@ -8,58 +9,101 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 PYTEST_JOBS ?= 2
 
-.PHONY: demo demo-real test lint bench bench-kernels gpu install install-test install-bench browser clean
+ifneq ($(PYTHON),$(VENV)/bin/python)
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/laws:$(PYTHONPATH)
+endif
 
-demo: install
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-real test faults lint format bench bench-kernels compiled gpu docker laws-alone install install-test install-bench browser \
+	clean distclean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: install  ## built-in data, 33 small models, fits, report: about ten minutes on two cores
 	$(PYTHON) examples/demo.py
 
-demo-real: install
+demo-real: install  ## the same on documentation and clip art of Debian packages
 	PYTHON=$(PYTHON) sh examples/real_data.sh demo-real/data
 	$(PYTHON) examples/demo.py --real
 
-test: install-test browser
-	$(PYTHON) -m pytest -n $(PYTEST_JOBS) --dist loadgroup
+test: install-test browser  ## the whole test suite
+	$(PYTHON) -m pytest -n $(PYTEST_JOBS) --dist loadfile  # a file has its fixtures once
 
-lint: install-test
+faults: install-test  ## 261 things that go wrong while training, and what is lost: about 8 minutes on two cores
+	$(PYTHON) tests/faults/run.py
+
+lint: install-test  ## style, layout, spelling, types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m codespell_lib
+	$(PYTHON) -m mypy
 
-bench: install-bench
+format: install-test  ## lay out the code
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: install-bench  ## a training step and generation against Hugging Face
 	$(PYTHON) benchmarks/train_step.py
+	$(PYTHON) benchmarks/decode.py
 
 bench-kernels: RESULTS ?= kernels/bench/results
-bench-kernels: install-bench
-	for script in $$(grep -l __main__ kernels/bench/*.py); do $(PYTHON) $$script --out $(RESULTS) $(BENCH_FLAGS) || exit; done
+bench-kernels: install-bench  ## every operator against its peers: RESULTS=DIR BENCH_FLAGS=...
+	for script in $$(grep -l '^from harness' kernels/bench/*.py); do $(PYTHON) $$script --out $(RESULTS) $(BENCH_FLAGS) || exit; done
 
-# On a machine with a GPU, whose python3 has torch, triton and pytest: nothing is installed, no network is needed.
+compiled: install-test  ## what the compiler makes of every kernel for four GPUs, without one: registers, spills, ...
+	env -u TRITON_INTERPRET $(PYTHON) kernels/bench/compiled.py --arch sm_80 sm_90 sm_100 gfx942 \
+		--out kernels/bench/results/compiled.csv
+
 gpu: RESULTS ?= benchmarks/results
 gpu: PYTHON = python3
-gpu:
-	PYTHONPATH=kernels:.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(RESULTS)
+gpu:  ## tests and benchmarks on one GPU, with a python3 that has torch, triton and pytest; installs nothing
+	PYTHONPATH=kernels:laws:.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(RESULTS)
 
-# The install targets are stamped by the files they read, so a second call does nothing.
-install: $(VENV)/.installed
-install-test: $(VENV)/.installed-test
-install-bench: $(VENV)/.installed-bench
+laws-alone:  ## install laws/ in an empty environment, without torch, and fit a published table
+	rm -rf build/laws-alone laws/build
+	$(BASE_PYTHON) -m venv build/laws-alone
+	build/laws-alone/bin/python -m pip install -q ./laws
+	cd build/laws-alone && bin/megamm-fit ../../tests/data/chinchilla_runs.csv --out fits
+	cd build/laws-alone && ! bin/python -c "import torch" 2>/dev/null
 
-$(VENV)/.installed: pyproject.toml kernels/pyproject.toml
+# BASE_IMAGE= names another base than NVIDIA's PyTorch image.
+docker:  ## build the Docker image
+	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) -t megamm .
+
+install: $(VENV)/.installed  ## .venv for demo and training
+install-test: $(VENV)/.installed-test  ## .venv for tests and lint
+install-bench: $(VENV)/.installed-bench  ## .venv for benchmarks
+
+# Stamps of the files they read, so that a second call does nothing.
+ifeq ($(PYTHON),$(VENV)/bin/python)
+$(VENV)/.installed: pyproject.toml
 	test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q $(TORCH) numpy
-	$(VENV)/bin/python -m pip install -q -e kernels -e .
+	$(VENV)/bin/python -m pip install -q -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -q -e kernels -e ".[test]"
+	$(VENV)/bin/python -m pip install -q -e ".[test]"
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -q -e kernels -e ".[bench]"
+	$(VENV)/bin/python -m pip install -q -e ".[bench]"
 	touch $@
 
 # The report's screenshot test needs Chromium; it is skipped where there is none and none can be installed.
 browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || true
+else
+.PHONY: $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-bench
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-bench browser: ;
+endif
 
-clean:
-	rm -rf $(VENV) demo demo-real build
+clean:  ## remove what can be built again; results stay
+	rm -rf build kernels/build laws/build *.egg-info kernels/*.egg-info laws/*.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean  ## also remove .venv and results: demo, demo-real, runs
+	rm -rf $(VENV) demo demo-real runs

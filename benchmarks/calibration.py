@@ -4,9 +4,10 @@
 import sys
 import time
 
-from megamm.arguments import ArgumentParser
+from megamm_laws.arguments import ArgumentParser
+from simulated.ladders import SCENARIOS, Coverage, cover
+
 from megamm.errors import exit_on_error
-from megamm.scaling.calibration import SCENARIOS, Coverage, cover
 
 KINDS = {
     "coverage": "Coverage in %, intervals as in fits.json",

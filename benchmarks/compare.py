@@ -7,13 +7,13 @@ How often the simultaneous band holds the whole true difference, and the 95% int
 import sys
 
 import numpy as np
+from megamm_laws.arguments import ArgumentParser
+from megamm_laws.comparison.compare import compare, gain_at
+from megamm_laws.fitting.fit import fit_group
+from megamm_laws.law import power_law
+from simulated.ladders import TRUTH, Scenario, simulate
 
-from megamm.arguments import ArgumentParser
 from megamm.errors import exit_on_error
-from megamm.scaling import laws
-from megamm.scaling.calibration import TRUTH, Scenario, simulate
-from megamm.scaling.compare import Law, compare, gain_at
-from megamm.scaling.fit import fit_group
 
 OTHER = TRUTH * [0.97, 1.08, 1.0, 1.08, 1.0]
 """Behind at small compute, ahead at large."""
@@ -24,7 +24,7 @@ def crossing(low: float, high: float) -> float:
     """Where the true frontiers cross, by bisection in log C."""
     for _ in range(200):
         middle = np.sqrt(low * high)
-        difference = [laws.frontier_loss(p, np.array([middle]))[0] for p in (TRUTH, OTHER)]
+        difference = [power_law.frontier_loss(p, np.array([middle]))[0] for p in (TRUTH, OTHER)]
         low, high = (middle, high) if difference[0] < difference[1] else (low, middle)
     return low
 
@@ -47,12 +47,12 @@ def main() -> None:
             for j, truth in enumerate((TRUTH, OTHER)):
                 table = simulate(scenario, np.random.default_rng([arguments.seed, i, j]), truth)
                 fit = fit_group(table, group="AB"[j], resamples=arguments.bootstrap, seed=i)
-                pair.append(Law.of_fit(fit))
+                pair.append(fit.law)
             result = compare(*pair)
-            exact = laws.frontier_loss(TRUTH, result.flops) - laws.frontier_loss(OTHER, result.flops)
+            exact = power_law.frontier_loss(TRUTH, result.flops) - power_law.frontier_loss(OTHER, result.flops)
             held[0] += ((result.simultaneous[0] <= exact) & (exact <= result.simultaneous[1])).all()
             for k, c in enumerate(AT):
-                ratio = laws.frontier_flops(OTHER, laws.frontier_loss(TRUTH, np.array([c])))[0] / c
+                ratio = power_law.frontier_flops(OTHER, power_law.frontier_loss(TRUTH, np.array([c])))[0] / c
                 low, high = gain_at(*pair, c).interval
                 held[1 + k] += low <= ratio <= high
             if result.crossover:

@@ -2,20 +2,20 @@
 """Compute that proposed runs need for the interval that a regular grid gives, on simulated ladders.
 
 Each ladder starts from the same cheap pilot. A regular grid (sizes x tokens per parameter, its top set by the budget;
-the best of several numbers of points is taken) and the proposals of megamm.scaling.design, bound to the same largest
-size and length (`same ratios`: and to the grid's tokens per parameter), are then simulated with noise, fitted, and
-their 95% intervals compared at several budgets.
+the best of several numbers of points is taken) and the proposals of megamm_laws.proposals.design, bound to the same
+largest size and length (`same ratios`: and to the grid's tokens per parameter), are then simulated with noise, fitted,
+and their 95% intervals compared at several budgets.
 """
 
 import sys
 
 import numpy as np
+from megamm_laws.arguments import ArgumentParser
+from megamm_laws.law import power_law
+from simulated.ladders import TRUTH
+from simulated.proposals import DECISIONS, compute_ratio, widths
 
-from megamm.arguments import ArgumentParser
 from megamm.errors import exit_on_error
-from megamm.scaling import laws
-from megamm.scaling.calibration import TRUTH
-from megamm.scaling.design_study import DECISIONS, compute_ratio, widths
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--decision", nargs="+", choices=list(DECISIONS), default=list(DECISIONS), help="default: all")
     arguments = parser.parse_args()
     budgets = np.geomspace(3e19, 3e21, 5)
-    best = laws.optimum(TRUTH, np.array([arguments.target]))
+    best = power_law.optimum(TRUTH, np.array([arguments.target]))
     print(f"target {arguments.target:.3g} FLOPs: N* {best[0][0]:.3g}, D* {best[1][0]:.3g}; noise {arguments.noise:.2%}")
     for name in arguments.decision:
         result = widths(

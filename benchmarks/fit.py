@@ -12,15 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from megamm_laws.arguments import ArgumentParser
+from megamm_laws.fitting.fit import cluster_labels, fit_group, resample
+from megamm_laws.fitting.isoflop import fit_isoflops
+from megamm_laws.fitting.stability import drop_table
+from megamm_laws.law import power_law, solver
+from megamm_laws.runs.table import RunTable, read_runs
+from megamm_laws.uncertainty.intervals import profile_intervals
 from scipy.optimize import minimize
-
-from megamm.arguments import ArgumentParser
-from megamm.scaling import laws, minimise
-from megamm.scaling.fit import cluster_labels, fit_group, resample
-from megamm.scaling.isoflop import fit_isoflops
-from megamm.scaling.runs import RunTable, read_runs
-from megamm.scaling.stability import drop_table
-from megamm.scaling.uncertainty import profile_intervals
 
 FOLDER = Path(__file__).parents[1] / "tests" / "data"
 DATA = FOLDER / "chinchilla_runs.csv"
@@ -32,12 +31,12 @@ def timed(function: Callable) -> tuple[float, object]:
     return time.perf_counter() - begin, result
 
 
-def lbfgs(problem: minimise.Problem, starts: np.ndarray) -> np.ndarray:
+def lbfgs(problem: solver.Problem, starts: np.ndarray) -> np.ndarray:
     """The objective that L-BFGS-B reaches from each start, with the exact gradient."""
     one = np.ones((1, len(problem.y)))
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient, *_ = minimise.evaluate(problem, theta[None], one, minimise.DELTA)
+        value, gradient, *_ = solver.evaluate(problem, theta[None], one, solver.DELTA)
         return value[0], gradient[0]
 
     bounds = list(zip(*problem.bounds))
@@ -55,11 +54,11 @@ def main() -> None:
     runs = runs.select(runs.numbers("loss") < np.sort(runs.numbers("loss"))[-5])
     params, tokens, loss = (runs.numbers(c) for c in ("params", "tokens", "loss"))
     ones = np.ones((1, len(runs)))
-    problem = minimise.Problem.of(params, tokens, loss)
+    problem = solver.Problem.of(params, tokens, loss)
     times: dict[str, list[float]] = {"megamm": [], "scipy": []}
     for repeat in range(arguments.repeats + 1):  # the first is a warm-up
-        ours, (theta, values) = timed(lambda: minimise.minimise(problem, minimise.starts(problem), ones))
-        theirs, reached = timed(lambda: lbfgs(problem, minimise.starts(problem)))
+        ours, (theta, values) = timed(lambda: solver.minimise(problem, solver.starts(problem), ones))
+        theirs, reached = timed(lambda: lbfgs(problem, solver.starts(problem)))
         if repeat:
             times["megamm"].append(ours)
             times["scipy"].append(theirs)
@@ -71,8 +70,8 @@ def main() -> None:
     print(f"ratio {statistics.median(times['scipy']) / statistics.median(times['megamm']):.1f}")
     weights, _ = resample(runs, cluster_labels(runs), arguments.bootstrap, np.random.default_rng(0))
     start = np.repeat(theta[values.argmin()][None], arguments.bootstrap, axis=0)
-    seconds, (draws, _) = timed(lambda: minimise.minimise(problem, start, weights))
-    errors = dict(zip(laws.PARAMETERS, problem.to_parameters(draws).std(axis=0, ddof=1).round(5).tolist()))
+    seconds, (draws, _) = timed(lambda: solver.minimise(problem, start, weights))
+    errors = dict(zip(power_law.PARAMETERS, problem.to_parameters(draws).std(axis=0, ddof=1).round(5).tolist()))
     print(f"bootstrap: {arguments.bootstrap} resamples in {seconds:.3f} s; standard errors {errors}")
     time_checks(runs)
 

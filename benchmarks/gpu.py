@@ -23,9 +23,14 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 TRAIN_STEP = {
-    "dtype": "bfloat16", "width": "1632", "depth": "8", "head-dim": "96", "vocab-size": "50432",
-    "row-length": "4096", "rows": "4",
-}  # fmt: skip
+    "dtype": "bfloat16",
+    "width": "1632",
+    "depth": "8",
+    "head-dim": "96",
+    "vocab-size": "50432",
+    "row-length": "4096",
+    "rows": "4",
+}
 WEIGHTS = {"tests": 7, "interval_attention": 3, "linear_cross_entropy": 2, "train_step": 3}
 """Shares of the time; 1 for all others."""
 
@@ -50,7 +55,7 @@ def parts(out: Path) -> list[Part]:
         tests += ["-n", "6"]  # most of the time goes into compiling kernels
     found = [Part("tests", tests)]
     for script in sorted((ROOT / "kernels/bench").glob("*.py")):
-        if "__main__" in script.read_text():
+        if "\nfrom harness import" in script.read_text():
             command = [str(script), "--device", "cuda", "--out", str(out)]
             found.append(Part(script.stem, command, takes_budget=True))
     options = [word for name, value in TRAIN_STEP.items() for word in (f"--{name}", value)]
@@ -63,7 +68,7 @@ def run(part: Part, seconds: float, log: Path) -> dict:
     command = [sys.executable, *part.command]
     if part.takes_budget:
         command += ["--budget", f"{0.65 * seconds:.0f}"]  # so that the case then running can end
-    paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT / "kernels"), str(ROOT / "laws"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
     with log.open("w") as file:

@@ -14,18 +14,19 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
+from megamm_laws.arguments import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from megamm.arguments import ArgumentParser
 from megamm.config import DataConfig, SourceConfig
 from megamm.data import images
-from megamm.data.loader import Loader, build_plan, open_sources
+from megamm.data.dataset_info import make_info
+from megamm.data.loader import Loader, build_pack_plan, open_sources
 from megamm.data.packing import best_fit_decreasing, num_rows, pack_documents, padding_share
-from megamm.data.shards import FORMAT_VERSION, SCHEMA, ShardedDataset
-from megamm.data.tokens import BOS, EOS, IMAGE_END
+from megamm.data.shards import ShardedDataset
+from megamm.data.writer import ShardWriter, split_pieces
 from megamm.errors import exit_on_error
+from megamm.sequence import EOS, patches_per_image
 
 SHARES = {"caption": 0.45, "interleaved": 0.45, "text": 0.10}
 
@@ -105,35 +106,33 @@ def padding_table(args: argparse.Namespace) -> Table:
 def make_captions(path: Path, num_documents: int) -> None:
     """A prepared dataset of 224-pixel JPEG images with captions of 20 to 60 tokens."""
     rng = np.random.default_rng(0)
-    rows = []
+    writer = ShardWriter(path / "train", num_documents)
     for i in range(num_documents):
         coarse = rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)
         words = rng.integers(5, 1000, rng.integers(20, 61)).tolist()
-        rows.append(
-            {
-                "id": str(i),
-                "tokens": [BOS, IMAGE_END, *words, EOS],
-                "layout": [1, -256, len(words) + 2],
-                "images": [images.encode(images.resize(coarse, 224))],
-            }
-        )
-    (path / "train").mkdir(parents=True)
-    with pa.OSFile(str(path / "train/0.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-    np.save(path / "train/lengths.npy", np.array([(len(r["tokens"]), 256) for r in rows], np.int32))
-    split = {"num_documents": num_documents, "shards": [{"file": "0.arrow", "num_documents": num_documents}]}
-    info = {"format_version": FORMAT_VERSION, "vocab_size": 1000, "tokenizer_sha256": "", "image_size": 224}
-    (path / "dataset.json").write_text(json.dumps(info | {"patch_size": 14, "splits": {"train": split}}))
+        units = [[], images.encode(images.resize(coarse, 224)), [*words, EOS]]
+        writer.add(split_pieces(str(i), units, 1024, 256))
+    info = make_info(
+        kind="caption",
+        vocab_size=1000,
+        tokenizer_sha256="0" * 64,
+        image_size=224,
+        patch_size=14,
+        max_length=1024,
+        splits={"train": writer.close()},
+        fingerprints={"train": writer.fingerprint.hex()},
+    )
+    (path / "dataset.json").write_text(json.dumps(info))
 
 
 def loader_table(paths: list[str], row_length: int, seconds: float = 5) -> Table:
     config = DataConfig(sources={Path(p).name: SourceConfig(path=p) for p in paths}, row_length=row_length, workers=1)
     datasets = open_sources(config, "train")
-    plan = build_plan(datasets, [1.0] * len(paths), config)
+    plan = build_pack_plan(datasets, [1.0] * len(paths), config)
     table = Table(title=f"loader, one worker process, batches of 8 rows of {row_length}")
     for column in ("start at step", "first batch, s", "rows/s", "tokens/s", "images/s"):
         table.add_column(column, justify="right")
-    patches = (datasets[0].info["image_size"] // datasets[0].info["patch_size"]) ** 2
+    patches = patches_per_image(datasets[0].info["image_size"], datasets[0].info["patch_size"])
     for start in (0, 2000):
         plan.ensure((start + 1) * 8)
         began = time.perf_counter()

@@ -2,19 +2,22 @@
 
     python benchmarks/train_step.py [--device cpu|cuda] [--dtype float32|bfloat16] [--width 384 ...] [--out DIR]
 
-Two questions:
+Three questions:
 
 1. text rows: tokens/s against Llama of equal width, depth, heads, SwiGLU width, vocabulary and rows, eager and
    compiled. Llama gets the same rows under its full causal mask; we keep documents apart. Two kinds of rows:
    packed documents, and one document per row, where our mask saves nothing.
 2. 45-45-10 rows (caption, interleaved, text by tokens): our model against itself with logits at every position.
+3. the same rows: our model with 8 experts, top-1, with a feed-forward layer per modality, and as a mixture of
+   transformers, against our dense model of as many active parameters.
 
 A step is forward, loss, backward, clipping at 1.0 and fused AdamW. The contenders take turns; a ratio is the
-median over rounds of (peer's time / our time): above 1 we are faster. Without transformers only the second question
-is answered.
+median over rounds of (peer's time / our time): above 1 we are faster. Without transformers the first question is left
+out. --only picks some of them.
 """
 
 import argparse
+import copy
 import csv
 import json
 import platform
@@ -27,13 +30,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from megamm_laws.arguments import ArgumentParser
 
-from megamm.arguments import ArgumentParser
-from megamm.config import ModelConfig, OptimizerConfig
-from megamm.data.batch import Batch
-from megamm.data.tokens import BOS, EOS, IGNORE, IMAGE, IMAGE_END
+from megamm.config import ExpertsConfig, ModelConfig, OptimizerConfig
+from megamm.data.rows import FIELDS, fill_row
+from megamm.data.shards import Example
 from megamm.model.multimodal import MultimodalModel
 from megamm.model.sizes import hidden_width, resolve_model
+from megamm.sequence import BOS, EOS, IGNORE, IMAGE_END, Batch
 from megamm.training.optimizer import make_optimizer
 
 IMAGE_SIZE, PATCH_SIZE = 224, 14
@@ -61,43 +65,36 @@ def draw_row(rng: np.random.Generator, length: int, kind: str) -> list[list[int]
     return documents
 
 
+def _example(spans: list[int], vocab_size: int, rng: np.random.Generator) -> Example:
+    """A document of random words in the given layout."""
+    layout = np.array([span if span > 0 else -PATCHES for span in spans])
+    tokens = rng.integers(5, vocab_size, layout[layout > 0].sum()).astype(np.int32)
+    after_image = np.cumsum(layout.clip(min=0))[:-1][layout[:-1] < 0]
+    tokens[after_image], tokens[0], tokens[-1] = IMAGE_END, BOS, EOS
+    return Example(id="", tokens=tokens, layout=layout, images=[])
+
+
 def make_batch(rows: list[list[list[int]]], length: int, vocab_size: int, rng: np.random.Generator) -> Batch:
     """Random tokens and pixels in the given layout."""
     shape = (len(rows), length)
-    tokens = rng.integers(5, vocab_size, shape).astype(np.int32)
-    positions, lo = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    hi = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
-    last = np.zeros(shape, bool)
+    arrays = {name: np.full(shape, value, dtype) for name, (dtype, value) in FIELDS.items()}
+    is_image = np.zeros(shape, bool)
     for r, documents in enumerate(rows):
-        p = 0
-        for spans in documents:
-            start = p
-            tokens[r, p] = BOS
-            for span in spans:
-                n = span if span > 0 else PATCHES
-                if span < 0:
-                    tokens[r, p : p + n], hi[r, p : p + n] = IMAGE, p + n - 1
-                    tokens[r, p + n] = IMAGE_END
-                p += n
-            tokens[r, p - 1], last[r, p - 1] = EOS, True
-            lo[r, start:p], positions[r, start:p] = start, np.arange(p - start)
-    following = np.roll(tokens, -1, axis=1)
-    unlabelled = last | (tokens == IMAGE) | (following == IMAGE)
-    index = np.flatnonzero(tokens == IMAGE)
-    targets = np.where(unlabelled, IGNORE, following).astype(np.int32)
-    arrays = {
-        "tokens": tokens,
-        "positions": positions,
-        "targets": targets,
-        "source": np.zeros(shape, np.uint8),
-        "modality": np.zeros(shape, np.uint8),
-        "lo": lo,
-        "hi": hi,
-        "patches": rng.integers(0, 256, (len(index), 3 * PATCH_SIZE**2)).astype(np.uint8),
-        "patch_index": index.astype(np.int64),
-        "label_index": np.flatnonzero(targets >= 0),
-    }
+        examples = [_example(spans, vocab_size, rng) for spans in documents]
+        view = {name: array[r] for name, array in arrays.items()}
+        is_image[r] = fill_row(view, examples, np.zeros(len(examples), np.uint8))
+    arrays["patch_index"] = np.flatnonzero(is_image)
+    arrays["label_index"] = np.flatnonzero(arrays["targets"] >= 0)
+    arrays["patches"] = rng.integers(0, 256, (is_image.sum(), 3 * PATCH_SIZE**2)).astype(np.uint8)
     return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+QUESTIONS = ("peers", "everywhere", "experts")
+SPARSE = {
+    "8 experts, top-1": {"experts": ExpertsConfig(num=8)},
+    "feed-forward per modality": {"per_modality": "feed_forward"},
+    "mixture of transformers": {"per_modality": "block"},
+}
 
 
 class Contender:
@@ -121,22 +118,28 @@ class Contender:
         return time.perf_counter() - start
 
 
-def ours(args: argparse.Namespace, compiled: bool, everywhere: bool = False) -> Contender:
-    """Our model; ``everywhere`` computes logits at every position, as a plain language model does."""
+def ours(args: argparse.Namespace, compiled: bool, everywhere: bool = False, **settings) -> Contender:
+    """Our model with further model settings; ``everywhere`` computes logits at every position, as a plain language
+    model does."""
     config = ModelConfig(
-        width=args.width, depth=args.depth, head_dim=args.head_dim, vocab_size=args.vocab_size,
-        image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
-    )  # fmt: skip
-    model, dtype = MultimodalModel(resolve_model(config)), getattr(torch, args.dtype)
+        width=args.width,
+        depth=args.depth,
+        head_dim=args.head_dim,
+        vocab_size=args.vocab_size,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        **settings,
+    )
+    model, dtype = MultimodalModel(resolve_model(config), seed=0), getattr(torch, args.dtype)
     if compiled:
-        for block in model.blocks:
+        for block in model.all_blocks():
             block.compile()
 
     def loss(model: MultimodalModel, batch: Batch) -> torch.Tensor:
         if not everywhere:
             output = model(batch, dtype)
-            return output.loss / output.counts.sum()
-        logits = model.head(model.hidden_states(batch, dtype)).float()
+            return output.loss / output.counts.sum() + output.auxiliary / batch.tokens.numel()
+        logits = model.logits(batch, dtype).float()
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten().long(), ignore_index=IGNORE)
 
     return Contender(model, loss, args)
@@ -148,10 +151,17 @@ def llama(args: argparse.Namespace, compiled: bool) -> Contender:
 
     heads = args.width // args.head_dim
     config = LlamaConfig(
-        vocab_size=args.vocab_size, hidden_size=args.width, intermediate_size=hidden_width(args.width, 256),
-        num_hidden_layers=args.depth, num_attention_heads=heads, num_key_value_heads=heads, use_cache=False,
-        tie_word_embeddings=False, max_position_embeddings=args.row_length, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=args.vocab_size,
+        hidden_size=args.width,
+        intermediate_size=hidden_width(args.width, 256),
+        num_hidden_layers=args.depth,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        use_cache=False,
+        tie_word_embeddings=False,
+        max_position_embeddings=args.row_length,
+        attn_implementation="sdpa",
+    )
     model = LlamaForCausalLM(config).to(getattr(torch, args.dtype) if args.device == "cuda" else torch.float32)
     if compiled:
         model.compile()
@@ -185,6 +195,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--skip-compiled", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=QUESTIONS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -202,14 +213,27 @@ def main() -> None:
         mine, theirs, ratio = compare(first, second, batches(kind), args.rounds)
         tokens = args.rows * args.row_length
         results.append(
-            {"rows": rows, "mode": mode, "peer": peer, "ours_tokens_per_s": round(tokens / mine),
-             "peer_tokens_per_s": round(tokens / theirs), "ratio": round(ratio, 3)}
-        )  # fmt: skip
+            {
+                "rows": rows,
+                "mode": mode,
+                "peer": peer,
+                "ours_tokens_per_s": round(tokens / mine),
+                "peer_tokens_per_s": round(tokens / theirs),
+                "ratio": round(ratio, 3),
+            }
+        )
         write(results, args)  # each time: a run that is cut off keeps what it has
 
-    report("45-45-10", "eager", "ours, logits everywhere", ours(args, False), ours(args, False, True), "mixed")
+    if "everywhere" in args.only:
+        report("45-45-10", "eager", "ours, logits everywhere", ours(args, False), ours(args, False, True), "mixed")
+    if "experts" in args.only:
+        for name, settings in SPARSE.items():
+            sparse = ours(args, False, **copy.deepcopy(settings))
+            report(f"45-45-10, {name}", "eager", "ours, dense", sparse, ours(args, False), "mixed")
     modes = ("eager", "compiled")[: 1 if args.skip_compiled else 2]
-    if not find_spec("transformers"):
+    if "peers" not in args.only:
+        modes = ()
+    elif not find_spec("transformers"):
         modes = ()
         print("transformers is not installed: no comparison with LlamaForCausalLM")
     for mode in modes:
@@ -223,10 +247,12 @@ def about(args: argparse.Namespace) -> dict[str, str | int]:
     """The machine, versions and settings."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     return {
-        "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         "transformers": version("transformers") if find_spec("transformers") else "",
         **{k: str(v) for k, v in vars(args).items() if k != "out"},
-    }  # fmt: skip
+    }
 
 
 def write(results: list[dict], args: argparse.Namespace) -> None:
