@@ -1,11 +1,14 @@
 """A trained model, ready to be asked: its weights, tokenizer and image preprocessing."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from megamm.config import load
+from megamm.config import ModelConfig, load
 from megamm.data import images
 from megamm.data.dataset_info import read_dataset_info
 from megamm.data.tokenizer import Tokenizer
@@ -42,29 +45,28 @@ def load_for_generation(
 
     Args:
         tokenizer: a tokenizer.json; by default that of the run's prepared data.
-        fit: how images become square; by default as in the run's prepared data.
+        fit: how images become square; by default as in the data that the run was trained on, else squash.
 
     Raises:
-        InputError: something is missing or damaged, or the tokenizer is not the model's.
+        InputError: something is missing or damaged, the tokenizer is not the model's, or the run was trained on images
+            that became square in several ways and ``fit`` does not choose one.
     """
     weights = open_weights(path)
-    prepared = {}
-    if isinstance(weights, CheckpointWeights):
-        run = load(weights.run_dir / "config.yaml")
-        prepared = _prepared([source.path for source in run.data.sources.values()])
+    data = _TrainingData(weights.run_dir) if isinstance(weights, CheckpointWeights) else None
     if tokenizer is None:
-        if not prepared:
+        tokenizer = data.tokenizer if data else None
+        if tokenizer is None:
             raise InputError(f"{path}: its prepared data are not at hand; name the tokenizer.json with --tokenizer")
-        tokenizer = Path(prepared["path"]) / "tokenizer.json"
     words = Tokenizer(tokenizer)
     config = weights.config
     if words.vocab_size > config.vocab_size:
         raise InputError(
             f"{tokenizer}: has {words.vocab_size} tokens, the model {config.vocab_size}; it is not the model's"
         )
-    if prepared and words.sha256 != prepared["tokenizer_sha256"]:
-        raise InputError(f"{tokenizer}: not the tokenizer of {prepared['path']}, on which the model was trained")
-    default: images.Fit = prepared.get("settings", {}).get("fit", "squash")
+    if data and data.tokenizers and words.sha256 not in data.tokenizers:
+        raise InputError(f"{tokenizer}: not the tokenizer on which {path} was trained")
+    if fit is None:
+        fit = data.fit(config) if data else "squash"
     with torch.device("meta"):
         model = MultimodalModel(config)
     model.to_empty(device=device)
@@ -74,13 +76,52 @@ def load_for_generation(
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.read(name))
     model.requires_grad_(False).eval()
-    prompts = PromptMaker(words, config.image_size, config.patch_size, fit or default)
+    prompts = PromptMaker(words, config.image_size, config.patch_size, fit)
     return Loaded(model=model, prompts=prompts, max_length=weights.length)
 
 
-def _prepared(paths: list[str]) -> dict:
-    """dataset.json of the first source that is at hand, with its ``path``; empty if none is."""
-    for path in paths:
-        if (Path(path) / "dataset.json").is_file():
-            return read_dataset_info(path) | {"path": path}
-    return {}
+class _TrainingData:
+    """What a run was trained on: as its ``run.json`` recorded it; where that is missing, the data that are at hand."""
+
+    def __init__(self, run_dir: Path):
+        sources = load(run_dir / "config.yaml").data.sources
+        self._record = run_dir / "run.json"
+        at_hand = {name: s.path for name, s in sources.items() if (Path(s.path) / "dataset.json").is_file()}
+        self._infos = {name: read_dataset_info(path) for name, path in at_hand.items()}
+        recorded = self._recorded()
+        self._fingerprints = {name: info["fingerprints"] for name, info in self._infos.items()} | recorded
+        known = self.tokenizers
+        own = [path for name, path in at_hand.items() if self._infos[name]["tokenizer_sha256"] in known]
+        self.tokenizer = Path(own[0]) / "tokenizer.json" if own else None
+
+    @property
+    def tokenizers(self) -> set[str]:
+        """Digests; the sources of a run share one tokenizer."""
+        return {found["tokenizer"] for found in self._fingerprints.values()}
+
+    def fit(self, config: ModelConfig) -> images.Fit:
+        """How images became square, which is compared by what each source with images was prepared as."""
+        if config.image_size is None or config.patch_size is None:
+            return "squash"  # nothing has images
+        digests = {
+            images.preprocessing_fingerprint(config.image_size, config.patch_size, fit): fit
+            for fit in get_args(images.Fit)
+        }
+        found: dict[images.Fit, str] = {}
+        for name, fingerprints in self._fingerprints.items():
+            info = self._infos.get(name)
+            has_images = info is None or any(split["num_images"] for split in info["splits"].values())
+            if has_images and fingerprints["preprocessing"] in digests:
+                found.setdefault(digests[fingerprints["preprocessing"]], name)
+        if len(found) > 1:
+            ways = ", ".join(f"{name}: {fit}" for fit, name in found.items())
+            raise InputError(f"--fit: the run's sources made images square in unlike ways ({ways}); name one")
+        return next(iter(found), "squash")
+
+    def _recorded(self) -> Mapping[str, Mapping[str, str]]:
+        try:
+            return json.loads(self._record.read_text(encoding="utf-8"))["fingerprints"]
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self._record}: does not say which data the run was trained on; put it back") from error

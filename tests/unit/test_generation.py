@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,10 +19,12 @@ from run_factory import trainer
 
 from megamm.commands import generate as tool
 from megamm.config import ExpertsConfig
+from megamm.data.images import preprocessing_fingerprint
 from megamm.data.shards import Example
 from megamm.data.tokenizer import Tokenizer, train_tokenizer
 from megamm.errors import InputError, exit_on_error
 from megamm.generation.generate import generate, log_likelihood, stream
+from megamm.generation.load import load_for_generation
 from megamm.generation.prompts import Prompt, PromptMaker, prompt_batch, token_batch
 from megamm.generation.sampling import NEVER, Sampler, Sampling
 from megamm.generation.tasks import cider, vqa_accuracy
@@ -275,6 +278,43 @@ def test_bad_input_is_one_line(run, arguments, message):
     (run / "odd.jsonl").write_text('{"prompt": "a"}\n')
     code, _, err = call(run / "run", *[str(a).format(run=run) for a in arguments])
     assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_the_run_itself_says_its_tokenizer_and_fit(run, tmp_path):
+    """Whether its data are at hand, only its record is, or only the data are; images as the source with images."""
+    record = json.loads((run / "run" / "run.json").read_text())
+    record["fingerprints"]["caption"]["preprocessing"] = preprocessing_fingerprint(16, 8, "crop")  # text: squash
+    shutil.copytree(run / "run", tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert load_for_generation(tmp_path / "run").prompts.fit == "crop"
+    (tmp_path / "run" / "run.json").unlink()
+    assert load_for_generation(tmp_path / "run").prompts.fit == "squash"
+
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace(str(run), "/nowhere"))
+    with pytest.raises(InputError, match="--tokenizer"):
+        load_for_generation(tmp_path / "run")
+    for with_record in (False, True):
+        if with_record:
+            del record["fingerprints"]["text"]
+            (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+        loaded = load_for_generation(tmp_path / "run", tokenizer=run / "tokenizer.json")
+        assert loaded.prompts.fit == ("crop" if with_record else "squash")
+    train_tokenizer(["other words altogether " * 9], 300, tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match="not the tokenizer on which"):
+        load_for_generation(tmp_path / "run", tokenizer=tmp_path / "tokenizer.json")
+
+
+def test_images_of_several_fits_need_a_choice(run, tmp_path):
+    shutil.copytree(run / "run", tmp_path / "run")
+    record = json.loads((run / "run" / "run.json").read_text())
+    record["fingerprints"]["more"] = record["fingerprints"]["caption"] | {
+        "preprocessing": preprocessing_fingerprint(16, 8, "pad")
+    }
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"--fit: .*caption: squash, more: pad"):
+        load_for_generation(tmp_path / "run")
+    assert load_for_generation(tmp_path / "run", fit="pad").prompts.fit == "pad"
 
 
 def test_prompts_are_what_preparation_makes(run):
