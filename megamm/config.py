@@ -276,8 +276,12 @@ class StartConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay."""
+    """AdamW, or Muon with AdamW for what is no matrix of a block; weight decay is decoupled."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of the blocks take orthogonalised steps, of the same size as AdamW's at the same lr."""
+    momentum: float = setting(0.95, min=0, below=1)
+    """Share of the momentum that a step of Muon keeps."""
     lr: float = setting(1.5e-3, min=1e-12, max=1e38)
     """Peak learning rate."""
     vision_lr_factor: float = setting(0.01, also=0, min=1e-9, max=1e6)

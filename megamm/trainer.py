@@ -56,7 +56,7 @@ class Trainer:
         self.engine = Engine(config, len(self.sources), self.world, stats)
         self.model = self.engine.model
         self.held = freeze(self.model, config.optimizer)  # until optimizer.freeze_until
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.optimizer = make_optimizer(self.model, config.optimizer, self.dtype)
         self._validation: dict[str, ValidationRows] = {}
         self.step = 0
         self.stop, self.stop_agreed = StopFlag(), False  # of this rank; of any rank, before the last step

@@ -28,6 +28,8 @@ from megamm.parallel.stages import Stage, cut_stages
 
 BATCH_BYTES = 7 * 4 + 2
 """Per position: tokens, positions, targets, the mask from both sides (int32), source and label kind."""
+MUON_UNITS = ("block", "experts")
+"""What holds the matrices that Muon steps; the few vectors there are counted like them."""
 SIZES = {"bfloat16": 2, "float32": 4}
 
 
@@ -50,7 +52,10 @@ def _pipeline_rank(
     """What a rank of the pipeline holds: stages ``rank``, ``rank + pipeline``, ..."""
     model, size, t = config.model, SIZES[config.train.dtype], layout.tensor
     mine = stages[rank :: layout.pipeline]
-    share = sum(unit.share for unit in units_of(model, layout, mine))
+    units = units_of(model, layout, mine)
+    share = sum(unit.share for unit in units)
+    # Two moments of AdamW; one of Muon, which steps the matrices of blocks and experts.
+    one = sum(unit.share for unit in units if unit.name in MUON_UNITS) if config.optimizer.name == "muon" else 0.0
     positions = layout.micro_rows * config.data.row_length / layout.context
     parts = kept_by_part(model, positions, stats, size, layout, recompute=config.train.recompute)
     kept = _kept(parts, layout, stages, rank)
@@ -58,8 +63,7 @@ def _pipeline_rank(
     found = {
         "parameters": FLOAT32 * share,
         "gradients": FLOAT32 * share,
-        # Two moments of AdamW.
-        "optimizer state": 2 * FLOAT32 * share,
+        "optimizer state": FLOAT32 * (2 * share - one),
         **_weights_in_use(config, layout, mine, size),
         **{f"activations: {name}": value for name, value in kept.items()},
         "working tensors of a block's backward": _working(model, positions, size, config.train.recompute, t),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -62,6 +63,22 @@ def share_of(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
             each = -(-(stop - start) // size)
             where[dim] = slice(min(start + rank * each, stop), min(start + (rank + 1) * each, stop))
     return parameter.to_local(), tuple(where)
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be spread over ranks, all of which must call this."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if not any(isinstance(p, _StridedShard) for p in tensor.placements):
+        return tensor.full_tensor()
+    # Sharded twice, the inner axes first: no chain of gathers puts that together, so each rank adds its share to zeros.
+    local, where = share_of(tensor)
+    whole = local.new_zeros(tensor.shape)
+    whole[where] = local
+    for axis, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            dist.all_reduce(whole, group=tensor.device_mesh.get_group(axis))
+    return whole
 
 
 @torch.no_grad()

@@ -1,13 +1,15 @@
-"""AdamW with weight decay that is not multiplied by the learning rate."""
+"""AdamW, or Muon on the matrices of the blocks, with weight decay that is not multiplied by the learning rate."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from megamm.config import OptimizerConfig
 from megamm.errors import InputError
+from megamm.training.muon import Muon, muon_parts
 
 TOWER_PREFIXES = ("vision.embed.", "vision.blocks.", "vision.norm.")
 """Parameters of the late-fusion vision tower; its projector learns at the decoder's rate."""
@@ -64,24 +66,36 @@ def held_back(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over parameter groups, each with its ``peak_lr``; frozen parameters are left out.
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """The optimizer over parameter groups, each with its ``peak_lr``; frozen parameters are left out.
 
     Groups: matrices and vectors (norm scales and biases: no decay), the vision tower of late fusion apart, with its own
-    learning-rate factor. torch multiplies weight decay by the learning rate, so ``weight_decay / peak_lr`` is
-    passed: a step then removes ``weight_decay * schedule`` of each weight, whatever the rate.
+    learning-rate factor; with Muon, what it steps. torch multiplies weight decay by the learning rate, so
+    ``weight_decay / peak_lr`` is passed: a step then removes ``weight_decay * schedule`` of each weight, whatever the
+    rate.
+
+    Args:
+        dtype: of Muon's matrix products.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    muon = muon_parts(model) if config.name == "muon" else {}
+    groups: dict[tuple[bool, bool, str], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_tower = name.startswith(TOWER_PREFIXES)
-            groups.setdefault((in_tower, "norm" not in name and not name.endswith("bias")), []).append(parameter)
-    options = []
-    for (in_tower, decays), parameters in sorted(groups.items()):
-        peak = config.lr * (config.vision_lr_factor if in_tower else 1.0)
-        decay = config.weight_decay / peak if decays else 0.0
-        options.append({"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay})
-    return torch.optim.AdamW(options, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+            in_tower, decays = name.startswith(TOWER_PREFIXES), "norm" not in name and not name.endswith("bias")
+            parts = muon.get(parameter)
+            peak = config.lr * (config.vision_lr_factor if in_tower else 1.0)
+            decay = config.weight_decay / peak if decays else 0.0
+            group = {"params": [], "lr": peak, "peak_lr": peak, "weight_decay": decay}
+            if config.name == "muon":
+                group["parts"] = parts
+            groups.setdefault((in_tower, decays, repr(parts)), group)["params"].append(parameter)
+    ordered = [group for _, group in sorted(groups.items())]
+    options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
+    if config.name == "muon":
+        return Muon(ordered, momentum=config.momentum, dtype=dtype, **options)
+    return torch.optim.AdamW(ordered, **options)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -51,7 +51,9 @@ def train(data: Path, architecture: str, layout: dict, rank: int = 0, size: int 
         "train.batch_rows": 16,
         "train.device": "cpu",
     }
-    if architecture == "moe":
+    if architecture == "muon":
+        settings |= {"model.architecture": "early", "optimizer.name": "muon"}
+    if architecture in ("moe", "muon"):
         settings |= {"model.architecture": "early", "model.experts.num": 4, "model.experts.top_k": 2}
         settings |= {"model.experts.hidden": 16, "model.experts.bias_rate": 0.001}
     settings |= {name if "." in name else f"parallel.{name}": value for name, value in layout.items()}
@@ -91,7 +93,7 @@ def alone(data) -> dict[str, list]:
     """What one process gives, by architecture."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = {architecture: train(data, architecture, {}) for architecture in ("early", "late", "text", "moe")}
+    found = {architecture: train(data, architecture, {}) for architecture in ("early", "late", "text", "moe", "muon")}
     torch.set_num_threads(threads)
     return found
 
@@ -133,6 +135,9 @@ PRODUCTS_OF_FOUR = [
     ("late", {"tensor": 2, "pipeline": 2}),
     ("early", {"dp_replicate": 2, "dp_shard": 2, "train.micro_rows": 1}),
     ("text", {"tensor": 4}),
+    ("muon", {"tensor": 2, "dp_shard": 2}),
+    ("muon", {"pipeline": 2, "dp_shard": 2, "expert": 2}),
+    ("muon", {"expert": 2, "dp_shard": 2, "tensor": 2}),
     ("early", {"context": 4, "train.recompute": "full"}),
     ("late", {"pipeline": 4, "model.depth": 4}),
     ("early", {"pipeline": 2, "dp_shard": 2, "pipeline_schedule": "interleaved", "micro_batches": 8}),

@@ -1,11 +1,17 @@
 """Schedules and the optimizer's weight decay."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from dataset_factory import make_dataset
+from model_factory import model_config
+from run_factory import run_until, trainer
 
-from megamm.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from megamm.config import ExpertsConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from megamm.estimate.memory import rank_memory
+from megamm.estimate.tokens import stats_of_sources
 from megamm.model.multimodal import MultimodalModel
 from megamm.training.optimizer import freeze, make_optimizer, set_learning_rate
 from megamm.training.schedule import cooldown_start, learning_rate_factor
@@ -71,3 +77,70 @@ def test_a_rate_of_zero_freezes_the_tower():
     names = [name for name, _ in model.named_parameters()]
     assert frozen == {n for n in names if n.startswith("vision.") and ".projector." not in n} and len(frozen) > 3
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
+
+
+def singular_reference(matrix: torch.Tensor) -> torch.Tensor:
+    """Muon's direction by the singular values themselves, on which its matrix iteration is a scalar polynomial."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return 0.2 * max(matrix.shape) ** 0.5 * (u * s) @ v
+
+
+def muon_reference(name: str, direction: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor | None:
+    """What Muon subtracts at a rate of 1, float64; None for what AdamW steps. Keys have one head."""
+    if name.endswith("qkv.weight"):
+        rows = direction.unflatten(0, (-1, heads + 2, head_dim))
+        pieces = [rows[:, :-2], rows[:, -2:-1], rows[:, -1:]]
+        found = [singular_reference(piece.flatten(0, 2)).view(piece.shape) for piece in pieces]
+        return torch.cat(found, 1).flatten(0, 2)
+    if "experts." in name:
+        each = "gate_up.weight" if name.endswith("gate_up") else "down.weight"
+        return torch.stack([muon_reference(each, expert, heads, head_dim) for expert in direction])
+    if name.endswith("gate_up.weight"):
+        return torch.stack([singular_reference(direction[i::2]) for i in (0, 1)], 1).flatten(0, 1)
+    return singular_reference(direction) if name.endswith(("out.weight", "down.weight")) else None
+
+
+def test_muon_steps_each_matrix_of_the_blocks_and_adamw_the_rest():
+    """Two steps against float64: queries, keys, values, gate and up are matrices of their own, as is each expert's."""
+    config = model_config("late", width=32, key_heads=1, experts=ExpertsConfig(num=3))
+    settings = OptimizerConfig(name="muon", lr=0.01, weight_decay=1e-3, momentum=0.9, vision_lr_factor=0.5)
+    model, plain = MultimodalModel(config, seed=0), MultimodalModel(config, seed=0)
+    optimizer, adamw = make_optimizer(model, settings), make_optimizer(plain, replace(settings, name="adamw"))
+    wanted = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    momentum: dict[str, torch.Tensor] = {}
+    torch.manual_seed(1)
+    for _ in range(2):
+        for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            other.grad = parameter.grad.clone()
+            momentum[name] = 0.9 * momentum.get(name, 0) + parameter.grad.double()
+            tower = name.startswith("vision.")
+            sizes = (1, 8) if tower else (2, 16)
+            step = muon_reference(name, parameter.grad.double() + 0.9 * momentum[name], *sizes)
+            if step is not None:
+                wanted[name] = wanted[name] * (1 - 1e-3) - (0.005 if tower else 0.01) * step
+        optimizer.step()
+        adamw.step()
+    for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if muon_reference(name, parameter.detach(), *((1, 8) if name.startswith("vision.") else (2, 16))) is None:
+            assert torch.equal(parameter, other), name
+        else:
+            torch.testing.assert_close(parameter.detach().double(), wanted[name], rtol=1e-4, atol=1e-5)
+            assert set(optimizer.state[parameter]) == {"step", "momentum"}
+
+
+def test_a_run_with_muon_resumes_exactly_and_its_state_is_as_estimated(tmp_path):
+    for kind in ("caption", "text"):
+        make_dataset(tmp_path / kind, kind=kind, num_documents=60)
+    settings = {"optimizer.name": "muon", "train.steps": 8}
+    whole, broken = (trainer(tmp_path, tmp_path / name, **settings) for name in ("whole", "broken"))
+    losses = whole.run()["losses"]
+    run_until(broken, 7)  # goes on from the checkpoint at step 5
+    assert trainer(tmp_path, tmp_path / "broken", **settings).run()["losses"] == losses
+    assert trainer(tmp_path, tmp_path / "adamw", **{"train.steps": 8}).run()["losses"] != losses
+    tensors = [t for state in whole.optimizer.state.values() for t in state.values() if t.ndim]
+    held = rank_memory(whole.config, whole.world.layout, stats_of_sources(whole.config))["optimizer state"]
+    assert sum(t.nbytes for t in tensors) == pytest.approx(held, rel=0.02)
