@@ -349,6 +349,10 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     timeout_minutes: float = setting(10.0, min=0.01, max=1e5, free=True)
     """Minutes that a rank waits for the others in a step before the run ends with an error."""
+    profile_steps: list[int] = setting(default_factory=list, min=1, max=STEPS, free=True)
+    """[first, last] step to profile, counted from 1; the profile goes to the folder profile/ of the run."""
+    deterministic: bool = setting(False, free=True)
+    """Refuse operations whose result may differ from run to run on the same device; slower on GPUs."""
     peak_flops: float | None = setting(None, min=1, max=1e21, free=True)
     """FLOP/s of one rank's device, against which MFU is stated; without it MFU is not logged."""
     variant: str | None = setting(None, study=True)
@@ -358,9 +362,13 @@ class TrainConfig:
     """Run directory of a trunk; start from its checkpoint of the step where the cool-down begins."""
 
     def problems(self) -> list[str]:
+        found = []
         if (self.steps is None) == (self.tokens is None):
-            return ["train.steps, train.tokens: give exactly one of the two"]
-        return []
+            found.append("train.steps, train.tokens: give exactly one of the two")
+        window = self.profile_steps
+        if window and (len(window) != 2 or window[0] > window[1]):
+            found.append(f"train.profile_steps: {window} is not [first, last]; for example [10, 12]")
+        return found
 
 
 @dataclass(kw_only=True)

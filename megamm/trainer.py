@@ -32,6 +32,7 @@ from megamm.training.evaluation import ValidationRows, validation_loss
 from megamm.training.expert_metrics import expert_record
 from megamm.training.metrics import MetricsLog
 from megamm.training.optimizer import check_freeze, freeze, held_back, make_optimizer, set_learning_rate
+from megamm.training.profile import Profiler
 from megamm.training.schedule import cooldown_start, learning_rate_factor
 from megamm.training.signals import StopFlag, Stopped
 
@@ -150,12 +151,15 @@ class Trainer:
             end_step=self.steps,
         )
         marker = (time.perf_counter(), dict(self.totals), self.step)
+        profiler = Profiler(self.run_dir, config.train.profile_steps, self.world.rank, self.world.device)
         with self._progress() as advance, closing(iter(loader)) as batches:
             while self.step < self.steps:
                 with self.world.agree():
                     self.checkpoints.poll()
                     micro_batches = next(batches)
+                profiler.before(self.step + 1)
                 grad_norm = self.train_step(micro_batches)
+                profiler.after(self.step)
                 advance(self.step)
                 if self.step % config.train.log_every == 0 or self.step == self.steps:
                     with self.world.agree():

@@ -88,10 +88,8 @@ class _TrainingData:
         self._record = run_dir / "run.json"
         at_hand = {name: s.path for name, s in sources.items() if (Path(s.path) / "dataset.json").is_file()}
         self._infos = {name: read_dataset_info(path) for name, path in at_hand.items()}
-        recorded = self._recorded()
-        self._fingerprints = {name: info["fingerprints"] for name, info in self._infos.items()} | recorded
-        known = self.tokenizers
-        own = [path for name, path in at_hand.items() if self._infos[name]["tokenizer_sha256"] in known]
+        self._fingerprints = {name: info["fingerprints"] for name, info in self._infos.items()} | self._recorded()
+        own = [path for name, path in at_hand.items() if self._infos[name]["tokenizer_sha256"] in self.tokenizers]
         self.tokenizer = Path(own[0]) / "tokenizer.json" if own else None
 
     @property
@@ -100,7 +98,11 @@ class _TrainingData:
         return {found["tokenizer"] for found in self._fingerprints.values()}
 
     def fit(self, config: ModelConfig) -> images.Fit:
-        """How images became square, which is compared by what each source with images was prepared as."""
+        """How the images of all sources became square.
+
+        Raises:
+            InputError: not all in one way.
+        """
         if config.image_size is None or config.patch_size is None:
             return "squash"  # nothing has images
         digests = {
@@ -118,7 +120,7 @@ class _TrainingData:
             raise InputError(f"--fit: the run's sources made images square in unlike ways ({ways}); name one")
         return next(iter(found), "squash")
 
-    def _recorded(self) -> Mapping[str, Mapping[str, str]]:
+    def _recorded(self) -> dict[str, Mapping[str, str]]:
         try:
             return json.loads(self._record.read_text(encoding="utf-8"))["fingerprints"]
         except FileNotFoundError:

@@ -211,12 +211,20 @@ def init_world(config: Config) -> World:
         layout = resolve_layout(config, world.size)
         if kind == "cuda":
             torch.cuda.set_device(device)
+        set_deterministic(config.train.deterministic)
     world = replace(world, device=device, layout=layout)
     if world.size == 1:
         return world
     # A step may take longer than joining: compilation, a slow disk, a long plan of rows.
     dist.distributed_c10d._set_pg_timeout(timedelta(minutes=config.train.timeout_minutes))
     return replace(world, **make_mesh(kind, layout))
+
+
+def set_deterministic(wanted: bool) -> None:
+    """Let torch refuse operations that may give other results on the same device, or no longer."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads at its first product
+    torch.use_deterministic_algorithms(wanted)
 
 
 def make_mesh(kind: str, layout: Layout) -> dict:

@@ -67,6 +67,7 @@ def test_alone(tmp_path):
 def test_a_bad_rank_is_named(tmp_path, fault, expected):
     (tmp_path / "faulty.py").write_text(FAULTY)
     done = run(tmp_path, tmp_path / "faulty.py", fault, "--out", tmp_path / "report.json")
+    assert (tmp_path / "report.json").exists(), done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["seconds"] < 60 and len(report["ranks"]) == 2
     if expected is None:

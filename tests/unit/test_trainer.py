@@ -1,5 +1,6 @@
 """The training loop: gradient accumulation, logs, and what happens when something is wrong."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -114,7 +115,7 @@ def test_a_loader_process_that_dies_is_named(data, tmp_path):
         return train_step(batches)
 
     run.train_step = kill_after_two_steps
-    with pytest.raises(RunError, match=r"a loader process died \(.*pid.*killed.*Lower data\.workers"):
+    with pytest.raises(RunError, match=r"a loader process died \(Killed\).*Lower data\.workers"):
         run.run()
 
 
@@ -122,3 +123,24 @@ def test_bfloat16_trains(data, tmp_path):
     exact = trainer(data, tmp_path / "fp32").run()
     low = trainer(data, tmp_path / "bf16", **{"train.dtype": "bfloat16"}).run()
     assert low["loss"] == pytest.approx(exact["loss"], rel=0.02)
+
+
+def test_a_profile_of_some_steps(data, tmp_path):
+    trainer(data, tmp_path / "run", **{"train.steps": 4, "train.profile_steps": "[2, 3]"}).run()
+    assert {file.name for file in (tmp_path / "run" / "profile").iterdir()} == {"rank-0.json.gz", "rank-0.txt"}
+    events = json.loads(gzip.decompress((tmp_path / "run" / "profile" / "rank-0.json.gz").read_bytes()))["traceEvents"]
+    assert sum(event.get("name", "").startswith("Optimizer.step") for event in events) == 2
+    assert "Self CPU" in (tmp_path / "run" / "profile" / "rank-0.txt").read_text()
+    with pytest.raises(InputError, match=r"train\.profile_steps: \[3, 2\] is not \[first, last\]"):
+        trainer(data, tmp_path / "other", **{"train.profile_steps": "[3, 2]"})
+
+
+def test_determinism_is_asked_of_torch_and_changes_nothing_here(data, tmp_path):
+    usual = trainer(data, tmp_path / "usual").run()
+    assert not torch.are_deterministic_algorithms_enabled()
+    strict = trainer(data, tmp_path / "strict", **{"train.deterministic": True})
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert strict.run()["losses"] == usual["losses"]
+    finally:
+        torch.use_deterministic_algorithms(False)
