@@ -135,7 +135,6 @@ PRODUCTS_OF_FOUR = [
     ("late", {"tensor": 2, "pipeline": 2}),
     ("early", {"dp_replicate": 2, "dp_shard": 2, "train.micro_rows": 1}),
     ("text", {"tensor": 4}),
-    ("muon", {"tensor": 2, "dp_shard": 2}),
     ("muon", {"pipeline": 2, "dp_shard": 2, "expert": 2}),
     ("muon", {"expert": 2, "dp_shard": 2, "tensor": 2}),
     ("early", {"context": 4, "train.recompute": "full"}),
