@@ -350,7 +350,7 @@ class TrainConfig:
     timeout_minutes: float = setting(10.0, min=0.01, max=1e5, free=True)
     """Minutes that a rank waits for the others in a step before the run ends with an error."""
     profile_steps: list[int] = setting(default_factory=list, min=1, max=STEPS, free=True)
-    """[first, last] step to profile, counted from 1; the profile goes to the folder profile/ of the run."""
+    """[first, last] step to profile, or [one], counted from 1; the profile goes to the folder profile/ of the run."""
     deterministic: bool = setting(False, free=True)
     """Refuse operations whose result may differ from run to run on the same device; slower on GPUs."""
     peak_flops: float | None = setting(None, min=1, max=1e21, free=True)
@@ -366,7 +366,7 @@ class TrainConfig:
         if (self.steps is None) == (self.tokens is None):
             found.append("train.steps, train.tokens: give exactly one of the two")
         window = self.profile_steps
-        if window and (len(window) != 2 or window[0] > window[1]):
+        if len(window) > 2 or window != sorted(window):
             found.append(f"train.profile_steps: {window} is not [first, last]; for example [10, 12]")
         return found
 

@@ -18,7 +18,7 @@ class Profiler:
     operations that took longest; on CUDA ``rank-R-memory.pickle``, a snapshot for pytorch.org/memory_viz.
 
     Args:
-        steps: empty, or [first, last], counted from 1.
+        steps: empty, [first, last] or [one], counted from 1.
     """
 
     def __init__(self, run_dir: Path, steps: list[int], rank: int, device: torch.device):
@@ -37,7 +37,7 @@ class Profiler:
 
     def after(self, step: int) -> None:
         """End and write the profile if ``step`` is its last."""
-        if self._profile is None or step < self.steps[1]:
+        if self._profile is None or step < self.steps[-1]:
             return
         self._profile.stop()
         self.folder.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tarfile
 from pathlib import Path
 
@@ -231,6 +232,21 @@ def test_damaged_parquet_loses_one_row_group(tmp_path):
     assert set(documents) == {f"t.parquet:{n}" for n in range(ROWS) if not 100 <= n < 150}
     assert [entry.id for entry in skipped] == [f"t.parquet:{n}" for n in range(100, 150)]
     assert all(entry.reason.startswith("damaged Parquet: row group 2") for entry in skipped)
+
+
+def test_a_parquet_with_a_wrong_count_of_rows_is_named(tmp_path):
+    """A flipped bit made the count of one row group negative: its rows were lost and identifiers came twice."""
+    path = tmp_path / "t.parquet"
+    pq.write_table(TABLE, path, row_group_size=50, compression="none", write_page_checksum=True)
+    data, found = path.read_bytes(), 0
+    for at in [match.start() + 1 for match in re.finditer(b"\x16\x64", data)]:  # an int64 field, zigzag 50
+        path.write_bytes(data[:at] + b"\x65" + data[at + 1 :])  # -51
+        metadata = pq.ParquetFile(path).metadata
+        if min(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)) < 0:
+            found += 1
+            documents, skipped = read(path)  # which checks that identifiers come once
+            assert len(documents) == ROWS - 50 and "row groups name 199 rows, its end 300" in skipped[0].reason
+    assert found == ROWS // 50
 
 
 def test_damaged_table_beside_a_good_one_is_counted(tmp_path):

@@ -125,6 +125,9 @@ def _parquet_records(path: Path, id: str) -> Iterator[tuple[str, dict] | Skipped
     except Exception as error:  # Arrow raises many kinds on damaged bytes
         yield Skipped(id=id, reason=f"damaged Parquet: {one_line(error)}")
         return
+    if min(counts, default=0) < 0 or sum(counts) != file.metadata.num_rows:
+        detail = f"its row groups name {sum(counts)} rows, its end {file.metadata.num_rows}; some may be missing"
+        yield Skipped(id=id, reason=f"damaged Parquet: {detail}")
     with file:
         columns = picture_fields(names) or names
         first = 0
@@ -139,7 +142,7 @@ def _parquet_records(path: Path, id: str) -> Iterator[tuple[str, dict] | Skipped
                 detail = "they are missing"
             except Exception as error:
                 detail = one_line(error)
-            first += count
+            first = max(first + count, number)  # a damaged count may name fewer rows than there are
             for lost in range(number, first):
                 yield Skipped(id=f"{id}:{lost}", reason=f"damaged Parquet: row group {group}, {detail}")
 
