@@ -152,7 +152,7 @@ class Trainer:
         )
         marker = (time.perf_counter(), dict(self.totals), self.step)
         profiler = Profiler(self.run_dir, config.train.profile_steps, self.world.rank, self.world.device)
-        with self._progress() as advance, closing(iter(loader)) as batches:
+        with self._progress() as advance, closing(iter(loader)) as batches, closing(profiler):
             while self.step < self.steps:
                 with self.world.agree():
                     self.checkpoints.poll()

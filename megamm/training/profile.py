@@ -12,7 +12,7 @@ FOLDER, ROWS = "profile", 40
 
 
 class Profiler:
-    """Profiles steps ``first`` to ``last`` of this rank; without steps does nothing.
+    """Profiles steps ``first`` to ``last`` of this rank, or those of them that it takes; without steps does nothing.
 
     Leaves in ``run_dir/profile``: ``rank-R.json.gz``, a trace for chrome://tracing or Perfetto; ``rank-R.txt``, the
     operations that took longest; on CUDA ``rank-R-memory.pickle``, a snapshot for pytorch.org/memory_viz.
@@ -27,8 +27,8 @@ class Profiler:
         self._profile: Any = None
 
     def before(self, step: int) -> None:
-        """Begin the profile if ``step`` is its first."""
-        if self.steps and step == self.steps[0]:
+        """Begin the profile if ``step`` is the first of its steps that is taken."""
+        if self._profile is None and self.steps and self.steps[0] <= step <= self.steps[-1]:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
             if self.cuda:
                 torch.cuda.memory._record_memory_history()
@@ -37,7 +37,12 @@ class Profiler:
 
     def after(self, step: int) -> None:
         """End and write the profile if ``step`` is its last."""
-        if self._profile is None or step < self.steps[-1]:
+        if self.steps and step == self.steps[-1]:
+            self.close()
+
+    def close(self) -> None:
+        """End and write a profile that has begun: the run ends before the last of its steps."""
+        if self._profile is None:
             return
         self._profile.stop()
         self.folder.mkdir(exist_ok=True)

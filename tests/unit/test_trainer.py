@@ -4,12 +4,13 @@ import gzip
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from run_factory import make_sources, trainer
+from run_factory import make_sources, run_until, trainer
 
 from megamm.errors import InputError, RunError
 from megamm.training import run_dir
@@ -131,6 +132,15 @@ def test_a_profile_of_some_steps(data, tmp_path):
     events = json.loads(gzip.decompress((tmp_path / "run" / "profile" / "rank-0.json.gz").read_bytes()))["traceEvents"]
     assert sum(event.get("name", "").startswith("Optimizer.step") for event in events) == 2
     assert "Self CPU" in (tmp_path / "run" / "profile" / "rank-0.txt").read_text()
+    # Of steps that the run does not have, or had before it was resumed, the rest.
+    late = {"train.steps": 4, "train.profile_steps": "[4, 9]"}
+    trainer(data, tmp_path / "late", **late).run()
+    assert (tmp_path / "late" / "profile" / "rank-0.txt").exists()
+    broken = {"train.steps": 7, "train.profile_steps": "[2, 7]"}
+    run_until(trainer(data, tmp_path / "broken", **broken), 6)
+    shutil.rmtree(tmp_path / "broken" / "profile")
+    trainer(data, tmp_path / "broken", **broken).run()
+    assert (tmp_path / "broken" / "profile" / "rank-0.txt").exists()
     with pytest.raises(InputError, match=r"train\.profile_steps: \[3, 2\] is not \[first, last\]"):
         trainer(data, tmp_path / "other", **{"train.profile_steps": "[3, 2]"})
 
