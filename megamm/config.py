@@ -425,6 +425,15 @@ class ParallelConfig:
     reduce_every_pass: bool = setting(True, free=True)
     """Reduce gradients after each of several passes: less memory, more communication; else once a step."""
 
+    @property
+    def reshards(self) -> bool:
+        """Whether units drop their gathered parameters after the forward.
+
+        The zero-bubble schedule looks a stage's weights up between forward and backward, and must find the gathered
+        ones.
+        """
+        return self.reshard_after_forward and self.pipeline_schedule != "zero_bubble"
+
 
 @dataclass(kw_only=True)
 class Config:

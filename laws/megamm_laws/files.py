@@ -1,4 +1,4 @@
-"""Whole-or-nothing file output: write beside the target, then rename over it."""
+"""Whole-or-nothing file output - write beside the target, then rename over it - and JSON read back."""
 
 import json
 import os
@@ -50,6 +50,21 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from megamm.config import Config
 from megamm.estimate.assumptions import Assumptions
 from megamm.estimate.hardware import Gpu
-from megamm.estimate.memory import SIZES, reshards, units_of, whole_parameters
+from megamm.estimate.memory import SIZES, units_of, whole_parameters
 from megamm.estimate.operations import FLOAT32
 from megamm.model.counts import TokenStats, key_width
 from megamm.parallel.layout import Layout
@@ -74,7 +74,7 @@ def data_traffic(config: Config, layout: Layout, stages: list[Stage]) -> list[Tr
     the backward; the first one has nothing to hide behind. Gradients are reduced in float32.
     """
     groups, parallel = groups_of(layout), config.parallel
-    passes, again, found = layout.micro_batches, reshards(config), []
+    passes, again, found = layout.micro_batches, parallel.reshards, []
     forwards, backwards = passes, passes * again
     reduced = passes if parallel.reduce_every_pass else 1
     if layout.pipeline > 1:

@@ -144,11 +144,6 @@ def whole_parameters(model: ModelConfig, stage: Stage) -> list[int]:
     return found
 
 
-def reshards(config: Config) -> bool:
-    """Whether units drop their gathered parameters after the forward; under the zero-bubble schedule none does."""
-    return config.parallel.reshard_after_forward and config.parallel.pipeline_schedule != "zero_bubble"
-
-
 def _weights_in_use(config: Config, layout: Layout, stages: list[Stage], size: int) -> dict[str, float]:
     """Weights and their gradients beside the float32 shards, where the head's backward begins."""
     units = units_of(config.model, layout, stages)
@@ -163,7 +158,7 @@ def _weights_in_use(config: Config, layout: Layout, stages: list[Stage], size: i
         table = config.model.vocab_size * config.model.width * any(stage.inputs for stage in stages)
         return found | {"weights in the type of the activations": size * (whole - table) if size < FLOAT32 else 0}
     piped = layout.pipeline > 1
-    if reshards(config) and not piped:
+    if config.parallel.reshards and not piped:
         found["gathered weights: head and two blocks"] = size * (head + 2 * max(blocks, default=0.0))
     else:  # a schedule keeps them after a backward
         found["gathered weights"] = size * whole

@@ -31,7 +31,7 @@ class StageTimes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Timing:
     """What a schedule takes.
 
     Attributes:
@@ -95,7 +95,9 @@ def _interleaved(schedule: str, num_ranks: int, rank: int, micro_batches: int) -
     return found
 
 
-def simulate(schedule: str, num_ranks: int, micro_batches: int, stages: Sequence[StageTimes], send: float = 0.0) -> Run:
+def simulate(
+    schedule: str, num_ranks: int, micro_batches: int, stages: Sequence[StageTimes], send: float = 0.0
+) -> Timing:
     """Run a schedule: every rank takes its actions in order, each as soon as what it needs has arrived.
 
     Args:
@@ -137,7 +139,7 @@ def simulate(schedule: str, num_ranks: int, micro_batches: int, stages: Sequence
                 moved = True
         if waiting and not moved:
             raise RuntimeError(f"the {schedule} schedule of {num_ranks} ranks does not advance")
-    return Run(time=max(clock), busy=tuple(busy))
+    return Timing(time=max(clock), busy=tuple(busy))
 
 
 def held_at_most(order: Sequence[Action], held: Sequence[float]) -> dict[int, int]:

@@ -17,6 +17,7 @@ from megamm.exchange.families import read_decoder, refuse_others, whole_of, writ
 from megamm.exchange.names import DECODER, Row, names_of, rows_of
 from megamm.model.pretrained_vision import PIXELS, PretrainedTower
 from megamm.model.sizes import resolve_model, tower_activation, tower_eps, tower_hidden, tower_patch_size
+from megamm.sequence import patches_per_image
 from megamm.settings import build
 
 KINDS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "clip": "clip", "siglip": "siglip"}
@@ -237,7 +238,7 @@ def write_llava(model: ModelConfig, length: int, image_token: int) -> tuple[dict
         "text_config": text,
         "vision_config": vision,
         "image_token_index": image_token,
-        "image_seq_length": (model.image_size // model.patch_size) ** 2,
+        "image_seq_length": patches_per_image(model.image_size, model.patch_size),
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": -1,

@@ -1,7 +1,5 @@
 """A trained model, ready to be asked: its weights, tokenizer and image preprocessing."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -16,6 +14,7 @@ from megamm.errors import InputError
 from megamm.exchange.weights import CheckpointWeights, open_weights
 from megamm.generation.prompts import PromptMaker
 from megamm.model.multimodal import MultimodalModel
+from megamm.training.run_dir import recorded_data
 
 
 @dataclass(kw_only=True)
@@ -85,10 +84,10 @@ class _TrainingData:
 
     def __init__(self, run_dir: Path):
         sources = load(run_dir / "config.yaml").data.sources
-        self._record = run_dir / "run.json"
+        recorded = recorded_data(run_dir) if (run_dir / "run.json").exists() else {}
         at_hand = {name: s.path for name, s in sources.items() if (Path(s.path) / "dataset.json").is_file()}
         self._infos = {name: read_dataset_info(path) for name, path in at_hand.items()}
-        self._fingerprints = {name: info["fingerprints"] for name, info in self._infos.items()} | self._recorded()
+        self._fingerprints = {name: info["fingerprints"] for name, info in self._infos.items()} | recorded
         own = [path for name, path in at_hand.items() if self._infos[name]["tokenizer_sha256"] in self.tokenizers]
         self.tokenizer = Path(own[0]) / "tokenizer.json" if own else None
 
@@ -119,11 +118,3 @@ class _TrainingData:
             ways = ", ".join(f"{name}: {fit}" for fit, name in found.items())
             raise InputError(f"--fit: the run's sources made images square in unlike ways ({ways}); name one")
         return next(iter(found), "squash")
-
-    def _recorded(self) -> dict[str, Mapping[str, str]]:
-        try:
-            return json.loads(self._record.read_text(encoding="utf-8"))["fingerprints"]
-        except FileNotFoundError:
-            return {}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._record}: does not say which data the run was trained on; put it back") from error

@@ -45,15 +45,7 @@ def make_part(config: Config, num_sources: int, world: World, stage: Stage) -> M
     if config.train.compile:
         for block in model.all_blocks():
             block.compile()
-    shard_over_data(model, world, dtype, reshards(config))
+    shard_over_data(model, world, dtype, config.parallel.reshards)
     model.to_empty(device=world.device)
     initialise(model, config.train.seed, share_of)
     return model
-
-
-def reshards(config: Config) -> bool:
-    """Whether units drop their gathered parameters after the forward.
-
-    The zero-bubble schedule looks a stage's weights up between forward and backward, and must find the gathered ones.
-    """
-    return config.parallel.reshard_after_forward and config.parallel.pipeline_schedule != "zero_bubble"

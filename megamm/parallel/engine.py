@@ -7,7 +7,7 @@ from torch import nn
 
 from megamm.config import Config
 from megamm.model.counts import TokenStats
-from megamm.parallel.apply import make_part, reshards, whole_or_stages
+from megamm.parallel.apply import make_part, whole_or_stages
 from megamm.parallel.context import cut_batch, tower_patches
 from megamm.parallel.data import set_gradient_sync, shard_unit
 from megamm.parallel.mesh import World
@@ -37,7 +37,7 @@ class Engine:
         else:
             modules = {i: StageModule(part, self.dtype) for i, part in parts.items()}
             for module in modules.values():  # schedules steer the FSDP of a stage through its root
-                shard_unit(module, world, self.dtype, reshards(config))
+                shard_unit(module, world, self.dtype, config.parallel.reshards)
             self.pipeline = Pipeline(modules, world, self._stream_shape())
             self.model = _join(self.parts)
 

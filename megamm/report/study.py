@@ -18,6 +18,7 @@ from megamm_laws.runs.readers.run_dirs import set_aside
 from megamm_laws.runs.table import RunTable, read_runs
 
 from megamm.errors import InputError
+from megamm.files import read_json
 from megamm.yaml_text import read_yaml
 
 BLIND = "text"
@@ -175,11 +176,11 @@ def read_results(folder: Path | str) -> StudyResults:
             f"{fits_path}: not found; run: python tools/fit_scaling_laws.py {table_path} --out {folder / 'fits'} "
             "--group-by architecture --losses all"
         )
-    table, fits = read_runs(table_path), _read_json(fits_path).get("fits")
+    table, fits = read_runs(table_path), read_json(fits_path).get("fits")
     if not isinstance(fits, list) or not fits:
         raise InputError(f"{fits_path}: no list of fits; run tools/fit_scaling_laws.py again")
     columns = dict.fromkeys(fit.get("loss_column", "loss") for fit in fits)
-    study = _read_json(folder / "study.json") if (folder / "study.json").exists() else {}
+    study = read_json(folder / "study.json") if (folder / "study.json").exists() else {}
     made = StudyResults(
         folder=folder,
         name=str(study.get("name") or folder.resolve().name),
@@ -219,9 +220,9 @@ def _read_run(path: Path) -> TrainedRun:
     run = TrainedRun(
         path=path,
         config=read_yaml(path / "config.yaml"),
-        about=_read_json(path / "run.json"),
+        about=read_json(path / "run.json"),
         records=records,
-        result=_read_json(result) if result.exists() else None,
+        result=read_json(result) if result.exists() else None,
     )
     for file, holder, needed in (
         ("config.yaml", run.config, ("model", "schedule", "train", "data")),
@@ -232,13 +233,3 @@ def _read_run(path: Path) -> TrainedRun:
         if missing:
             raise InputError(f"{path / file}: no field {', '.join(missing)}; it is not as training wrote it")
     return run
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value

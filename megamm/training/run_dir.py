@@ -182,7 +182,7 @@ def check_branch(trunk: Path, config: Config, data: dict) -> None:
     free |= {"train.steps", "train.branch_from", "schedule.cooldown", "schedule.cooldown_fraction"}
     free |= {f"eval.{key}" for key in old["eval"]}
     found = _differences(old, to_dict(config), free)
-    found += _changed_data(_recorded_data(trunk), data, TRAINING_DATA)
+    found += _changed_data(recorded_data(trunk), data, TRAINING_DATA)
     start = cooldown_start(config.schedule, config.train.steps)
     end = cooldown_start(ScheduleConfig(**old["schedule"]), old["train"]["steps"])
     if end < start:
@@ -203,7 +203,7 @@ def check_data(run_dir: Path, data: dict) -> None:
     Raises:
         InputError: they are others.
     """
-    changed = _changed_data(_recorded_data(run_dir), data) if is_begun(run_dir) else []
+    changed = _changed_data(recorded_data(run_dir), data) if is_begun(run_dir) else []
     if changed:
         raise InputError(
             f"{run_dir / 'run.json'}: the run was begun on other data ({'; '.join(changed)}); "
@@ -239,7 +239,12 @@ def _settings(run_dir: Path) -> dict:
     return to_dict(load(path))
 
 
-def _recorded_data(run_dir: Path) -> dict:
+def recorded_data(run_dir: Path) -> dict:
+    """The fingerprints of each source that ``run.json`` holds (see :func:`megamm.data.shards.fingerprints`).
+
+    Raises:
+        InputError: it is missing or does not hold them.
+    """
     path = run_dir / "run.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))["fingerprints"]

@@ -125,10 +125,10 @@ def _parquet_records(path: Path, id: str) -> Iterator[tuple[str, dict] | Skipped
     except Exception as error:  # Arrow raises many kinds on damaged bytes
         yield Skipped(id=id, reason=f"damaged Parquet: {one_line(error)}")
         return
-    if min(counts, default=0) < 0 or sum(counts) != file.metadata.num_rows:
-        detail = f"its row groups name {sum(counts)} rows, its end {file.metadata.num_rows}; some may be missing"
-        yield Skipped(id=id, reason=f"damaged Parquet: {detail}")
     with file:
+        if min(counts, default=0) < 0 or sum(counts) != file.metadata.num_rows:
+            detail = f"its row groups name {sum(counts)} rows, its end {file.metadata.num_rows}; some may be missing"
+            yield Skipped(id=id, reason=f"damaged Parquet: {detail}")
         columns = picture_fields(names) or names
         first = 0
         for group, count in enumerate(counts):

@@ -1,6 +1,5 @@
 """Our own run directories: result.json of finished runs, metrics.jsonl for intermediate checkpoints."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from megamm_laws.errors import InputError
+from megamm_laws.files import read_json
 from megamm_laws.runs.table import COLUMNS, LOSS_COLUMNS, REQUIRED, is_number, parse_number, parse_record
 
 COPIED = ("params_vision", "tokens_vision", "flops_exact", "init")
@@ -23,7 +23,7 @@ def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
         InputError: result.json is not valid or lacks a field.
     """
     path = run_dir / "result.json"
-    result = _read(path)
+    result = read_json(path)
     missing = [key for key in ("name", *REQUIRED) if result.get(key) is None]
     if missing:
         raise InputError(f"{path}: no field {', '.join(missing)}; run the training again or move the folder away")
@@ -51,7 +51,7 @@ def set_aside(folder: Path) -> dict[Path, str]:
     """
     for place in [folder, *folder.resolve().parents][:STUDY_DEPTH]:
         if (path := place / "study.json").is_file():
-            entries = _read(path).get("set_aside") or []
+            entries = read_json(path).get("set_aside") or []
             try:
                 return {(place / entry["dir"]).resolve(): str(entry["reason"]) for entry in entries}
             except (KeyError, TypeError) as error:
@@ -107,16 +107,6 @@ def _metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}: line {number}"
         yield where, parse_record(where, line)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a mapping of results")
-    return value
 
 
 def _vocabulary(run_dir: Path) -> dict[str, float]:
