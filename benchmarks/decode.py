@@ -19,7 +19,7 @@ from megamm.config import ModelConfig
 from megamm.data.shards import Example
 from megamm.errors import RunError, exit_on_error
 from megamm.exchange.convert import convert
-from megamm.exchange.tensors import Group, write_tensors
+from megamm.exchange.tensors import TensorGroup, write_tensors
 from megamm.exchange.weights import MODEL, FolderSettings
 from megamm.files import write_text
 from megamm.generation.generate import generate
@@ -46,7 +46,7 @@ def as_llama(model: MultimodalModel, folder: Path, length: int):
 
     own = folder / "own"
     own.mkdir()
-    groups = [Group({n: tuple(p.shape)}, lambda p=p: (p.detach(),)) for n, p in model.named_parameters()]
+    groups = [TensorGroup({n: tuple(p.shape)}, lambda p=p: (p.detach(),)) for n, p in model.named_parameters()]
     write_tensors(own, groups, "float32", 10**12)
     write_text(own / MODEL, to_yaml(FolderSettings(model=model.config, row_length=length)))
     convert(own, "hf", folder / "hf")

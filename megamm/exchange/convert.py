@@ -11,7 +11,7 @@ import torch
 from megamm.errors import InputError
 from megamm.exchange.families import family_of, write_decoder
 from megamm.exchange.names import DECODER, Row, layouts_of, rows_of
-from megamm.exchange.tensors import SHARD_BYTES, Group, write_tensors
+from megamm.exchange.tensors import SHARD_BYTES, TensorGroup, write_tensors
 from megamm.exchange.tokenizer import TOKENIZER, shift_tokenizer
 from megamm.exchange.towers import unused_norm, write_llava
 from megamm.exchange.weights import MODEL, FolderSettings, HuggingFaceWeights, Weights, open_weights
@@ -68,7 +68,7 @@ def convert(
 def _write_own(weights: Weights, folder: Path, family: str | None, dtype: str, shard_bytes: int) -> str:
     if family is not None:
         raise InputError(f"--family: {family} says how to write with --to hf; leave it out with --to megamm")
-    groups = [Group({name: shape}, partial(_read, weights, name)) for name, shape in weights.shapes.items()]
+    groups = [TensorGroup({name: shape}, partial(_read, weights, name)) for name, shape in weights.shapes.items()]
     write_tensors(folder, groups, dtype, shard_bytes)
     tokenizer = weights.place / TOKENIZER
     if tokenizer.exists():
@@ -100,16 +100,16 @@ def _write_hf(weights: Weights, folder: Path, family: str | None, dtype: str, sh
     write_json(folder / "config.json", config | special | {"dtype": dtype, "torch_dtype": dtype})
     write_json(folder / "generation_config.json", special)
     groups = [_group(weights, row) for row in rows]
-    groups += [Group({name: tuple(tensor.shape)}, partial(tuple, [tensor])) for name, tensor in extra.items()]
+    groups += [TensorGroup({name: tuple(tensor.shape)}, partial(tuple, [tensor])) for name, tensor in extra.items()]
     write_tensors(folder, groups, dtype, shard_bytes)
     return fits
 
 
-def _group(weights: Weights, row: Row) -> Group:
+def _group(weights: Weights, row: Row) -> TensorGroup:
     layout = layouts_of(weights.config)[row.layout]
     shapes = [tuple(part.shape) for part in layout.split(torch.empty(weights.shapes[row.ours], device="meta"))]
 
     def make() -> Sequence[torch.Tensor]:
         return layout.split(weights.read(row.ours))
 
-    return Group(dict(zip(row.theirs, shapes, strict=True)), make)
+    return TensorGroup(dict(zip(row.theirs, shapes, strict=True)), make)

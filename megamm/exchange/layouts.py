@@ -13,7 +13,7 @@ Parts = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """``join``: their tensors to ours; ``split``: ours to theirs. Each is exact and undoes the other."""
 
     join: Callable[[Sequence[torch.Tensor]], torch.Tensor]
@@ -21,10 +21,10 @@ class Layout:
     is_same: bool = False
 
 
-SAME = Layout(lambda parts: parts[0], lambda ours: (ours,), is_same=True)
+SAME = TensorLayout(lambda parts: parts[0], lambda ours: (ours,), is_same=True)
 """One tensor, as it is."""
 
-STACKED = Layout(lambda parts: torch.stack(tuple(parts)), lambda ours: ours.unbind(0))
+STACKED = TensorLayout(lambda parts: torch.stack(tuple(parts)), lambda ours: ours.unbind(0))
 """Vectors of the same length: the norms of queries and of keys, [2, D]."""
 
 
@@ -32,11 +32,11 @@ def _interleave(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(tuple(parts), dim=1).flatten(0, 1)
 
 
-SIDE_BY_SIDE = Layout(_interleave, lambda ours: (ours[0::2], ours[1::2]))
+SIDE_BY_SIDE = TensorLayout(_interleave, lambda ours: (ours[0::2], ours[1::2]))
 """Gate and up, [F, ...] each: row by row in turn, [F * 2, ...]."""
 
 
-def heads(query_heads: int, head_dim: int) -> Layout:
+def heads(query_heads: int, head_dim: int) -> TensorLayout:
     """Rows of queries [G * R * D, ...], keys and values [G * D, ...]: by groups of heads, [G * (R + 2) * D, ...].
 
     Args:
@@ -53,7 +53,7 @@ def heads(query_heads: int, head_dim: int) -> Layout:
         groups = ours.unflatten(0, (-1, query_heads + 2, head_dim))
         return tuple(part.flatten(0, 2) for part in groups.split(sizes, dim=1))
 
-    return Layout(join, split)
+    return TensorLayout(join, split)
 
 
 def _pixels_last(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -64,6 +64,6 @@ def _channels_first(ours: torch.Tensor, patch_size: int) -> Parts:
     return (ours.unflatten(1, (patch_size, patch_size, 3)).permute(0, 3, 1, 2),)
 
 
-def patches(patch_size: int) -> Layout:
+def patches(patch_size: int) -> TensorLayout:
     """A convolution's weight [W, 3, P, P]: one row of pixels, channel last, for each output, [W, P * P * 3]."""
-    return Layout(_pixels_last, partial(_channels_first, patch_size=patch_size))
+    return TensorLayout(_pixels_last, partial(_channels_first, patch_size=patch_size))

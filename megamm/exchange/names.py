@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from megamm.config import ModelConfig
 from megamm.exchange import layouts
-from megamm.exchange.layouts import SAME, SIDE_BY_SIDE, STACKED, Layout
+from megamm.exchange.layouts import SAME, SIDE_BY_SIDE, STACKED, TensorLayout
 from megamm.model.sizes import num_heads, tower_patch_size
 
 
@@ -58,7 +58,7 @@ DECODER = (
 """Llama, Qwen2 and Qwen3: they differ in what ``where`` asks for."""
 
 
-def layouts_of(config: ModelConfig) -> dict[str, Layout]:
+def layouts_of(config: ModelConfig) -> dict[str, TensorLayout]:
     """The layouts of a (resolved) model by the names that the tables use."""
     found = {
         "same": SAME,

@@ -95,7 +95,7 @@ class TensorFolder:
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """Tensors that are made together.
 
     Attributes:
@@ -106,7 +106,7 @@ class Group:
     make: Callable[[], Sequence[torch.Tensor]]
 
 
-def write_tensors(folder: Path, groups: Sequence[Group], dtype: str, shard_bytes: int = SHARD_BYTES) -> None:
+def write_tensors(folder: Path, groups: Sequence[TensorGroup], dtype: str, shard_bytes: int = SHARD_BYTES) -> None:
     """Write one file, or several with an index, into an existing folder.
 
     Args:
@@ -115,7 +115,7 @@ def write_tensors(folder: Path, groups: Sequence[Group], dtype: str, shard_bytes
     """
     kind, code = DTYPES[dtype]
     sizes = [sum(torch.Size(shape).numel() for shape in group.shapes.values()) * kind.itemsize for group in groups]
-    shards: list[list[Group]] = [[]]
+    shards: list[list[TensorGroup]] = [[]]
     held = 0
     for group, size in zip(groups, sizes, strict=True):
         if shards[-1] and held + size > shard_bytes:
@@ -134,7 +134,7 @@ def write_tensors(folder: Path, groups: Sequence[Group], dtype: str, shard_bytes
     write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": places})
 
 
-def _write_file(path: Path, groups: list[Group], kind: torch.dtype, code: str) -> None:
+def _write_file(path: Path, groups: list[TensorGroup], kind: torch.dtype, code: str) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for group in groups:

@@ -65,7 +65,7 @@ def share_of(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
     return parameter.to_local(), tuple(where)
 
 
-def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+def gather_whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be spread over ranks, all of which must call this."""
     if not isinstance(tensor, DTensor):
         return tensor

@@ -17,7 +17,7 @@ from torch import nn
 
 from megamm.model.experts import Experts
 from megamm.model.layers import Attention, FeedForward
-from megamm.parallel.data import share_of, whole_of
+from megamm.parallel.data import gather_whole, share_of
 
 COEFFICIENTS, STEPS = (3.4445, -4.7750, 2.0315), 5
 """Of the quintic that is iterated: it drives every singular value to about 1 (Jordan et al.)."""
@@ -90,7 +90,7 @@ class Muon(torch.optim.AdamW):
         state["step"] += 1
         state["momentum"].mul_(self.momentum).add_(gradient)
         direction = gradient.add(state["momentum"], alpha=self.momentum)
-        step = orthogonal_step(whole_of(direction), group["parts"], self.dtype)
+        step = orthogonal_step(gather_whole(direction), group["parts"], self.dtype)
         local, where = share_of(parameter)
         local.mul_(1 - group["lr"] * group["weight_decay"])
         local.sub_(step[where], alpha=group["lr"])

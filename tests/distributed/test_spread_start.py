@@ -9,7 +9,7 @@ from dataset_factory import make_dataset
 from ranks import run_ranks
 
 from megamm.config import ModelConfig
-from megamm.exchange.tensors import Group, write_tensors
+from megamm.exchange.tensors import TensorGroup, write_tensors
 from megamm.exchange.weights import MODEL, FolderSettings, open_weights
 from megamm.model.multimodal import MultimodalModel
 from megamm.settings import build, to_yaml
@@ -47,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
         state = MultimodalModel(config, seed=5).state_dict()
         place = folder / name
         place.mkdir()
-        groups = [Group({key: tuple(value.shape)}, lambda value=value: (value,)) for key, value in state.items()]
+        groups = [TensorGroup({key: tuple(value.shape)}, lambda value=value: (value,)) for key, value in state.items()]
         write_tensors(place, groups, "float32")
         (place / MODEL).write_text(to_yaml(FolderSettings(model=config)))
     return folder

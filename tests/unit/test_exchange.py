@@ -18,7 +18,7 @@ from megamm.config import ExpertsConfig
 from megamm.errors import InputError
 from megamm.exchange.convert import convert
 from megamm.exchange.families import read_decoder
-from megamm.exchange.tensors import Group, write_tensors
+from megamm.exchange.tensors import TensorGroup, write_tensors
 from megamm.exchange.weights import MODEL, FolderSettings, open_weights
 from megamm.model.multimodal import MultimodalModel
 from megamm.settings import to_yaml
@@ -273,7 +273,7 @@ def test_what_has_no_layout_keeps_our_names(settings, message, tmp_path):
     config = model_config(**({"architecture": "text"} | settings))
     state = MultimodalModel(config, seed=3).state_dict()
     (tmp_path / "own").mkdir()
-    groups = [Group({name: tuple(value.shape)}, partial(tuple, [value])) for name, value in state.items()]
+    groups = [TensorGroup({name: tuple(value.shape)}, partial(tuple, [value])) for name, value in state.items()]
     write_tensors(tmp_path / "own", groups, "float32")
     (tmp_path / "own" / MODEL).write_text(to_yaml(FolderSettings(model=config)))
     with pytest.raises(InputError, match=message):
