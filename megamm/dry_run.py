@@ -11,7 +11,7 @@ from megamm.parallel.layout import resolve_layout
 from megamm.resolve import remarks, resolve_config
 
 
-def describe(config: Config) -> str:
+def describe_run(config: Config) -> str:
     """A text of a line per quantity. Reads at most the headers of the data.
 
     Raises:

@@ -233,7 +233,7 @@ def _try(faults: list[str], action: Callable[[], Any]) -> None:
         faults.append(str(error))
 
 
-def compare(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+def compare_ranks(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     """Problems (a rank is wrong, slow or different) and warnings, from the facts of all ranks."""
     problems = [f"{_name(rank)}: {fault}" for rank in ranks for fault in rank["faults"]]
     for key, what, unit in (
@@ -306,7 +306,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     preflight = Preflight(run_dir, device)
     ranks = preflight.run()
-    problems, warnings = compare(ranks)
+    problems, warnings = compare_ranks(ranks)
     if preflight.rank == 0:
         seconds = time.monotonic() - began
         bus = ranks[0].get("all_reduce_gb_per_second")

@@ -68,9 +68,9 @@ def show(parser: argparse.ArgumentParser, flags: argparse.Namespace, overrides: 
     if flags.print_config:
         print("---\n".join(resolved_yaml(config) for config in configs), end="")
         return
-    from megamm.dry_run import describe
+    from megamm.dry_run import describe_run
 
-    print("\n".join(describe(config) for config in configs))
+    print("\n".join(describe_run(config) for config in configs))
 
 
 def resolved_yaml(config: Config) -> str:

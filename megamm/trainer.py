@@ -351,7 +351,7 @@ class Trainer:
     def _claim(self, path: Path | None) -> None:
         if path is not None and path.is_relative_to(self.run_dir):
             checkpoint.settle_on(path)  # first: later checkpoints may be of a shorter run's cool-down
-        run_dir.claim(self.run_dir, self.config, run_dir.describe(self.params, self.world, self.fingerprints))
+        run_dir.claim(self.run_dir, self.config, run_dir.run_facts(self.params, self.world, self.fingerprints))
 
     def _find_start(self) -> Path | None:
         """This run's newest checkpoint, or that of the trunk that it branches from; None to start at step 0."""

@@ -12,7 +12,7 @@ from megamm.estimate.assumptions import Assumptions
 from megamm.estimate.hardware import GPUS, find_gpu
 from megamm.estimate.outputs import SHOWN, ranking_to_json, ranking_to_text, to_json, to_text
 from megamm.estimate.search import search
-from megamm.estimate.step import estimate, interval
+from megamm.estimate.step import estimate, mfu_interval
 from megamm.estimate.tokens import resolve_for_estimate
 from megamm.files import check_out, write_json
 
@@ -29,7 +29,7 @@ HELP = {
 }
 
 
-def parse() -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = ArgumentParser(
         description=__doc__,
         epilog="Settings are overridden as in training: --section.key VALUE. Efficiencies are assumptions.",
@@ -52,7 +52,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> None:
-    arguments, overrides = parse()
+    arguments, overrides = parse_arguments()
     if arguments.out is not None:
         check_out(arguments.out, folder=False)
     gpu = find_gpu(arguments.gpu)
@@ -63,11 +63,11 @@ def main() -> None:
     if arguments.search:
         ranking = search(config, ranks, gpu, stats, a)
         best = ranking.found[:SHOWN]
-        intervals = [interval(one.config, one.estimate.layout, gpu, stats, a) for one in best]
+        intervals = [mfu_interval(one.config, one.estimate.layout, gpu, stats, a) for one in best]
         document, text = ranking_to_json(ranking, intervals), ranking_to_text(ranking, intervals, gpu)
     else:
         found = estimate(config, ranks, gpu, stats, a)
-        ends = interval(config, found.layout, gpu, stats, a)
+        ends = mfu_interval(config, found.layout, gpu, stats, a)
         document, text = to_json(found, ends), to_text(found, ends)
     if arguments.out is not None:
         write_json(arguments.out, document | {"data": source})

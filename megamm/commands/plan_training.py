@@ -23,7 +23,7 @@ from megamm.settings import build
 from megamm.yaml_text import read_yaml
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("fits", metavar="fits.json", help="written by fit_scaling_laws.py, with bootstrap.npz beside it")
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parse_arguments()
     check_out(arguments.out, folder=True)
     with Console(stderr=True).status("reading fits"):
         fits, left_out = read_fits(arguments.fits, arguments.loss_column)

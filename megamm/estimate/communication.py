@@ -23,7 +23,7 @@ NCCL's own model of its LL128 protocol takes (src/graph/tuning.cc)."""
 
 
 @dataclass(kw_only=True, frozen=True)
-class Group:
+class RankGroup:
     """Ranks of one axis: how many, and how many ranks apart they are."""
 
     size: int
@@ -43,7 +43,7 @@ class Traffic:
 
     name: str
     axis: str
-    group: Group
+    group: RankGroup
     bytes: float
     collectives: float
     during: str
@@ -52,18 +52,18 @@ class Traffic:
     """ring (gather or reduce: each rank's share goes once around), all-reduce, or send (to one other rank)."""
 
 
-def groups_of(layout: Layout) -> dict[str, Group]:
+def groups_of(layout: Layout) -> dict[str, RankGroup]:
     """The ranks of each axis; ``shard`` is dp_shard and context together, which expert_shard and expert cut anew."""
     shard, e = layout.tensor * layout.shard_ranks, layout.expert
     return {
-        "tensor": Group(size=layout.tensor, stride=1),
-        "context": Group(size=layout.context, stride=layout.tensor),
-        "shard": Group(size=layout.shard_ranks, stride=layout.tensor),
-        "expert": Group(size=e, stride=layout.tensor),
-        "expert_shard": Group(size=layout.shard_ranks // e, stride=layout.tensor * e),
-        "dp_replicate": Group(size=layout.dp_replicate, stride=shard),
-        "pipeline": Group(size=layout.pipeline, stride=shard * layout.dp_replicate),
-        "world": Group(size=layout.world_size, stride=1),
+        "tensor": RankGroup(size=layout.tensor, stride=1),
+        "context": RankGroup(size=layout.context, stride=layout.tensor),
+        "shard": RankGroup(size=layout.shard_ranks, stride=layout.tensor),
+        "expert": RankGroup(size=e, stride=layout.tensor),
+        "expert_shard": RankGroup(size=layout.shard_ranks // e, stride=layout.tensor * e),
+        "dp_replicate": RankGroup(size=layout.dp_replicate, stride=shard),
+        "pipeline": RankGroup(size=layout.pipeline, stride=shard * layout.dp_replicate),
+        "world": RankGroup(size=layout.world_size, stride=1),
     }
 
 
@@ -176,7 +176,7 @@ def stage_bytes(config: Config, layout: Layout) -> float:
     return positions * config.model.width * SIZES[config.train.dtype]
 
 
-def link_rate(group: Group, gpu: Gpu, assumptions: Assumptions) -> float:
+def link_rate(group: RankGroup, gpu: Gpu, assumptions: Assumptions) -> float:
     """Bytes/s at which each rank of a group sends in a ring collective.
 
     Rings run through a group's ranks of a node before they leave it, each by another network card, so that these ranks'
@@ -189,7 +189,7 @@ def link_rate(group: Group, gpu: Gpu, assumptions: Assumptions) -> float:
     return assumptions.network * min(rates)
 
 
-def latency(group: Group, kind: str, assumptions: Assumptions) -> float:
+def latency(group: RankGroup, kind: str, assumptions: Assumptions) -> float:
     """Seconds of one collective of no bytes."""
     nodes = group.nodes(assumptions.ranks_per_node)
     if kind == "send":

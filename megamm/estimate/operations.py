@@ -42,11 +42,11 @@ class Operation:
 def operations(model: ModelConfig, positions: float, stats: TokenStats, size: int = 2) -> list[Operation]:
     """All groups of one micro-batch on one rank; see :func:`part_operations`."""
     parts = part_operations(model, positions, stats, size)
-    blocks = [scaled(group, model.depth) for group in parts["block"]]
+    blocks = [repeated(group, model.depth) for group in parts["block"]]
     return blocks + parts["inputs"] + parts["head"]
 
 
-def scaled(group: Operation, times: float) -> Operation:
+def repeated(group: Operation, times: float) -> Operation:
     """The group ``times`` times."""
     forward, backward = (Work(*(times * x for x in work)) for work in (group.forward, group.backward))
     return replace(group, forward=forward, backward=backward)
@@ -77,7 +77,7 @@ def part_operations(
         v, per_image = model.vision, patches_per_image(model.image_size, model.patch_size)
         hidden, longer = tower_work(model)
         tower = _block("vision: ", v.width, v.width, hidden, patches * longer, per_image * longer, size, tensor)
-        inputs += [scaled(group, v.depth) for group in tower]
+        inputs += [repeated(group, v.depth) for group in tower]
         share = v.width / tensor
         more = shuffle_ratio(model) ** 2  # patches of the tower in one of the model's
         sizes = patches * more, patch_dim / more, share, size

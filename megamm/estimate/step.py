@@ -16,7 +16,7 @@ from megamm.estimate.assumptions import SHARES, Assumptions
 from megamm.estimate.communication import Traffic, data_traffic, groups_of, latency, seconds, stage_bytes, stage_traffic
 from megamm.estimate.hardware import Efficiency, Gpu
 from megamm.estimate.memory import SIZES, rank_memory, units_of
-from megamm.estimate.operations import FLOAT32, Operation, Work, part_operations, scaled
+from megamm.estimate.operations import FLOAT32, Operation, Work, part_operations, repeated
 from megamm.estimate.schedules import StageTimes, simulate
 from megamm.model.counts import TokenStats, count_parameters, exact_flops_per_token, paper_flops
 from megamm.parallel.layout import Layout, resolve_layout
@@ -206,7 +206,7 @@ def _stage_work(
     stats: TokenStats,
     a: Assumptions,
 ) -> _StageWork:
-    groups = [scaled(group, len(stage.blocks)) for group in parts["block"]]
+    groups = [repeated(group, len(stage.blocks)) for group in parts["block"]]
     groups += parts["inputs"] * stage.inputs + parts["head"] * stage.head
     forward: dict[str, float] = defaultdict(float)
     backward: dict[str, float] = defaultdict(float)
@@ -348,7 +348,7 @@ def _exposed(spent: dict[str, float], forward: float, backward: float, passes: i
     return spent.get("exposed", 0.0) + max(0.0, spent.get("forward", 0.0) - forward) + in_others + in_last
 
 
-def interval(config: Config, layout: Layout, gpu: Gpu, stats: TokenStats, a: Assumptions) -> tuple[float, float]:
+def mfu_interval(config: Config, layout: Layout, gpu: Gpu, stats: TokenStats, a: Assumptions) -> tuple[float, float]:
     """The MFU by 6ND with all shares at the low, then all at the high ends of ``SHARES``."""
     ends = []
     for i, outer in enumerate((min, max)):
@@ -365,7 +365,7 @@ def estimated_efficiency(
     middle = estimate(config, world_size, gpu, stats, assumptions)
     return Efficiency(
         mfu=middle.mfu_6nd,
-        interval=interval(config, middle.layout, gpu, stats, assumptions),
+        interval=mfu_interval(config, middle.layout, gpu, stats, assumptions),
         source=f"estimated for {middle.params:.3g} parameters on {world_size} ranks of {gpu.name} ({middle.layout}), "
         "by 6ND; nothing measured, the interval is that of the assumed efficiencies",
         params=middle.params,

@@ -21,7 +21,7 @@ FAMILIES = (*ARCHITECTURES, "llava")
 """Families that a model can be written as."""
 
 
-def setting_of(hf: dict, key: str, where: str, default: Any = None) -> Any:
+def hf_value(hf: dict, key: str, where: str, default: Any = None) -> Any:
     """A value of a config.json, which must be there unless it has a default.
 
     Raises:
@@ -41,7 +41,7 @@ def whole_of(hf: dict, key: str, where: str, default: int | None = None) -> int:
     Raises:
         InputError: it is missing or something else.
     """
-    value = setting_of(hf, key, where, default)
+    value = hf_value(hf, key, where, default)
     if type(value) is not int or value < 1:
         raise InputError(f"{where}: {key} is {value!r}; want a whole number above zero")
     return value
@@ -75,13 +75,13 @@ def read_decoder(hf: dict, where: str) -> dict[str, Any]:
     width, heads = whole_of(hf, "hidden_size", where), whole_of(hf, "num_attention_heads", where)
     return {
         "width": width,
-        "depth": setting_of(hf, "num_hidden_layers", where),
+        "depth": hf_value(hf, "num_hidden_layers", where),
         "heads": heads,
         "head_dim": whole_of(hf, "head_dim", where, width // heads),
-        "key_heads": setting_of(hf, "num_key_value_heads", where, heads),
-        "hidden": setting_of(hf, "intermediate_size", where),
-        "vocab_size": setting_of(hf, "vocab_size", where),
-        "norm_eps": setting_of(hf, "rms_norm_eps", where, 1e-6),
+        "key_heads": hf_value(hf, "num_key_value_heads", where, heads),
+        "hidden": hf_value(hf, "intermediate_size", where),
+        "vocab_size": hf_value(hf, "vocab_size", where),
+        "norm_eps": hf_value(hf, "rms_norm_eps", where, 1e-6),
         "qk_norm": family == "qwen3",
         "qkv_bias": family == "qwen2",
         "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
@@ -101,9 +101,9 @@ def _read_rope(hf: dict, where: str) -> dict[str, Any]:
         return found
     if kind not in ("linear", "llama3"):
         raise InputError(f"{where}: rotary scaling {kind!r} is not known; linear and llama3 are")
-    scaling = {"kind": kind, "factor": setting_of(rope, "factor", where)}
+    scaling = {"kind": kind, "factor": hf_value(rope, "factor", where)}
     if kind == "llama3":
-        scaling |= {ours: setting_of(rope, theirs, where) for ours, theirs in LLAMA3.items()}
+        scaling |= {ours: hf_value(rope, theirs, where) for ours, theirs in LLAMA3.items()}
     return found | {"rope_scaling": scaling}
 
 

@@ -24,7 +24,7 @@ from megamm.parallel.mesh import World
 from megamm.sequence import BOS, EOS, IMAGE, PAD
 from megamm.settings import build, setting
 from megamm.training.checkpoint import STATE, find_damage, newest_whole, step_of
-from megamm.training.tensor_files import describe, load_tensors
+from megamm.training.tensor_files import error_words, load_tensors
 from megamm.yaml_text import read_yaml
 
 Part = tuple[slice, ...]
@@ -185,7 +185,7 @@ class HuggingFaceWeights(Weights):
             length = hf.get("text_config", hf).get("max_position_embeddings")
             self.special = SpecialIds.of(hf)
         except (AttributeError, TypeError, KeyError) as error:
-            raise InputError(f"{where}: not the config of a model ({describe(error)}); copy it again") from error
+            raise InputError(f"{where}: not the config of a model ({error_words(error)}); copy it again") from error
         if type(length) is int and length > 0:
             self.length = length
         layouts = layouts_of(self.config)

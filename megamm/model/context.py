@@ -117,7 +117,7 @@ def make_context(
         InputError: the backend cannot run here, or not on these rows.
     """
     cos, sin = rotary_table(positions, head_dim, config.rope_theta, config.rope_scaling)
-    return BlockContext(cos=cos, sin=sin, mask=make_mask(config, lo, hi, dtype, num_keys), **kinds)
+    return BlockContext(cos=cos, sin=sin, mask=build_mask(config, lo, hi, dtype, num_keys), **kinds)
 
 
 def position_kinds(config: ModelConfig, batch: Batch) -> dict:
@@ -129,7 +129,7 @@ def position_kinds(config: ModelConfig, batch: Batch) -> dict:
     return kinds
 
 
-def make_mask(
+def build_mask(
     config: ModelConfig, lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: int | None = None
 ) -> AttentionMask:
     """The mask of rows (lo, hi) for the configured backend; see :func:`make_context`."""

@@ -70,7 +70,7 @@ class PatchEmbedding(nn.Module):
         return x_nlw if self.norm is None else self.norm(x_nlw)
 
 
-class Attention(nn.Module):
+class VisionAttention(nn.Module):
     """Attention over all positions of an image; rows of ``qkv`` by heads, [H, 3, D]."""
 
     def __init__(self, vision: VisionConfig):
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
+class VisionFeedForward(nn.Module):
     """Two matrices with biases and an activation between them; to another width as a projector."""
 
     def __init__(self, width: int, hidden: int, out: int, activation: str, depth: int = 1):
@@ -97,17 +97,17 @@ class FeedForward(nn.Module):
         return self.down(activate(self.up(x), self.activation))
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     """Pre-norm block of such a tower."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         vision = config.vision
         self.attention_norm = LayerNorm(vision.width, tower_eps(config))
-        self.attention = Attention(vision)
+        self.attention = VisionAttention(vision)
         self.feed_forward_norm = LayerNorm(vision.width, tower_eps(config))
         sizes = vision.width, tower_hidden(config), vision.width
-        self.feed_forward = FeedForward(*sizes, tower_activation(config), vision.depth)
+        self.feed_forward = VisionFeedForward(*sizes, tower_activation(config), vision.depth)
 
     def forward(self, x_nlw: torch.Tensor) -> torch.Tensor:
         x_nlw = x_nlw + self.attention(self.attention_norm(x_nlw))
@@ -122,7 +122,7 @@ class PretrainedTower(nn.Module):
         vision = config.vision
         self.config = config
         self.embed = PatchEmbedding(config)
-        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(vision.depth)})
+        self.blocks = nn.ModuleDict({str(i): VisionBlock(config) for i in range(vision.depth)})
         self.norm = LayerNorm(vision.width, tower_eps(config)) if vision.final_norm else None
         self.projector = make_projector(config)
 
@@ -150,7 +150,7 @@ def make_projector(config: ModelConfig) -> nn.Module:
     """From the tower's width to the decoder's."""
     width = config.vision.width * shuffle_ratio(config) ** 2
     if config.vision.projector == "mlp":
-        return FeedForward(width, config.width, config.width, "gelu")
+        return VisionFeedForward(width, config.width, config.width, "gelu")
     return Linear(width, config.width, width**-0.5)
 
 

@@ -9,7 +9,7 @@ from megamm_laws.comparison.recounted import runs_of
 from megamm_laws.fitting.fit import distinct
 from megamm_laws.fitting.isoflop import fit_isoflops
 from megamm_laws.fitting.pictures import group_of, isoflop_chart
-from megamm_laws.pictures.charts import Axis, Chart, Panel, Series, padded
+from megamm_laws.pictures.charts import Chart, ChartAxis, Panel, Series, padded
 from megamm_laws.pictures.plots import fit_charts
 from megamm_laws.pictures.units import count, digits, power
 
@@ -142,12 +142,12 @@ def _frontier_panel(study: StudyResults, column: str, title: str) -> Panel:
                 band=law.band(grid),
             )
         )
-    x = Axis(label="training compute (FLOPs)", log=True, form=power)
+    x = ChartAxis(label="training compute (FLOPs)", log=True, form=power)
     lines = [s for s in series if s.band is not None]
     low, high = padded(np.concatenate([np.asarray(s.y, float) for s in series]), log=False)
     if lines:  # a wide band at the far end must not squeeze the points
         low = max(min(low, min(float(s.band[0].min()) for s in lines)), low - 0.3 * (high - low))
-    return Panel(title=title, x=x, y=Axis(label="loss (nats per token)", range=(low, high)), series=series)
+    return Panel(title=title, x=x, y=ChartAxis(label="loss (nats per token)", range=(low, high)), series=series)
 
 
 def isoflop_profiles(study: StudyResults) -> list[Chart]:
@@ -205,7 +205,7 @@ def training(study: StudyResults) -> list[Chart]:
         if not any(s.legend for s in series):
             for s in series:
                 s.legend = True
-        y = Axis(label="training loss (nats per token)", log=True, range=limits)
+        y = ChartAxis(label="training loss (nats per token)", log=True, range=limits)
         panels.append(Panel(title=title_of(group), x=_tokens_axis(), y=y, series=series))
     caption = (
         "Means over the steps between two log lines. Solid: constant learning rate (trunks), or runs without one. "
@@ -222,8 +222,8 @@ def _thin(records: list[dict]) -> list[dict]:
     return [records[i] for i in keep]
 
 
-def _tokens_axis() -> Axis:
-    return Axis(label="training tokens", log=True, form=count)
+def _tokens_axis() -> ChartAxis:
+    return ChartAxis(label="training tokens", log=True, form=count)
 
 
 # ----------------------------------------------------------------------------------------------- validation
@@ -241,7 +241,7 @@ def validation(study: StudyResults) -> list[Chart]:
         (_params_axis(), lambda r: r.params, lambda r: int(lengths[id(r)])),
     ):
         for source in study.sources:
-            y = Axis(label=f"{source} loss (nats per token)")
+            y = ChartAxis(label=f"{source} loss (nats per token)")
             title = f"{source}, against {'tokens' if axis.label.endswith('tokens') else 'parameters'}"
             panels.append(Panel(title=title, x=axis, y=y, series=_lines(study, runs, source, x_of, line_of)))
     caption = (
@@ -252,8 +252,8 @@ def validation(study: StudyResults) -> list[Chart]:
     return [Chart(name="validation", caption=caption, panels=panels, columns=columns)]
 
 
-def _params_axis() -> Axis:
-    return Axis(label="parameters", log=True, form=count)
+def _params_axis() -> ChartAxis:
+    return ChartAxis(label="parameters", log=True, form=count)
 
 
 def _lines(study: StudyResults, runs: list[TrainedRun], source: str, x_of, line_of) -> list[Series]:
@@ -318,7 +318,7 @@ def image_use(study: StudyResults) -> list[Chart]:
                 losses = [loss_after_image(r.result["losses_swapped"][source]) for r in swapped]
                 name = f"{title_of(group)}, images swapped"
                 series.append(_use(name, [r.params for r in swapped], losses, colour, "dash", "ring"))
-        y = Axis(label="loss after an image (nats per token)")
+        y = ChartAxis(label="loss after an image (nats per token)")
         panels.append(Panel(title=source, x=_params_axis(), y=y, series=series))
     caption = (
         "Loss of text that follows an image, for the longest run of each size. A model that reads its images is "

@@ -14,7 +14,7 @@ from megamm_laws.comparison.recounted import group_column, recount, runs_of
 from megamm_laws.fitting.fits_file import read_laws
 from megamm_laws.law.fitted import Law
 from megamm_laws.runs.conventions import FACTS, MissingFactError
-from megamm_laws.runs.readers.run_dirs import set_aside
+from megamm_laws.runs.readers.run_dirs import folders_set_aside
 from megamm_laws.runs.table import RunTable, read_runs
 
 from megamm.errors import InputError
@@ -197,7 +197,7 @@ def read_results(folder: Path | str) -> StudyResults:
 
 
 def _read_runs(folder: Path) -> list[TrainedRun]:
-    found, aside = [], set_aside(folder)
+    found, aside = [], folders_set_aside(folder)
     for place, subfolders, files in os.walk(folder):
         subfolders.sort()
         if Path(place).resolve() in aside:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from megamm.errors import InputError, RunError, warn
 from megamm.files import write_json, write_text
 from megamm.parallel.mesh import World
-from megamm.training.tensor_files import INDEX, describe, innermost, load_tensors, save_tensors
+from megamm.training.tensor_files import INDEX, error_words, innermost, load_tensors, save_tensors
 
 MANIFEST, STATE, POINTER = "manifest.json", "state.json", "latest"
 PARTIAL = ".partial"
@@ -135,7 +135,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, dict], str]:
     except FileNotFoundError:
         return {}, f"{MANIFEST} is missing: half-written, or of an earlier version"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, f"{MANIFEST} is damaged ({describe(error)})"
+        return {}, f"{MANIFEST} is damaged ({error_words(error)})"
 
 
 def _differs(path: Path, entry: dict) -> str:
@@ -290,7 +290,7 @@ class Checkpoints:
             if world.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
-                f"{final}: checkpoint not written ({describe(innermost(error))}); earlier checkpoints are untouched"
+                f"{final}: checkpoint not written ({error_words(innermost(error))}); earlier checkpoints are untouched"
             ) from error
 
     def _begin(self, partial: Path) -> None:

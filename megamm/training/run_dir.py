@@ -217,7 +217,7 @@ def claim(run_dir: Path, config: Config, about: dict) -> None:
     A lengthened run's result and log so far are kept as ``result-STEPS.json`` and ``metrics-STEPS.jsonl``.
 
     Args:
-        about: see :func:`describe`.
+        about: see :func:`run_facts`.
     """
     if not is_begun(run_dir):
         write_json(run_dir / "run.json", about)
@@ -254,7 +254,7 @@ def recorded_data(run_dir: Path) -> dict:
         ) from error
 
 
-def describe(counts: ParameterCounts, world: World, data: dict) -> dict:
+def run_facts(counts: ParameterCounts, world: World, data: dict) -> dict:
     """What run.json says: versions, device, parameter counts, and the fingerprints of the data of each source."""
     return {
         "megamm": megamm.__version__,

@@ -75,7 +75,7 @@ def load_tensors(folder: Path, tensors: dict, world: World) -> None:
         reason = innermost(error)
         if isinstance(reason, KeyboardInterrupt):
             raise reason from None
-        raise InputError(f"{folder}: cannot be loaded ({describe(reason)}); is it of this model?") from error
+        raise InputError(f"{folder}: cannot be loaded ({error_words(reason)}); is it of this model?") from error
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -89,7 +89,7 @@ def innermost(error: BaseException) -> BaseException:
             return error
 
 
-def describe(error: BaseException) -> str:
+def error_words(error: BaseException) -> str:
     """An error in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, OSError | InputError) else f"{type(error).__name__}: {text}"

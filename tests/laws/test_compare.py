@@ -181,7 +181,7 @@ def ladder(architecture: str, parameters: np.ndarray, encoder: float = 0.0, nois
         vision = encoder * n
         row = {"run": f"{architecture}-{i}", "architecture": architecture, "params": n, "tokens": d, "loss": loss}
         row |= {"params_active": n, "params_vision": vision, "tokens_vision": d / 2}
-        rows.append(conventions.convert(row, "paper"))
+        rows.append(conventions.convert_row(row, "paper"))
     return rows
 
 

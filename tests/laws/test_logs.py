@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megamm_laws.runs.collect import Options, collect
-from megamm_laws.runs.readers.curve import Curve, rows_of
+from megamm_laws.runs.readers.curve import Curve, curve_rows
 from megamm_laws.runs.readers.names import key_of_tag
 
 from megamm.errors import InputError
@@ -490,7 +490,7 @@ def test_patches_of_an_intermediate_checkpoint_are_its_share():
     curve = Curve(name="a", origin="a.log", facts=facts, total_steps=100)
     for step in (25, 100):
         curve.add(step, {"loss": 3.9})
-    rows, _ = rows_of(curve, intermediate=True)
+    rows, _ = curve_rows(curve, intermediate=True)
     assert [r["tokens_vision"] for r in rows] == [100, 400]
 
 
@@ -499,7 +499,7 @@ def test_a_validation_short_of_the_end_is_intermediate():
     for step in range(1, 101):
         curve.add(step, {"train_loss": 4.0, "lr": 1.0})
     curve.add(80, {"loss": 3.9})
-    rows, left_out = rows_of(curve)
+    rows, left_out = curve_rows(curve)
     assert not rows and "no validation at the end (last at step 80 of 100)" in left_out[0]
-    rows, _ = rows_of(curve, intermediate=True)
+    rows, _ = curve_rows(curve, intermediate=True)
     assert [(r["run"], r["cooled"]) for r in rows] == [("a@80", False)]

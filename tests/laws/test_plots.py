@@ -17,11 +17,11 @@ from megamm_laws.pictures.plots import (
     LOG_B,
     PALETTE,
     Budget,
-    Group,
+    PlotGroup,
     correlations,
     fit_charts,
     frontiers,
-    hold_out,
+    holdout_chart,
     isoflops,
     residuals,
 )
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 LAW = np.array([1.9, 420.0, 0.33, 1500.0, 0.36])
 
 
-def group(name: str = "early", **changes) -> Group:
+def group(name: str = "early", **changes) -> PlotGroup:
     params, tokens = np.repeat(np.geomspace(1e8, 1e9, 4), 3), np.tile(np.geomspace(1e9, 1e10, 3), 4)
     predicted = power_law.predict(LAW, params, tokens)
     grid = np.geomspace(1e18, 1e20, 16)
@@ -57,7 +57,7 @@ def group(name: str = "early", **changes) -> Group:
         "held_out": (np.array([1e19, 2e19]), np.array([0.01, -0.02])),
         "exponents": (0.52, 0.49),
     }
-    return Group(name=name, **(values | changes))
+    return PlotGroup(name=name, **(values | changes))
 
 
 def traces(panel) -> list:
@@ -119,7 +119,7 @@ def test_many_groups_have_different_colours():
 
 
 def test_hold_out_shows_errors_and_drift():
-    (trace,) = traces(hold_out([group(), group("late", held_out=None)]).panels[0])
+    (trace,) = traces(holdout_chart([group(), group("late", held_out=None)]).panels[0])
     assert list(trace.y) == [1.0, -2.0] and trace.name == "early: 2 runs, a 0.490 without them, 0.520 with"
 
 

@@ -238,18 +238,18 @@ LATE = {
     ],
 )
 def test_conventions_count_late_fusion(name, params, flops):
-    row = conventions.convert(LATE, name)
+    row = conventions.convert_row(LATE, name)
     assert (row["params"], row["flops"], row["flops_convention"]) == (params, flops, name)
-    back = conventions.convert(row, "paper")
+    back = conventions.convert_row(row, "paper")
     assert (back["params"], back["flops"]) == (1000, 6 * (800 * 50 + 200 * 20))
 
 
 def test_conventions_count_active_experts():
     row = {"architecture": "moe", "params": 1000.0, "params_active": 300.0, "tokens": 50.0}
-    assert conventions.convert(row, "paper")["flops"] == 6 * 300 * 50
-    assert conventions.convert(row, "active")["params"] == 300
-    assert conventions.convert(row, "6nd")["flops"] == 6 * 1000 * 50
-    assert conventions.convert(conventions.convert(row, "active"), "6nd")["params"] == 1000
+    assert conventions.convert_row(row, "paper")["flops"] == 6 * 300 * 50
+    assert conventions.convert_row(row, "active")["params"] == 300
+    assert conventions.convert_row(row, "6nd")["flops"] == 6 * 1000 * 50
+    assert conventions.convert_row(conventions.convert_row(row, "active"), "6nd")["params"] == 1000
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,8 @@ def test_a_missing_count_names_run_and_column(tmp_path, architecture, name, colu
 
 
 def test_tables_of_two_conventions_are_refused_and_can_be_converted(tmp_path):
-    exact = [conventions.convert(LATE | {"loss": 3.0, "mixture": "m"}, "exact")]
-    paper = [conventions.convert(LATE | {"loss": 2.9, "mixture": "m", "run": "late-2"}, "paper")]
+    exact = [conventions.convert_row(LATE | {"loss": 3.0, "mixture": "m"}, "exact")]
+    paper = [conventions.convert_row(LATE | {"loss": 2.9, "mixture": "m", "run": "late-2"}, "paper")]
     write_runs(tmp_path / "exact.csv", exact)
     write_runs(tmp_path / "paper.csv", paper)
     paths = [tmp_path / "exact.csv", tmp_path / "paper.csv"]
@@ -306,7 +306,7 @@ def test_a_convention_named_without_flops_counts_them(tmp_path):
 
 
 def test_conversions_are_shown():
-    lines = conventions.conversion_lines([conventions.convert(LATE, "paper")])
+    lines = conventions.conversion_lines([conventions.convert_row(LATE, "paper")])
     assert "late: counted as decoder, FLOPs x0.9091" in lines
     assert "late: counted as no-embedding, FLOPs x0.6591, params x0.7" in lines
     assert not any("active" in line or "paper" in line for line in lines)

@@ -11,7 +11,7 @@ import numpy as np
 from megamm.config import Config, SourceConfig
 from megamm.data.documents import Text
 from megamm.data.prepare import PrepareSettings, prepare
-from megamm.data.scenes import generate
+from megamm.data.scenes import generate_scenes
 from megamm.data.tokenizer import train_tokenizer
 from megamm.model.counts import ParameterCounts, TokenStats, count_parameters, exact_flops_per_token, paper_flops
 from megamm.model.sizes import resolve_model
@@ -199,7 +199,7 @@ def make_datasets(folder: Path, num_documents: int = 80) -> dict[str, Path]:
     texts = [
         span.text
         for kind in WEIGHTS
-        for document in generate(kind, num_documents, 0, IMAGE_SIZE)
+        for document in generate_scenes(kind, num_documents, 0, IMAGE_SIZE)
         for span in document.spans
         if isinstance(span, Text)
     ]

@@ -8,7 +8,7 @@ import torch
 from dataset_factory import make_dataset
 
 from megamm.config import Config, ModelConfig, default_head_dim, load
-from megamm.dry_run import describe
+from megamm.dry_run import describe_run
 from megamm.errors import InputError
 from megamm.model.counts import count_parameters
 from megamm.model.sizes import hidden_width, resolve_model
@@ -118,7 +118,7 @@ def test_every_size_of_the_paper_can_be_built(architecture, width, tower, millio
     assert model.width % model.head_dim == 0 and vision.width % vision.head_dim == 0
     assert model.head_dim % 8 == 0 and vision.head_dim % 8 == 0
     assert count_parameters(model).total == pytest.approx(millions * 1e6, rel=0.01)
-    assert f"{count_parameters(model).total:,}" in describe(config)
+    assert f"{count_parameters(model).total:,}" in describe_run(config)
 
 
 def test_the_tower_of_the_late_model_of_2430_million_parameters_runs():
@@ -160,7 +160,7 @@ def test_a_warm_up_longer_than_the_run_is_said():
     assert remarks(resolve_config(load(None, [*sizes, "--schedule.warmup_steps=3"]))) == []
     (line,) = remarks(resolve_config(load(None, [*sizes, "--schedule.warmup_steps=4"])))
     assert line.startswith("schedule.warmup_steps: 4, but the run has 3 steps")
-    assert line in describe(load(None, [*sizes, "--schedule.warmup_steps=4"]))
+    assert line in describe_run(load(None, [*sizes, "--schedule.warmup_steps=4"]))
 
 
 def test_the_printed_config_is_what_a_run_would_have(tmp_path):

@@ -22,7 +22,7 @@ from megamm.config import Config, load
 from megamm.data.loader import Loader, build_pack_plan, open_sources
 from megamm.errors import InputError
 from megamm.estimate.assumptions import SHARES, Assumptions
-from megamm.estimate.communication import Group, data_traffic, latency, link_rate, stage_traffic
+from megamm.estimate.communication import RankGroup, data_traffic, latency, link_rate, stage_traffic
 from megamm.estimate.hardware import GPUS
 from megamm.estimate.memory import kept_activations, rank_memory, units_of, whole_parameters
 from megamm.estimate.operations import CHUNK_BYTES, operations
@@ -158,8 +158,8 @@ def batch_of(config: Config):
 
 def saved_bytes(model: MultimodalModel, batch, dtype: torch.dtype) -> int:
     """Storages that a forward keeps: without parameters, the head's gradient (a gradient), and the stored masks."""
-    kept, made, make_mask = [], [], context.make_mask
-    remembered = mock.patch.object(context, "make_mask", lambda *a: made.append(make_mask(*a)) or made[-1])
+    kept, made, build_mask = [], [], context.build_mask
+    remembered = mock.patch.object(context, "build_mask", lambda *a: made.append(build_mask(*a)) or made[-1])
     with remembered, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         model(batch, dtype)  # all that was saved lives on in ``kept``, so that no address is used twice
     masks = [x for mask in made for x in mask if isinstance(x, torch.Tensor)]
@@ -390,17 +390,17 @@ def test_slower_links_and_lower_shares_only_slow_down():
 
 def test_rings_share_the_cards_of_a_node():
     a, h100 = Assumptions(network=1.0), GPUS["h100"]
-    assert link_rate(Group(size=8, stride=1), h100, a) == 450e9
-    assert link_rate(Group(size=16, stride=1), h100, a) == 400e9  # eight cards of 50 GB/s
-    assert link_rate(Group(size=16, stride=4), h100, a) == 100e9  # two ranks of the group on a node
-    assert link_rate(Group(size=4, stride=8), h100, a) == 50e9
-    assert link_rate(Group(size=16, stride=1), h100, replace(a, ranks_per_node=1)) == 50e9
-    assert link_rate(Group(size=8, stride=1), GPUS["mi250x"], a) == 200e9  # a rank is one of two dies
+    assert link_rate(RankGroup(size=8, stride=1), h100, a) == 450e9
+    assert link_rate(RankGroup(size=16, stride=1), h100, a) == 400e9  # eight cards of 50 GB/s
+    assert link_rate(RankGroup(size=16, stride=4), h100, a) == 100e9  # two ranks of the group on a node
+    assert link_rate(RankGroup(size=4, stride=8), h100, a) == 50e9
+    assert link_rate(RankGroup(size=16, stride=1), h100, replace(a, ranks_per_node=1)) == 50e9
+    assert link_rate(RankGroup(size=8, stride=1), GPUS["mi250x"], a) == 200e9  # a rank is one of two dies
 
 
 def test_latency_of_many_ranks():
     """A ring of 1,024 ranks on 128 nodes: 896 hops inside nodes and 127 between; a tree has seven levels."""
-    group, a = Group(size=1024, stride=1), Assumptions()
+    group, a = RankGroup(size=1024, stride=1), Assumptions()
     assert latency(group, "ring", a) == pytest.approx(14e-6 + 896 * 1.9e-6 + 127 * 4e-6)
     assert latency(group, "all-reduce", a) == pytest.approx(14e-6 + 2 * (7 * 1.9e-6 + 7 * 8.5e-6))
     small = config_of(width=800)

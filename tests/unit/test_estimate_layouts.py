@@ -162,19 +162,19 @@ def test_activations_of_a_large_model_against_fake_tensors(prepared, architectur
     """1.1B parameters and more: no byte of them is there, nor of what a forward keeps."""
     shape = ["--model.width=2048", "--model.depth=16", "--model.head_dim=64", "--model.hidden_multiple=256"]
     config = small(prepared, architecture, *shape)
-    batch, masks, make_mask = batch_of(config), {}, context.make_mask
+    batch, masks, build_mask = batch_of(config), {}, context.build_mask
 
     def remember(_, lo, *rest):
-        return masks.setdefault(lo.shape, make_mask(_, lo, *rest))
+        return masks.setdefault(lo.shape, build_mask(_, lo, *rest))
 
     # Masks look at their numbers, which fake tensors lack: they are those of a small model on the same rows.
-    with mock.patch.object(context, "make_mask", remember):
+    with mock.patch.object(context, "build_mask", remember):
         MultimodalModel(small(prepared, architecture).model, seed=0)(batch)
     positions = batch.tokens.numel()
     stats = TokenStats(patches=len(batch.patches) / positions, labels=batch.num_labels() / positions, pairs=0.0)
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
-        mock.patch.object(context, "make_mask", lambda _, lo, *rest: masks[lo.shape]),
+        mock.patch.object(context, "build_mask", lambda _, lo, *rest: masks[lo.shape]),
     ):
         model = MultimodalModel(config.model)
         fake = Batch(**{name: mode.from_tensor(x) for name, x in vars(batch).items()})

@@ -40,8 +40,8 @@ def test_document_is_a_function_of_kind_seed_and_index(kind, index, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generate_is_a_prefix_whatever_the_number(kind):
-    ten = list(scenes.generate(kind, 10, 3, 32))
-    assert list(scenes.generate(kind, 4, 3, 32)) == ten[:4]
+    ten = list(scenes.generate_scenes(kind, 10, 3, 32))
+    assert list(scenes.generate_scenes(kind, 4, 3, 32)) == ten[:4]
     assert scenes.document(kind, 9, 3, 32) == ten[9]
 
 
@@ -67,7 +67,7 @@ def test_png_holds_the_rendered_pixels():
 @pytest.mark.parametrize("kind, size, named", [("captions", 32, "captions"), ("text", 30, "30"), ("text", 8, "8")])
 def test_bad_arguments_are_refused_at_once(kind, size, named):
     with pytest.raises(InputError, match=named):
-        scenes.generate(kind, 1, 0, size)
+        scenes.generate_scenes(kind, 1, 0, size)
 
 
 def test_words_are_few_and_documents_of_the_length_promised():

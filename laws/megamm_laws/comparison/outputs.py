@@ -22,7 +22,7 @@ from megamm_laws.comparison.recounted import COUNTED, Recounted, compare_under_c
 from megamm_laws.errors import InputError
 from megamm_laws.files import atomic_path, write_text
 from megamm_laws.fitting.fits_file import FitEntry, check_runs, read_plain_fits
-from megamm_laws.pictures.charts import Axis, Chart, Panel, Series, to_pdf, to_png
+from megamm_laws.pictures.charts import Chart, ChartAxis, Panel, Series, to_pdf, to_png
 from megamm_laws.pictures.units import power
 from megamm_laws.runs.table import RunTable
 
@@ -221,7 +221,7 @@ def to_markdown(report: Report) -> str:
 def lead_chart(name: str, comparison: Comparison, names: tuple[str, str]) -> Chart:
     """Difference in loss with its simultaneous band, and compute for the same loss, over compute."""
     first, second = names
-    x = Axis(label="training compute (FLOPs)", log=True, form=power)
+    x = ChartAxis(label="training compute (FLOPs)", log=True, form=power)
     gain = np.clip(np.stack([comparison.gain, *comparison.gain_interval]), 1e-2, 1e2)
     difference = Series(
         name=f"{first} minus {second}, with the 95% band of the whole curve",
@@ -241,14 +241,14 @@ def lead_chart(name: str, comparison: Comparison, names: tuple[str, str]) -> Cha
         Panel(
             title="Loss difference, first ahead below 0",
             x=x,
-            y=Axis(label="loss difference (nats)"),
+            y=ChartAxis(label="loss difference (nats)"),
             baseline=0.0,
             series=[difference],
         ),
         Panel(
             title="Compute for equal loss, first ahead above 1",
             x=x,
-            y=Axis(label="ratio of FLOPs", log=True),
+            y=ChartAxis(label="ratio of FLOPs", log=True),
             baseline=1.0,
             series=[ratio],
         ),

@@ -64,7 +64,7 @@ def recount(law: Law, table: RunTable, counting: str) -> tuple[Law, Cost]:
     if counting == "counted":
         flops = table.numbers("flops")
     else:
-        flops = np.array([conventions.convert(row, counting)["flops"] for row in table.rows])
+        flops = np.array([conventions.convert_row(row, counting)["flops"] for row in table.rows])
     cost = cost_of(table.numbers("params"), table.numbers("tokens"), flops)
     span = (float(flops.min()), float(flops.max()))
     new = replace(law, kappa=cost.kappa, growth=cost.growth, reference=cost.reference, flops_range=span)

@@ -44,7 +44,7 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def interval(ends: Any, digits: int = 5) -> str:
+def interval_text(ends: Any, digits: int = 5) -> str:
     """``[low, high]``; an end that was not found is a question mark, no interval a blank."""
     if ends is None:
         return ""
@@ -61,8 +61,8 @@ def _constants(fit: Fit | FormFit, entry: dict[str, Any]) -> list[str]:
     rows = []
     for name, value in {**entry["parameters"], **entry["exponents"]}.items():
         others = (entry.get("noise_intervals", {}), joint, profile)
-        cells = [MEANINGS.get(name, name), f"{value:.5g}", interval(entry["intervals"][name])]
-        rows.append([*cells, *(interval(ends.get(name)) for ends in others)])
+        cells = [MEANINGS.get(name, name), f"{value:.5g}", interval_text(entry["intervals"][name])]
+        rows.append([*cells, *(interval_text(ends.get(name)) for ends in others)])
     head = ["quantity", "value", "95% interval", "by noise alone", "joint 95%", "profile likelihood 95%"]
     lines = markdown_table(head, rows)
     if "law" in entry:
@@ -132,8 +132,8 @@ def _optimum(entry: dict[str, Any]) -> list[str]:
     for best in entry["optimum"]:
         row = [f"{best['flops']:.3g} ({best['times_largest']:.3g}x the largest run)"]
         for name, digits in (("params", 3), ("tokens", 3), ("loss", 4)):
-            row.append(f"{best[name]:.{digits}g} {interval(best[f'{name}_interval'], digits)}")
-            row.append(interval(best[f"{name}_joint_interval"], digits))
+            row.append(f"{best[name]:.{digits}g} {interval_text(best[f'{name}_interval'], digits)}")
+            row.append(interval_text(best[f"{name}_joint_interval"], digits))
         rows.append(row)
     return ["Optimum:", "", *markdown_table(["FLOPs", "N*", "joint", "D*", "joint", "L*", "joint"], rows)]
 
@@ -145,7 +145,7 @@ def _approaches(entry: dict[str, Any]) -> list[str]:
         if "skipped" in found:
             rows.append([*head, "", "", found["skipped"]])
         else:
-            rows.append([*head, f"{found['a']:.4f}", interval(found["interval"], 4), str(found["points"])])
+            rows.append([*head, f"{found['a']:.4f}", interval_text(found["interval"], 4), str(found["points"])])
     return [
         "N* ~ C^a by three approaches:",
         "",
@@ -193,7 +193,12 @@ def _sharing(entry: dict[str, Any]) -> list[str]:
 def _mixture(entry: dict[str, Any], key: str = "optimal_mixture") -> list[str]:
     best = entry[key]
     rows = [
-        [escape(name), f"{share:.3f}", interval(best["intervals"][name], 3), interval(best["measured"][name], 3)]
+        [
+            escape(name),
+            f"{share:.3f}",
+            interval_text(best["intervals"][name], 3),
+            interval_text(best["measured"][name], 3),
+        ]
         for name, share in best["shares"].items()
     ]
     what = best["losses"][0] if len(best["losses"]) == 1 else f"the mean of {', '.join(best['losses'])}"
@@ -209,7 +214,7 @@ def _sparsities(entry: dict[str, Any]) -> list[str]:
         row = [f"{best['sparsity']:.3g}", f"{best['kappa']:.3g}"]
         for name, digits in (("params", 3), ("tokens", 3), ("loss", 4), ("a", 4)):
             value = "none" if best[name] is None else f"{best[name]:.{digits}g}"
-            row.append(f"{value} {interval(best[f'{name}_interval'], digits)}".rstrip())
+            row.append(f"{value} {interval_text(best[f'{name}_interval'], digits)}".rstrip())
         rows.append(row)
     head = ["sparsity", "FLOPs / 6ND", "N* (all parameters)", "D*", "L*", "a"]
     return [f"Optimum at {entry['optimum_by_sparsity'][0]['flops']:.3g} FLOPs:", "", *markdown_table(head, rows)]

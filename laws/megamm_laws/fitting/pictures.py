@@ -10,7 +10,7 @@ from megamm_laws.fitting.isoflop import IsoFlopFit
 from megamm_laws.law import power_law
 from megamm_laws.law.fitted import Law
 from megamm_laws.pictures.charts import Chart
-from megamm_laws.pictures.plots import LOG_A, LOG_B, PALETTE, Budget, Group, blend, isoflops
+from megamm_laws.pictures.plots import LOG_A, LOG_B, PALETTE, Budget, PlotGroup, blend, isoflops
 from megamm_laws.runs.table import RunTable
 
 POINTS = 96
@@ -18,7 +18,7 @@ DARKEST = 0.9
 """Share of black that many groups come near."""
 
 
-def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *, name: str, colour: str) -> Group:
+def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *, name: str, colour: str) -> PlotGroup:
     """The arrays of one fitted group.
 
     Args:
@@ -37,7 +37,7 @@ def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *,
         known = [(by_name[run], error) for run, error in zip(held["runs"], held["relative_errors"]) if run in by_name]
         held_out = tuple(np.array(known).T) if known else None
         exponents = held["a_with"], held["a_without"]
-    return Group(
+    return PlotGroup(
         name=name,
         colour=colour,
         names=runs.names,
@@ -61,14 +61,14 @@ def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *,
     )
 
 
-def fitted_group(fit: Fit | FormFit, colour: str) -> Group:
+def fitted_group(fit: Fit | FormFit, colour: str) -> PlotGroup:
     """The arrays of a fit at hand; a form of more than N and D has residuals, but no frontier (empty arrays)."""
     if isinstance(fit, Fit):
         name = fit.group
         return group_of(fit.law, fit.table, fit.loss_column, fit.to_json(), name=name, colour=colour)
     runs = fit.table
     losses = runs.numbers(fit.loss_column)
-    return Group(
+    return PlotGroup(
         name=fit.group,
         colour=colour,
         names=runs.names,

@@ -26,7 +26,7 @@ DASHES = {"solid": "-", "dot": ":", "dash": "--"}
 
 
 @dataclass(kw_only=True)
-class Axis:
+class ChartAxis:
     """An axis; ``form`` writes the ticks of a logarithmic one."""
 
     label: str
@@ -58,8 +58,8 @@ class Panel:
     """One pair of axes."""
 
     title: str
-    x: Axis
-    y: Axis
+    x: ChartAxis
+    y: ChartAxis
     series: list[Series]
     baseline: float | None = None
     """Height of a horizontal reference line."""

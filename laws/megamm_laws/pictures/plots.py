@@ -12,7 +12,7 @@ import numpy as np
 
 from megamm_laws.errors import InputError
 from megamm_laws.files import atomic_path
-from megamm_laws.pictures.charts import Axis, Chart, Panel, Series, to_pdf, to_png
+from megamm_laws.pictures.charts import Chart, ChartAxis, Panel, Series, to_pdf, to_png
 from megamm_laws.pictures.units import count, power
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7a8089")
@@ -22,14 +22,14 @@ SHADES = ("#0b3c6e", "#f09a4a")
 BUDGETS_NAMED = 8
 """Budgets of isoFLOP profiles in a legend; their shades tell the others."""
 LOG_A, LOG_B = "log A at mean N", "log B at mean D"
-"""Keys of Group.draws: logarithms of the terms A/N^alpha and B/D^beta at the mean of log N and of log D."""
-FLOPS = Axis(label="training compute (FLOPs)", log=True, form=power)
-PARAMS = Axis(label="parameters", log=True, form=count)
-TOKENS = Axis(label="training tokens", log=True, form=count)
+"""Keys of PlotGroup.draws: logarithms of the terms A/N^alpha and B/D^beta at the mean of log N and of log D."""
+FLOPS = ChartAxis(label="training compute (FLOPs)", log=True, form=power)
+PARAMS = ChartAxis(label="parameters", log=True, form=count)
+TOKENS = ChartAxis(label="training tokens", log=True, form=count)
 
 
 @dataclass(kw_only=True)
-class Group:
+class PlotGroup:
     """One fitted group; n runs, m points of the frontier, R bootstrap draws.
 
     Attributes:
@@ -66,17 +66,17 @@ class Group:
         ]
 
 
-def fit_charts(groups: Sequence[Group], loss_name: str = "loss") -> list[Chart]:
+def fit_charts(groups: Sequence[PlotGroup], loss_name: str = "loss") -> list[Chart]:
     """Every chart that the groups have data for."""
     charts = [frontiers(groups, loss_name), residuals(groups)]
     if any(group.draws for group in groups):
         charts.append(correlations(groups))
     if any(group.held_out is not None for group in groups):
-        charts.append(hold_out(groups))
+        charts.append(holdout_chart(groups))
     return charts
 
 
-def frontiers(groups: Sequence[Group], loss_name: str = "loss") -> Chart:
+def frontiers(groups: Sequence[PlotGroup], loss_name: str = "loss") -> Chart:
     """Runs, fitted frontiers and their 95% bands over compute."""
     series = []
     for group in groups:
@@ -103,12 +103,12 @@ def frontiers(groups: Sequence[Group], loss_name: str = "loss") -> Chart:
                 band=group.band,
             )
         )
-    panel = Panel(title="", x=FLOPS, y=Axis(label=f"{loss_name} (nats per token)"), series=series)
+    panel = Panel(title="", x=FLOPS, y=ChartAxis(label=f"{loss_name} (nats per token)"), series=series)
     caption = "Points are finished runs; lines the lowest loss that a budget can buy by the fit, with its 95% band."
     return Chart(name="frontiers", caption=caption, panels=[panel], columns=1, height=430)
 
 
-def residuals(groups: Sequence[Group]) -> Chart:
+def residuals(groups: Sequence[PlotGroup]) -> Chart:
     """Measured loss above the fit against N, D and C."""
     panels = []
     for axis, values in ((PARAMS, "params"), (TOKENS, "tokens"), (FLOPS, "flops")):
@@ -125,13 +125,13 @@ def residuals(groups: Sequence[Group]) -> Chart:
             )
             for group in groups
         ]
-        y = Axis(label="measured loss above the fit (%)")
+        y = ChartAxis(label="measured loss above the fit (%)")
         panels.append(Panel(title=f"against {axis.label}", x=axis, y=y, baseline=0.0, series=series))
     caption = "A trend or a fan in one of these says that the form of the law does not hold over the whole range."
     return Chart(name="residuals", caption=caption, panels=panels)
 
 
-def correlations(groups: Sequence[Group]) -> Chart:
+def correlations(groups: Sequence[PlotGroup]) -> Chart:
     """Bootstrap draws of pairs of constants: a thin line of points is a direction that the runs leave open."""
     panels = []
     for group in groups:
@@ -151,7 +151,9 @@ def correlations(groups: Sequence[Group]) -> Chart:
                 opacity=0.35,
             )
             panels.append(
-                Panel(title=f"{group.name}: {y} over {x}{r}", x=Axis(label=x), y=Axis(label=y), series=[points])
+                Panel(
+                    title=f"{group.name}: {y} over {x}{r}", x=ChartAxis(label=x), y=ChartAxis(label=y), series=[points]
+                )
             )
     caption = (
         "Each point is one draw behind the intervals. Log A and log B are those of A/N^alpha and B/D^beta at the mean "
@@ -160,7 +162,7 @@ def correlations(groups: Sequence[Group]) -> Chart:
     return Chart(name="correlations", caption=caption, panels=panels)
 
 
-def hold_out(groups: Sequence[Group]) -> Chart:
+def holdout_chart(groups: Sequence[PlotGroup]) -> Chart:
     """Error of the largest runs as predicted from the rest, with the drift of the allocation exponent."""
     series = []
     for group in groups:
@@ -181,7 +183,7 @@ def hold_out(groups: Sequence[Group]) -> Chart:
                 marker="ring",
             )
         )
-    y = Axis(label="predicted loss above the measured (%)")
+    y = ChartAxis(label="predicted loss above the measured (%)")
     panel = Panel(title="", x=FLOPS, y=y, baseline=0.0, series=series)
     caption = (
         "Runs of largest compute, predicted by a fit to the others. A small error of the loss does not mean that the "
@@ -249,7 +251,7 @@ def isoflops(
         Panel(
             title="Loss over size at equal compute",
             x=PARAMS,
-            y=Axis(label=f"{loss_name} (nats per token)"),
+            y=ChartAxis(label=f"{loss_name} (nats per token)"),
             series=[*profiles, *minima],
         ),
         Panel(title="Compute-optimal size", x=FLOPS, y=PARAMS, series=optima),

@@ -14,10 +14,10 @@ from typing import Any
 
 from megamm_laws.errors import InputError
 from megamm_laws.runs import conventions
-from megamm_laws.runs.readers.curve import Curve, rows_of
+from megamm_laws.runs.readers.curve import Curve, curve_rows
 from megamm_laws.runs.readers.megatron import read_megatron
 from megamm_laws.runs.readers.names import TagMap
-from megamm_laws.runs.readers.run_dirs import intermediate_rows, row_of_result, set_aside
+from megamm_laws.runs.readers.run_dirs import folders_set_aside, intermediate_rows, row_of_result
 from megamm_laws.runs.readers.tensorboard_events import MARK, has_events, read_events
 from megamm_laws.runs.readers.torchtitan import read_torchtitan
 from megamm_laws.runs.readers.wandb_export import read_wandb
@@ -171,7 +171,7 @@ def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) 
     """Everything at or below a folder; inside one of our run directories nothing further is looked for."""
     found = Collected()
     events: dict[tuple[str, Path], Curve] = {}
-    aside = set_aside(root)
+    aside = folders_set_aside(root)
     for place, subfolders, files in os.walk(root):
         subfolders.sort()  # the order of the file system would be the order of the table
         folder = Path(place)
@@ -221,7 +221,7 @@ def _curves(path: Path, options: Options) -> list[Curve] | None:
 def _add_curves(found: Collected, curves: list[Curve], options: Options) -> None:
     for curve in curves:
         curve.facts |= options.facts_of(curve.name)
-        rows, left_out = rows_of(curve, loss=options.loss, intermediate=options.include_intermediate)
+        rows, left_out = curve_rows(curve, loss=options.loss, intermediate=options.include_intermediate)
         found.left_out += left_out
         for row in rows:
             found.add(row, curve.origin)

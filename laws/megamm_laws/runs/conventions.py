@@ -154,7 +154,7 @@ CONVENTIONS = {
 }
 
 
-def convert(row: dict[str, Any], name: str) -> dict[str, Any]:
+def convert_row(row: dict[str, Any], name: str) -> dict[str, Any]:
     """The row counted by the convention ``name``.
 
     Raises:
@@ -179,7 +179,7 @@ def convert_rows(rows: list[dict[str, Any]], places: Iterable[str], name: str) -
     converted = []
     for row, place in zip(rows, places):
         try:
-            converted.append(convert(row, name))
+            converted.append(convert_row(row, name))
         except MissingFactError as error:
             raise InputError(
                 f"{place}: column {error} is missing, and FLOPs counted as {name!r} need it; add it with --facts"
@@ -203,12 +203,12 @@ def label(row: dict[str, Any]) -> dict[str, Any]:
     if row.get("flops") is None:
         if named == GIVEN:
             raise MissingFactError("flops")
-        return convert(row, named or "paper")
+        return convert_row(row, named or "paper")
     if named:
         return row
     for name in ("paper", "6nd"):
         try:
-            if abs(convert(row, name)["flops"] / row["flops"] - 1) < SAME:
+            if abs(convert_row(row, name)["flops"] / row["flops"] - 1) < SAME:
                 return row | {COLUMN: name}
         except MissingFactError:
             continue
@@ -243,7 +243,7 @@ def conversion_lines(rows: list[dict[str, Any]]) -> list[str]:
             ratios = []
             for row in members:
                 try:
-                    other = convert(row, name)
+                    other = convert_row(row, name)
                 except MissingFactError:
                     continue
                 ratios.append((other["flops"] / row["flops"], other["params"] / row["params"]))

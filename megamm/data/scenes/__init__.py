@@ -23,7 +23,7 @@ from megamm.data.scenes.difficulty import Kind, Skill, caption_entropy, skills, 
 from megamm.data.scenes.scene import Scene, check_image_size, encode_png, render
 from megamm.errors import InputError
 
-__all__ = ["Skill", "caption_entropy", "document", "draw", "generate", "skills", "text_entropy"]
+__all__ = ["Skill", "caption_entropy", "document", "draw", "generate_scenes", "skills", "text_entropy"]
 
 DRAW: dict[Kind, Callable[[random.Random], Sequence[str | Scene]]] = {
     "caption": captions.draw_caption,
@@ -32,7 +32,7 @@ DRAW: dict[Kind, Callable[[random.Random], Sequence[str | Scene]]] = {
 }
 
 
-def generate(kind: Kind, num_documents: int, seed: int, image_size: int) -> Iterator[Document]:
+def generate_scenes(kind: Kind, num_documents: int, seed: int, image_size: int) -> Iterator[Document]:
     """Yield documents 0..num_documents - 1 of a seed; see :func:`document`."""
     _check(kind, image_size)
     return (document(kind, index, seed, image_size) for index in range(num_documents))

@@ -16,7 +16,7 @@ from plan_factory import EARLY
 from scipy.optimize import minimize_scalar
 
 from megamm.config import Config, ModelConfig
-from megamm.dry_run import describe
+from megamm.dry_run import describe_run
 from megamm.errors import InputError
 from megamm.estimate.hardware import GPUS, bill, find_gpu, read_mfu, stated_mfu
 from megamm.model.counts import count_parameters
@@ -232,7 +232,7 @@ def test_the_config_trains(fits, tmp_path, group):
     config = build(Config, values)
     assert config.checkpoint.every == 77 and config.data.row_length == 2048 and base["train"] == {"steps": 5}
     assert config.train.tokens == pytest.approx(plan["model"]["tokens"], rel=1e-5)
-    assert f"{plan['model']['params']:,}" in describe(config)
+    assert f"{plan['model']['params']:,}" in describe_run(config)
     page = (tmp_path / "plan.md").read_text()
     assert page.count("\n") < 70
     for heading in ("## Trade-offs", "## Stages", "## Assumptions", "## Warnings"):

@@ -99,7 +99,9 @@ def validation_steps(curve: Curve) -> list[int]:
     return sorted(step for step, values in curve.points.items() if losses_of(values))
 
 
-def rows_of(curve: Curve, *, loss: str = "auto", intermediate: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
+def curve_rows(
+    curve: Curve, *, loss: str = "auto", intermediate: bool = False
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of the run table, and lines on what was left out.
 
     Args:

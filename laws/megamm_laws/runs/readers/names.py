@@ -126,7 +126,7 @@ def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def whole(value: float | None) -> int | None:
+def whole_number(value: float | None) -> int | None:
     """A count of steps as an integer; None if it is not finite or negative."""
     return int(value) if value is not None and math.isfinite(value) and value >= 0 else None
 

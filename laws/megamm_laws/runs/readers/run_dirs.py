@@ -43,7 +43,7 @@ def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
     return row
 
 
-def set_aside(folder: Path) -> dict[Path, str]:
+def folders_set_aside(folder: Path) -> dict[Path, str]:
     """Run directories that a study no longer counts, each resolved, with the reason; from the study.json at or above.
 
     Raises:

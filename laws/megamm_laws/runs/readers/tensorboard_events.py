@@ -10,7 +10,7 @@ from typing import Any
 from megamm_laws.errors import InputError
 from megamm_laws.runs.readers.curve import Curve, run_name
 from megamm_laws.runs.readers.megatron import facts_of_arguments
-from megamm_laws.runs.readers.names import key_of_tag, whole
+from megamm_laws.runs.readers.names import key_of_tag, whole_number
 
 MARK = "tfevents"
 _FACTS = ("params", "params_active", "params_embedding", "params_head", "params_vision", "tokens_vision")
@@ -43,7 +43,7 @@ def read_events(path: Path, mapping: dict[str, str] | None = None) -> list[Curve
             if key in _FACTS or key == "tokens_per_step":
                 curve.facts[key] = event.value
             elif key == "total_steps":
-                curve.total_steps = whole(event.value)
+                curve.total_steps = whole_number(event.value)
             else:
                 curve.add(event.step, {key: event.value})
     arguments = _texts(accumulator)

@@ -17,7 +17,7 @@ from typing import Any
 
 from megamm_laws.errors import InputError
 from megamm_laws.runs.readers.curve import Curve, run_name
-from megamm_laws.runs.readers.names import flatten, key_of_tag, number, whole
+from megamm_laws.runs.readers.names import flatten, key_of_tag, number, whole_number
 from megamm_laws.runs.table import csv_records, parse_record
 
 TEXTS = ("run", "state", "architecture", "mixture")
@@ -96,8 +96,8 @@ def _runs(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[s
             else:
                 facts.setdefault(key, parsed)
         name, state = facts.pop("run", f"{path.stem}-{line}"), facts.pop("state", "finished")
-        total = whole(facts.pop("total_steps", None)) or None
-        step = whole(point.pop("step", None)) or total or 1
+        total = whole_number(facts.pop("total_steps", None)) or None
+        step = whole_number(point.pop("step", None)) or total or 1
         curve = Curve(name=name, origin=f"{path} line {line}", facts=facts, total_steps=total)
         curve.finished = str(state).lower() == "finished" and (not total or step >= total)
         if planned and "lr" in point:
@@ -132,7 +132,7 @@ def _history(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dic
                 raise InputError(f"{path}: line {line}: column {tag}: {value!r} is not a number")
             # A history in CSV holds nan where a metric was not logged.
             if key == "step":
-                step = whole(parsed) if step is None or tag == "_step" else step
+                step = whole_number(parsed) if step is None or tag == "_step" else step
             elif parsed == parsed or path.suffix.lower() != ".csv":
                 values[key] = parsed
         if step is None:
@@ -142,7 +142,7 @@ def _history(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dic
         curve.add(step, {k: v for k, v in values.items() if k not in facts})
     if not any(curve.points.values()):
         raise InputError(f"{path}: no column of a usual name; name them with --map loss=COLUMN, tokens=COLUMN")
-    curve.total_steps = whole(curve.facts.pop("total_steps", None)) or None
+    curve.total_steps = whole_number(curve.facts.pop("total_steps", None)) or None
     return curve
 
 
@@ -161,7 +161,7 @@ def _chart(
         for line, record in records:
             if record[column] in (None, ""):
                 continue
-            at, value = whole(number(record[header[0]])), number(record[column])
+            at, value = whole_number(number(record[header[0]])), number(record[column])
             if at is None or value is None:
                 bad = header[0] if at is None else column
                 raise InputError(f"{path}: line {line}: column {bad}: {record[bad]!r} is not a number")
