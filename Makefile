@@ -30,7 +30,7 @@ demo-real: install  ## the same on documentation and clip art of Debian packages
 test: install-test browser  ## the whole test suite
 	$(PYTHON) -m pytest -n $(PYTEST_JOBS) --dist loadfile  # a file has its fixtures once
 
-faults: install-test  ## 261 things that go wrong while training, and what is lost: about 8 minutes on two cores
+faults: install-test  ## 283 things that go wrong while training, and what is lost: about 6 minutes on two cores
 	$(PYTHON) tests/faults/run.py
 
 lint: install-test  ## style, layout, spelling, types

@@ -2,9 +2,9 @@
 
 import sys
 
-from megamm_laws.errors import InputError, ProblemsError, RunError, exit_on_error
+from megamm_laws.errors import InputError, ProblemsError, RunError, error_text, exit_on_error
 
-__all__ = ["InputError", "ProblemsError", "RunError", "exit_on_error", "warn"]
+__all__ = ["InputError", "ProblemsError", "RunError", "error_text", "exit_on_error", "warn"]
 
 
 def warn(message: str) -> None:

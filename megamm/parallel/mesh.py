@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megamm.config import Config
-from megamm.errors import InputError, RunError
+from megamm.errors import InputError, RunError, error_text
 from megamm.parallel.layout import AXES, Layout, resolve_layout
 from megamm.parallel.store import meet
 
@@ -156,7 +156,7 @@ def lost_contact(error: BaseException) -> bool:
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, InputError | RunError | OSError):
-        return str(error)
+        return error_text(error)
     return f"{socket.gethostname()}: {type(error).__name__}: {error}"
 
 

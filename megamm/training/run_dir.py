@@ -109,8 +109,8 @@ def _find_token(run_dir: Path, token: str, rank: int, patience: float = 10.0) ->
 def is_begun(run_dir: Path) -> bool:
     """Whether something was trained here; a start that failed before its first step leaves nothing to keep."""
     metrics = run_dir / "metrics.jsonl"
-    logged = metrics.exists() and metrics.stat().st_size > 0
-    return logged or (run_dir / "result.json").exists() or any((run_dir / "checkpoints").glob("*step-*[0-9]"))
+    logged = metrics.is_file() and metrics.stat().st_size > 0
+    return logged or (run_dir / "result.json").is_file() or any((run_dir / "checkpoints").glob("*step-*[0-9]"))
 
 
 def finished(run_dir: Path, config: Config) -> dict | None:

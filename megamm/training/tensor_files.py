@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from megamm.errors import InputError
+from megamm.errors import InputError, error_text
 from megamm.parallel.mesh import World
 
 INDEX = ".metadata"
@@ -91,7 +91,7 @@ def innermost(error: BaseException) -> BaseException:
 
 def error_words(error: BaseException) -> str:
     """An error in one line."""
-    text = " ".join(str(error).split())
+    text = " ".join(error_text(error).split())
     return text if isinstance(error, OSError | InputError) else f"{type(error).__name__}: {text}"
 
 

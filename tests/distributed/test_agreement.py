@@ -126,7 +126,7 @@ def test_data_that_differ_are_one_error(data, tmp_path):
 
 FAILURES = {
     "fails_at_step_2": "document 'x' is damaged",
-    "log_fails": "[Errno 28] No space left on device: 'metrics.jsonl'",
+    "log_fails": "metrics.jsonl: the disk is full",
     "save_fails": "step-00000005: checkpoint not written ([Errno 27] File too large",
 }
 

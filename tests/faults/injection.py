@@ -38,8 +38,10 @@ class Fault:
     Attributes:
         what: run, ranks or study.
         wound: name of a function of wounds.py and its arguments; ``{data}`` and ``{run}`` stand for folders. For ranks
-            the wounded rank comes first; for a study it is a signal and when it is sent, as a share of the whole time.
+            the wounded rank comes first; for a study it is a signal, when it is sent, as a share of the whole time, and
+            whether it is sent to one of its trainings alone.
         damage: called with the case's folder and a random generator, before the process starts.
+        mend: what a person does to the case's folder after an error, besides putting back data and settings.
         begun: whether the run has been trained up to a kill before step 13.
         settings: overrides of the config.
     """
@@ -49,6 +51,7 @@ class Fault:
     what: str = "run"
     wound: tuple | None = None
     damage: Callable[[Path, random.Random], None] | None = None
+    mend: Callable[[Path], None] | None = None
     begun: bool = False
     settings: tuple[str, ...] = ()
 
@@ -60,7 +63,7 @@ class Outcome:
     Attributes:
         state: survived; hands: an error of one line named it, and after the files were put back the run ended as it
             should; wrong: it ended with other numbers and no error; hung; crashed: a traceback, or it never ends.
-        lost: steps trained twice, the most of any restart.
+        lost: steps trained twice, the most of any restart of any run.
         note: the error, or what differs.
     """
 
@@ -177,13 +180,15 @@ def train(folder: Path, wound: tuple | None = None, settings: tuple[str, ...] = 
 
 def launch(folder: Path, wound: tuple | None = None, settings: tuple[str, ...] = ()) -> Ended:
     """Two ranks under a launcher that restarts them."""
-    launcher = ["megamm.launch", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    launcher = ["megamm.launch", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     command = [sys.executable, "-m", *launcher, Path(__file__).with_name("rank.py"), *overrides(folder), *settings]
-    return _call(command, {"FAULT": json.dumps(list(wound or (-1, "")))})
+    rank, *rest = wound or (-1, "")
+    fault = [str(folder / "steps.txt"), rank, *placed(rest, folder)]
+    return _call(command, {"FAULT": json.dumps(fault)})
 
 
 def study(folder: Path, wound: tuple | None = None, settings: tuple[str, ...] = ()) -> Ended:
-    """A small study; ``wound``: a signal, and the seconds after which it is sent."""
+    """A small study; ``wound``: a signal, the seconds after which it is sent, and whether to one training alone."""
     values = {
         "name": "tiny",
         "base": {
@@ -220,10 +225,13 @@ def _call(command: list, environment: dict[str, str], wound: tuple | None = None
     ) as process:
         try:
             if wound:
-                number, seconds = wound
+                number, seconds, to_one = wound
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(seconds)
-                process.send_signal(number)
+                if to_one:
+                    _signal_a_training(process.pid, number)
+                else:
+                    process.send_signal(number)
             words = process.communicate(timeout=TIMEOUT)[0]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -231,21 +239,31 @@ def _call(command: list, environment: dict[str, str], wound: tuple | None = None
     return Ended(process.returncode, words)
 
 
-START = {"run": train, "ranks": launch, "study": study}
+def _signal_a_training(study: int, number: int) -> None:
+    """Send a signal to the first training that a study has begun and not ended; waits for one."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended meanwhile
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == study and b"megamm.study.child" in (folder / "cmdline").read_bytes():
+                    os.kill(int(folder.name), number)
+                    return
+        time.sleep(0.05)
+    raise AssertionError("the study began no training")
 
 
-def _train(arguments: list[str], wound: tuple | None, folder: Path) -> None:
-    import torch
-    import wounds
+def placed(arguments: list | tuple, folder: Path) -> list:
+    """Arguments of a wound with the case's folders in place of their names."""
+    places = {"data": folder / "data", "run": folder / "run"}
+    return [a.format(**places) if isinstance(a, str) else a for a in arguments]
 
-    import megamm.train
+
+def note_steps(path: Path) -> None:
+    """Let this process append the steps that it trains to a file, after a line that says that it began."""
     from megamm.trainer import Trainer
 
-    torch.set_num_threads(1)
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    train_step, steps = Trainer.train_step, os.open(folder / "steps.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    train_step, steps = Trainer.train_step, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(steps, b"begin\n")
 
     def noted(self, batches):
@@ -256,13 +274,28 @@ def _train(arguments: list[str], wound: tuple | None, folder: Path) -> None:
         return found
 
     Trainer.train_step = noted
+
+
+START = {"run": train, "ranks": launch, "study": study}
+
+
+def _train(arguments: list[str], wound: tuple | None, folder: Path) -> None:
+    import torch
+    import wounds
+
+    import megamm.train
+
+    torch.set_num_threads(1)
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["train.py", *arguments]
+    note_steps(folder / "steps.txt")
     if wound and wound[0] == "count_file_calls":
         _count_file_calls(Path(wound[1]))
     elif wound:
         name, *args = wound
-        places = {"data": folder / "data", "run": folder / "run"}
-        getattr(wounds, name)(*(a.format(**places) if isinstance(a, str) else a for a in args))
-    sys.argv = ["train.py", *arguments]
+        getattr(wounds, name)(*placed(args, folder))
     megamm.train.command()
 
 
@@ -304,12 +337,12 @@ def inject(fault: Fault, templates: Templates, folder: Path, seed: int = 0) -> O
     if fault.damage:
         fault.damage(folder, random.Random(f"{seed} {fault.kind} {fault.name}"))
     hands, wound, note, lost, told = 0, fault.wound, "", 0, ""
-    if fault.what == "study":
-        number, share = fault.wound
-        wound = number, share * templates.study_seconds
+    if fault.what == "study" and fault.wound:
+        number, share, to_one = fault.wound
+        wound = number, share * templates.study_seconds, to_one
     for _ in range(RESTARTS):
         ended = START[fault.what](folder, wound, fault.settings)
-        lost = max(lost, _lost(folder, newest))
+        lost = max(lost, _behind(folder) if fault.what == "study" else _lost(folder, newest))
         newest, wound, told = 0, None, told + ended.words
         if ended.code is None:
             return Outcome(fault=fault, state="hung", lost=lost, note=ended.words[-300:])
@@ -322,23 +355,42 @@ def inject(fault: Fault, templates: Templates, folder: Path, seed: int = 0) -> O
             return Outcome(fault=fault, state="crashed", lost=lost, note=ended.words[-1500:])
         hands += 1
         _put_back(source, folder, note)
+        if fault.mend:
+            fault.mend(folder)
     return Outcome(fault=fault, state="crashed", lost=lost, note=f"it never ends: {note}")
 
 
 def _lost(folder: Path, newest: int) -> int:
-    """Steps that the last process trained again; ``newest``: of the checkpoint that it should have gone on from."""
+    """Steps trained again, the most of any restart; ``newest``: of the checkpoint that the first should go on from."""
     if not (folder / "steps.txt").exists():
         return 0
-    *before, last = [part.split() for part in (folder / "steps.txt").read_text().split("begin\n")[1:]]
-    done = max([int(part[-1]) for part in before if part], default=newest)
-    return max(0, done - int(last[0]) + 1) if last else 0
+    done, lost = newest, 0
+    for part in (folder / "steps.txt").read_text().split("begin\n")[1:]:
+        steps = [int(step) for step in part.split()]
+        if steps:
+            lost, done = max(lost, done - steps[0] + 1), max(done, steps[-1])
+    return lost
+
+
+def _behind(folder: Path) -> int:
+    """Steps by which the checkpoints of a study's unfinished runs are behind their logs, the most of any run."""
+    most = 0
+    for log in (folder / "study").glob("runs/*/*/metrics.jsonl"):
+        pointer = log.parent / "checkpoints" / "latest"
+        # A branch has no checkpoint before its first: it begins with its trunk's, and so does its log.
+        if (log.parent / "result.json").exists() or not pointer.exists():
+            continue
+        lines = log.read_text().splitlines()
+        most = max(most, json.loads(lines[-1])["step"] - int(pointer.read_text().split("-")[1]) if lines else 0)
+    return most
 
 
 def _put_back(source: Path, folder: Path, note: str) -> None:
     """What a person does after the error ``note``: restore data and settings, and leave what training wrote."""
     shutil.copytree(source / "data", folder / "data", dirs_exist_ok=True)
-    if f"{folder}/run/result.json" in note:  # the advice is to delete it
-        (folder / "run" / "result.json").unlink(missing_ok=True)
+    result = folder / "run" / "result.json"
+    if str(result) in note and result.is_file():  # the advice is to delete it
+        result.unlink()
     for name in ("config.yaml", "run.json"):
         if (source / "run" / name).exists():
             text = (source / "run" / name).read_text().replace(str(source), str(folder))

@@ -60,7 +60,7 @@ def of(pattern: str, damage: Damage) -> Damage:
 
 def all_faults(templates: Templates) -> list[Fault]:
     """Over 200, the same in every run."""
-    return [*_processes(templates), *_checkpoints(), *_run_files(), *_data(), *_ranks(), *_studies()]
+    return [*_processes(templates), *_checkpoints(), *_run_files(), *_places(), *_data(), *_ranks(), *_studies()]
 
 
 def _ranks() -> list[Fault]:
@@ -72,17 +72,31 @@ def _ranks() -> list[Fault]:
     found.append(kind(name="rank 0 told to stop", wound=(0, "signal_at", 7, signal.SIGTERM)))
     found.append(kind(name="rank 1 told to stop", wound=(1, "signal_at", 11, signal.SIGTERM)))
     found.append(kind(name="rank 0 killed while writing", wound=(0, "signal_at_file_call", 20, signal.SIGKILL)))
+    told = partial(Fault, kind="ranks told unlike things", what="ranks")
+    unlike = {
+        "train.run_dir": "{run}-elsewhere",
+        "optimizer.lr": "many",
+        "data.row_length": "8",
+        "model.colour": "red",
+        "data.sources": "{{caption: {{path: {data}/caption}}, text: {{path: {data}/elsewhere}}}}",
+    }
+    for rank, (setting, value) in enumerate(unlike.items()):
+        found.append(told(name=f"rank {rank % 2}: {setting}", wound=(rank % 2, "told_otherwise", setting, value)))
     return found
 
 
 def _studies() -> list[Fault]:
     kind = partial(Fault, kind="a study", what="study")
     shares = {signal.SIGKILL: (0.3, 0.5, 0.7, 0.9), signal.SIGTERM: (0.4, 0.8), signal.SIGINT: (0.6,)}
-    return [
-        kind(name=f"{number.name} at {share:.0%}", wound=(number, share))
+    found = [
+        kind(name=f"{number.name} at {share:.0%}", wound=(number, share, False))
         for number, some in shares.items()
         for share in some
     ]
+    child = partial(Fault, kind="a study's training", what="study")
+    for number, share in ((signal.SIGKILL, 0.4), (signal.SIGKILL, 0.8), (signal.SIGTERM, 0.5)):
+        found.append(child(name=f"{number.name} at {share:.0%}", wound=(number, share, True)))
+    return found
 
 
 def _processes(templates: Templates) -> list[Fault]:
@@ -145,6 +159,26 @@ def _run_files() -> list[Fault]:
         found.append(kind(name=f"odd folder {name}", damage=lambda f, rng, place=place: says("x", f / place, rng)))
     place = "run/checkpoints/step-00000099/state.json"
     found.append(kind(name="a later folder", damage=lambda f, rng: says("{}", f / place, rng)))
+    return found
+
+
+def _make_way(place: str, folder: Path) -> None:
+    gone(folder / place, random.Random())
+
+
+def _places() -> list[Fault]:
+    """What a run writes to is of another kind, read-only, or taken by another process."""
+    found, kind = [], partial(Fault, kind="a place is taken")
+    for name in ("run", "run/checkpoints", "run/pack_plan", "run/tensorboard"):
+        damage = lambda f, rng, name=name: says("in the way", f / name, rng)  # noqa: E731
+        found.append(kind(name=f"{name} is a file", damage=damage, mend=partial(_make_way, name)))
+    for name in ("run/metrics.jsonl", "run/config.yaml", "run/run.json", "run/checkpoints/latest", "run/result.json"):
+        damage = lambda f, rng, name=name: (f / name).mkdir(parents=True)  # noqa: E731
+        found.append(kind(name=f"{name} is a folder", damage=damage, mend=partial(_make_way, name)))
+    for step in (0, 6, 15):
+        found.append(Fault(kind="read-only folder", name=str(step), wound=("read_only_from", step, "{run}")))
+    for step in (2, 10):
+        found.append(Fault(kind="two processes", name=str(step), wound=("second_process_at", step)))
     return found
 
 

@@ -1,9 +1,13 @@
 """What goes wrong inside of a training process: each is called in it before the training begins."""
 
+import builtins
 import errno
+import io
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +19,9 @@ from megamm.training import tensor_files
 
 FILE_CALLS = [(os, "replace"), (os, "rename"), (os, "fsync"), (shutil, "rmtree"), (tensor_files.dcp, "save")]
 """Calls at which a run that writes is between two states of its folder."""
+
+LASTING = ("told_otherwise",)
+"""Wounds that a new start does not heal."""
 
 
 def before_step(step: int, act: Callable[[Trainer], object]) -> None:
@@ -119,3 +126,46 @@ def file_gone_at(step: int, path: str) -> None:
 
 def folder_gone_at(step: int, path: str) -> None:
     before_step(step, lambda _: shutil.rmtree(path))
+
+
+def read_only_from(step: int, path: str) -> None:
+    """Nothing can be written below a folder any more, as on a file system that was mounted again after an error.
+
+    Not by permissions: they do not stop the superuser.
+    """
+
+    def close_folder(_: Trainer) -> None:
+        def guard(call, writes):
+            def run(place, *args, **kwargs):
+                if str(place).startswith(path) and writes(*args, **kwargs):
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(place))
+                return call(place, *args, **kwargs)
+
+            return run
+
+        def writing(mode="r", *_, **__):
+            return set(mode) & set("wax+")
+
+        # What pathlib and shutil call in the end.
+        io.open = builtins.open = guard(builtins.open, writing)
+        for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
+            setattr(os, name, guard(getattr(os, name), lambda *_, **__: True))
+
+    before_step(step, close_folder)
+
+
+def second_process_at(step: int) -> None:
+    """The same command is started again, while this one trains: it has to end, with one line."""
+
+    def start(_: Trainer) -> None:
+        command = [sys.executable, "-m", "megamm.train", *sys.argv[1:]]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if found.returncode != 1 or "error: " not in found.stderr or "Traceback" in found.stderr:
+            raise AssertionError(f"the second process ended with {found.returncode}: {found.stderr}")
+
+    before_step(step, start)
+
+
+def told_otherwise(setting: str, value: str) -> None:
+    """This rank's command line has another value of a setting than the others'."""
+    sys.argv = [*(a for a in sys.argv if not a.startswith(f"--{setting}=")), f"--{setting}={value}"]
