@@ -294,6 +294,8 @@ class OptimizerConfig:
     """Added to the root of the mean squared gradient, by which a step is divided."""
     weight_decay: float = setting(1e-4, min=0, max=1)
     """Share of a weight removed per step at the peak rate, not multiplied by lr; on matrices only."""
+    offload: bool = setting(False, free=True)
+    """Keep AdamW's moments in the host's memory and step there: 8 bytes per parameter less on the device."""
     clip: float = setting(1.0, also=0, min=1e-9, max=1e9)
     """Largest norm of the whole gradient; 0 = no clipping."""
     freeze: list[str] = field(default_factory=list)
@@ -302,9 +304,12 @@ class OptimizerConfig:
     """Step from which optimizer.freeze no longer holds; by default it holds to the end."""
 
     def problems(self) -> list[str]:
+        found = []
         if self.freeze_until is not None and not self.freeze:
-            return [f"optimizer.freeze_until: {self.freeze_until} without optimizer.freeze; set both"]
-        return []
+            found.append(f"optimizer.freeze_until: {self.freeze_until} without optimizer.freeze; set both")
+        if self.offload and self.name != "adamw":
+            found.append(f"optimizer.offload: only with optimizer.name adamw, not {self.name}")
+        return found
 
 
 @dataclass(kw_only=True)
@@ -340,6 +345,8 @@ class TrainConfig:
     """auto: cuda where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; parameters and optimizer state stay float32."""
+    fp8: bool = False
+    """Matrix products of the blocks in 8-bit floats with a scale per tensor, by torchao; emulated on a CPU."""
     compile: bool = setting(False, free=True)
     """Compile the blocks with torch.compile."""
     recompute: Literal["none", "per_op", "full"] = setting("none", free=True)
@@ -353,6 +360,8 @@ class TrainConfig:
     """[first, last] step to profile, or [one], counted from 1; the profile goes to the folder profile/ of the run."""
     deterministic: bool = setting(False, free=True)
     """Refuse operations whose result may differ from run to run on the same device; slower on GPUs."""
+    wandb: str | None = setting(None, free=True)
+    """Project of Weights & Biases to log to, beside TensorBoard."""
     peak_flops: float | None = setting(None, min=1, max=1e21, free=True)
     """FLOP/s of one rank's device, against which MFU is stated; without it MFU is not logged."""
     variant: str | None = setting(None, study=True)

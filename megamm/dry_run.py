@@ -5,6 +5,7 @@ import os
 from megamm.config import Config
 from megamm.estimate.memory import rank_memory
 from megamm.estimate.tokens import stated_stats, stats_of_sources
+from megamm.extras import check_extras
 from megamm.model.counts import TokenStats, count_parameters, exact_flops_per_token
 from megamm.model.sizes import num_heads
 from megamm.parallel.layout import resolve_layout
@@ -18,6 +19,7 @@ def describe_run(config: Config) -> str:
         InputError: a size is set neither in the config nor by the data, or the layout does not fit the ranks.
     """
     config = resolve_config(config)
+    check_extras(config)
     model, train, ranks = config.model, config.train, int(os.environ.get("WORLD_SIZE", 1))
     counts = count_parameters(model)
     row = config.data.row_length
@@ -25,7 +27,7 @@ def describe_run(config: Config) -> str:
     layout = resolve_layout(config, ranks)
     stats = stats_of_sources(config) if config.data.sources else stated_stats(model, row)
     memory = rank_memory(config, layout, stats)
-    state = sum(memory[name] for name in ("parameters", "gradients", "optimizer state"))
+    state = sum(memory[name] for name in ("parameters", "gradients", "optimizer state") if name in memory)
     kept = sum(value for name, value in memory.items() if name.startswith("activations"))
     other = sum(memory.values()) - state - kept
     # One document per row and no image: an upper bound on labels and pairs, stated as such.

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megamm.config import Config, load
-from megamm.errors import InputError, RunError, exit_on_error
+from megamm.errors import InputError, RunError, error_text, exit_on_error
+from megamm.extras import check_extras
 from megamm.parallel.launch import Launch
 from megamm.resolve import fill_in, remarks, resolve_config
 from megamm.settings import add_options, to_yaml
@@ -138,10 +139,11 @@ def refusal(config: Config, world_size: int) -> str | None:
         for split in ("train", "val"):
             open_sources(config.data, split)
         resolved = resolve_config(copy.deepcopy(config))
+        check_extras(resolved)
         resolve_layout(resolved, world_size)
         check_settings(Path(resolved.train.run_dir), resolved)
     except (InputError, OSError) as error:
-        return str(error)
+        return error_text(error)
     return None
 
 
@@ -179,9 +181,9 @@ def train_all(configs: list[Config], launch: Launch, refused: list[str | None]) 
                 result = trainer.run()
             except (InputError, RunError, OSError) as error:
                 if len(configs) == 1:
-                    stop(error, launch.says(str(error)))
+                    stop(error, launch.says(error_text(error)))
                 failed[run_dir] = error
-                text = f"error: {run_dir}: {error}"
+                text = f"error: {run_dir}: {error_text(error)}"
                 if launch.says(text):
                     print(text, file=sys.stderr, flush=True)
                 continue

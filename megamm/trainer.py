@@ -19,6 +19,7 @@ from megamm.errors import InputError, RunError
 from megamm.estimate.tokens import stats_of_sources
 from megamm.exchange.start import start_from
 from megamm.exchange.weights import model_shapes
+from megamm.extras import check_extras
 from megamm.files import write_json
 from megamm.model.counts import TokenStats, count_parameters, exact_flops_per_token, flops_weights, paper_flops
 from megamm.parallel.data import clip_gradients
@@ -35,6 +36,7 @@ from megamm.training.optimizer import check_freeze, freeze, held_back, make_opti
 from megamm.training.profile import Profiler
 from megamm.training.schedule import cooldown_start, learning_rate_factor
 from megamm.training.signals import StopFlag, Stopped
+from megamm.training.wandb_run import WandbRun
 
 
 class Trainer:
@@ -75,6 +77,7 @@ class Trainer:
         self.datasets, self._val_datasets = open_sources(config.data, "train"), open_sources(config.data, "val")
         self.fingerprints = {name: fingerprints(source.path) for name, source in config.data.sources.items()}
         self.config = resolve_config(config)
+        check_extras(self.config)
         if config.optimizer.freeze:
             check_freeze(model_shapes(self.config.model), config.optimizer)
         self.run_dir = Path(config.train.run_dir)
@@ -120,6 +123,8 @@ class Trainer:
                     first = cooldown_start(self.config.schedule, self.steps) if self.config.train.branch_from else 0
                     every, ends = self.config.train.log_every, self.step == self.steps
                     log = MetricsLog(self.run_dir, self.step, every, first, validates=ends)
+                    if self.config.train.wandb:
+                        log.also_write_to(WandbRun(self.run_dir, self.config))
             self.plan_validation()  # a split that cannot be read is told of before the training
             self._loop(log)
             return self._finish(log)

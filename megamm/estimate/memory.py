@@ -63,7 +63,7 @@ def _pipeline_rank(
     found = {
         "parameters": FLOAT32 * share,
         "gradients": FLOAT32 * share,
-        "optimizer state": FLOAT32 * (2 * share - one),
+        "optimizer state": 0.0 if config.optimizer.offload else FLOAT32 * (2 * share - one),
         **_weights_in_use(config, layout, mine, size),
         **{f"activations: {name}": value for name, value in kept.items()},
         "working tensors of a block's backward": _working(model, positions, size, config.train.recompute, t),

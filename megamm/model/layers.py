@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megamm_kernels import add_rms_norm, interval_attention, linear_swiglu, qk_norm_rope, rms_norm
+from megamm_kernels import add_rms_norm, interval_attention, linear_swiglu, qk_norm_rope, rms_norm, swiglu
 from torch import nn
 
 from megamm.model.context import BlockContext
@@ -23,6 +23,9 @@ from megamm.model.rotary import rotate
 class Linear(nn.Module):
     """Matrix product, by default without bias, in the dtype of its input."""
 
+    product = staticmethod(F.linear)
+    """How; replaced in modules whose product runs in 8-bit floats."""
+
     def __init__(self, in_features: int, out_features: int, std: float, bias: bool = False):
         super().__init__()
         self.initial = {"weight": std, "bias": 0.0}
@@ -30,7 +33,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self.product(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -98,10 +101,13 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_up = Linear(width, 2 * hidden, width**-0.5)
         self.down = Linear(hidden, width, hidden**-0.5 / math.sqrt(2 * depth))
+        self.fused = True  # product and gating in one operator, which has a product of its own
 
     def forward(self, x_blw: torch.Tensor, context: BlockContext | None = None) -> torch.Tensor:
         """[..., W] -> [..., W]; the context does not matter: all positions meet the same weights."""
-        return self.down(linear_swiglu(x_blw, self.gate_up.weight))
+        if self.fused:
+            return self.down(linear_swiglu(x_blw, self.gate_up.weight))
+        return self.down(swiglu(self.gate_up(x_blw)))
 
 
 class Block(nn.Module):

@@ -1,9 +1,10 @@
-"""How a model is spread, in one visible order: tensor, experts, context, inputs, recompute, compile, data."""
+"""How a model is spread, in one visible order: tensor, experts, context, inputs, fp8, recompute, compile, data."""
 
 import torch
 
 from megamm.config import Config
 from megamm.model.counts import TokenStats
+from megamm.model.float8 import use_float8
 from megamm.model.initial import initialise
 from megamm.model.multimodal import MultimodalModel
 from megamm.parallel.context import apply_context
@@ -41,6 +42,9 @@ def make_part(config: Config, num_sources: int, world: World, stage: Stage) -> M
     apply_experts(model, world)
     apply_context(model, world, config.parallel.context_method)
     apply_inputs(model, world)
+    if config.train.fp8:
+        for block in model.all_blocks():
+            use_float8(block, world.device)
     recompute_blocks(model, config.train.recompute)
     if config.train.compile:
         for block in model.all_blocks():

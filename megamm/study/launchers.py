@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megamm.errors import InputError
+from megamm.extras import require
 from megamm.training.signals import EXIT_CODE
 
 POLL_SECONDS = 0.5
@@ -76,10 +77,9 @@ class SlurmLauncher:
     """
 
     def __init__(self, folder: Path, parameters: dict[str, Any], cluster: str = "slurm"):
-        try:
-            import submitit
-        except ImportError as error:
-            raise InputError("--launcher slurm: submitit is not installed; pip install 'megamm[slurm]'") from error
+        require("submitit", "--launcher slurm")
+        import submitit
+
         self.jobs = sys.maxsize  # the queue decides how many run at a time
         self._ranks = int(parameters.get("gpus_per_node") or 1)
         setup = [SRUN_CPUS, *(parameters.get("slurm_setup") or [])]

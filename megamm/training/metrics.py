@@ -30,6 +30,7 @@ class MetricsLog:
             warn(f"{self.path}: has no line of steps {steps[-1] + 1} to {start_step}; losses logged there are lost")
         self._file = self.path.open("a", encoding="utf-8")
         self._writer: Any = None  # a SummaryWriter from the first record on
+        self._others: list[Any] = []
         self._folder = run_dir / "tensorboard"
         self._start = start_step
 
@@ -44,6 +45,12 @@ class MetricsLog:
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, record["step"])
+        for other in self._others:
+            other.write(record)
+
+    def also_write_to(self, log: Any) -> None:
+        """Hand every further record to ``log``, too: its ``write`` takes one, its ``close`` ends it."""
+        self._others.append(log)
 
     def _keep_until(self, start_step: int, validates: bool) -> list[dict]:
         """Drop later lines and what is no record; returns the records that stay."""
@@ -68,6 +75,8 @@ class MetricsLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+        for other in self._others:
+            other.close()
 
 
 def read_metrics(path: Path) -> list[dict]:

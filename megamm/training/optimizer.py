@@ -10,6 +10,7 @@ from torch import nn
 from megamm.config import OptimizerConfig
 from megamm.errors import InputError
 from megamm.training.muon import Muon, muon_parts
+from megamm.training.offload import OffloadedAdamW
 
 TOWER_PREFIXES = ("vision.embed.", "vision.blocks.", "vision.norm.")
 """Parameters of the late-fusion vision tower; its projector learns at the decoder's rate."""
@@ -95,7 +96,7 @@ def make_optimizer(
     options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
     if config.name == "muon":
         return Muon(ordered, momentum=config.momentum, dtype=dtype, **options)
-    return torch.optim.AdamW(ordered, **options)
+    return (OffloadedAdamW if config.offload else torch.optim.AdamW)(ordered, **options)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -139,6 +139,7 @@ PRODUCTS_OF_FOUR = [
     ("muon", {"expert": 2, "dp_shard": 2, "tensor": 2}),
     ("early", {"context": 4, "train.recompute": "full"}),
     ("late", {"pipeline": 4, "model.depth": 4}),
+    ("late", {"tensor": 2, "dp_shard": 2, "optimizer.offload": "true"}),
     ("early", {"pipeline": 2, "dp_shard": 2, "pipeline_schedule": "interleaved", "micro_batches": 8}),
     ("late", {"context": 2, "dp_shard": 2, "context_method": "ring", "train.recompute": "per_op"}),
 ]

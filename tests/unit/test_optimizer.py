@@ -144,3 +144,20 @@ def test_a_run_with_muon_resumes_exactly_and_its_state_is_as_estimated(tmp_path)
     tensors = [t for state in whole.optimizer.state.values() for t in state.values() if t.ndim]
     held = rank_memory(whole.config, whole.world.layout, stats_of_sources(whole.config))["optimizer state"]
     assert sum(t.nbytes for t in tensors) == pytest.approx(held, rel=0.02)
+
+
+def test_adamw_in_the_hosts_memory_is_adamw_bit_by_bit_and_resumes(tmp_path):
+    for kind in ("caption", "text"):
+        make_dataset(tmp_path / kind, kind=kind, num_documents=60)
+    settings = {"model.architecture": "late", "train.steps": 8}
+    away = settings | {"optimizer.offload": "true"}
+    whole, broken = trainer(tmp_path, tmp_path / "whole", **settings), trainer(tmp_path, tmp_path / "broken", **away)
+    losses = whole.run()["losses"]
+    run_until(broken, 7)  # goes on from the checkpoint at step 5
+    resumed = trainer(tmp_path, tmp_path / "broken", **away)
+    assert resumed.run()["losses"] == losses
+    for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert "optimizer state" not in rank_memory(resumed.config, resumed.world.layout, stats_of_sources(resumed.config))
+    # Where the state lies is no matter of the run: it goes on without.
+    assert trainer(tmp_path, tmp_path / "broken", **settings | {"train.steps": 8}).run()["losses"] == losses
