@@ -83,7 +83,7 @@ class Pipeline:
             for index, module in modules.items()
         ]
         self.is_first, self.is_last = 0 in modules, last in modules
-        # A schedule is made for one number of micro-batches; training and validation may have different ones.
+        # By number of micro-batches, which a schedule fixes.
         self._schedules: dict[int, object] = {}
 
     def step(
