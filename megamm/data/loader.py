@@ -99,7 +99,8 @@ def _extend(plan: PackPlan, num_rows: int) -> None:
         plan.ensure(
             num_rows,
             lambda known: progress.update(task, completed=min(known, num_rows)),
-            # The cores that this process may use, which in a container or under Slurm are fewer than the machine's.
+            # The cores that this process may use: in a container or under Slurm these may be fewer than the machine
+            # has.
             processes=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
         )
 
@@ -269,8 +270,7 @@ class _Deal:
     ):
         self.plan, self.global_rows, self.rank, self.num_ranks, self.work = plan, global_rows, rank, num_ranks, work
         rank_rows = global_rows // num_ranks
-        # Micro-batches are evened out as well, as ranks in a pipeline wait after each; not where the last one is
-        # shorter.
+        # Micro-batches are evened out as well, since ranks meet in each of them; not where the last one is shorter.
         self.parts = num_ranks * (rank_rows // micro_rows if rank_rows % micro_rows == 0 else 1)
         info = next((d.info for d in datasets if d.info.get("image_size")), None)
         self.image_patches = patches_per_image(info["image_size"], info["patch_size"]) if info else 1

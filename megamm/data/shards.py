@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
         ("id", pa.string()),
         ("tokens", pa.list_(pa.int32())),
         ("layout", pa.list_(pa.int32())),
-        ("images", pa.list_(pa.large_binary())),  # 64-bit offsets: more than 2 GiB in a shard
+        ("images", pa.list_(pa.large_binary())),  # 64-bit offsets: no limit of 2 GiB
         ("digest", pa.binary(DIGEST_BYTES)),
     ]
 )
