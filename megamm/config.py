@@ -168,6 +168,7 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         found = []
+        # As resolve_model will set it; None where there is no such width.
         head_dim = self.head_dim or (default_head_dim(self.width) if self.width % 8 == 0 else None)
         if self.heads:
             head_dim = self.head_dim or (None if self.width % self.heads else self.width // self.heads)
@@ -176,6 +177,7 @@ class ModelConfig:
                     f"model.heads: {self.heads} heads of model.width {self.width} have no even whole width; set an "
                     "even model.head_dim"
                 )
+            # One problem of heads at a time: the others follow from it.
             elif self.key_heads and self.heads % self.key_heads:
                 found.append(f"model.key_heads: {self.key_heads} does not divide model.heads {self.heads}")
         elif head_dim is None:
@@ -189,6 +191,7 @@ class ModelConfig:
                 f"model.key_heads: {self.key_heads} does not divide the {self.width // head_dim} query heads "
                 f"(model.width {self.width} / model.head_dim {head_dim})"
             )
+        # Here and not in VisionConfig: whether the tower's sizes fit depends on those of the decoder.
         vision = self.vision
         if vision.head_dim and (vision.head_dim % 2 or (vision.width or 0) % vision.head_dim):
             of = "" if vision.width is None else f" and divide model.vision.width {vision.width}"
@@ -197,6 +200,7 @@ class ModelConfig:
             found.append(
                 f"model.vision.width: {vision.width} is not a multiple of 8; change it or set model.vision.head_dim"
             )
+        # Only where both are set: the data may still decide.
         if vision.patch_size and self.patch_size and self.patch_size % vision.patch_size:
             found.append(
                 f"model.vision.patch_size: {vision.patch_size} does not divide model.patch_size {self.patch_size}"
@@ -372,10 +376,10 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if (self.steps is None) == (self.tokens is None):
+        if (self.steps is None) == (self.tokens is None):  # both, or neither
             found.append("train.steps, train.tokens: give exactly one of the two")
         window = self.profile_steps
-        if len(window) > 2 or window != sorted(window):
+        if len(window) > 2 or window != sorted(window):  # empty: no profile
             found.append(f"train.profile_steps: {window} is not [first, last]; for example [10, 12]")
         return found
 
@@ -465,6 +469,7 @@ class Config:
 
     def problems(self) -> list[str]:
         tokens, batch = self.train.tokens, self.train.batch_rows * self.data.row_length
+        # It would be rounded up to a step, longer than what was asked for.
         if tokens is not None and tokens < batch:
             return [
                 f"train.tokens: {tokens:g} is less than one batch, {batch:,} positions (train.batch_rows "

@@ -29,6 +29,7 @@ ENVIRONMENT = {
 }
 STOPPED_CODE = "MEGAMM_STOPPED_CODE"
 """Names another exit code than 75 for a job that has saved, for Kubernetes operators that restart on others."""
+# Torchrun's own list has no SIGUSR1; without it that signal would kill the agent and leave the ranks.
 OPTIONS = {"--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
 
 
@@ -37,14 +38,18 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     for name, value in ENVIRONMENT.items():
+        # Before torchrun is run, which reads them in this process.
         os.environ.setdefault(name, value)
     options = [f"{name}={value}" for name, value in OPTIONS.items()]
     try:
+        # Ours first, so that the user's own win.
         torchrun([*options, *arguments])
     except ChildFailedError as error:
         _, first = error.get_first_failure()  # the others were ended because of it
+        # A signal's number is negative here: 1, as for any other failure.
         return first.exitcode if first.exitcode in (EXIT_CODE, 2) else 1
     except SignalException as error:
+        # The ranks had the signal from torchrun, and time to save. 128 + number is what a shell would say.
         return EXIT_CODE if error.sigval in STOP_SIGNALS else 128 + error.sigval
     except RendezvousError as error:
         print(f"error: the nodes do not meet: {error}", file=sys.stderr)

@@ -36,6 +36,7 @@ CLOCKS_SECONDS = 2.0
 FREE_GIB = 10.0
 TIMEOUT = timedelta(seconds=45)
 """After this a rank that does not answer is given up."""
+# What must be the same on all ranks.
 VERSIONS = ("megamm", "torch", "python", "cuda", "nccl", "device")
 
 
@@ -52,6 +53,7 @@ class Preflight:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.facts: dict[str, Any] = {"rank": self.rank, "host": socket.gethostname()}
         self.faults: list[str] = []
+        # Where each rank notes the check that it is in: the store answers when collectives hang.
         self._store: dist.Store | None = None
 
     def join(self) -> None:
@@ -94,21 +96,24 @@ class Preflight:
         if cuda:
             free, total = torch.cuda.mem_get_info(self.device)
             self.facts |= {"memory_gib": total / 2**30, "memory_free_gib": free / 2**30}
-            if free < 0.9 * total:
+            if free < 0.9 * total:  # the CUDA context of this process takes a little itself
                 self.faults.append(f"{(total - free) / 2**30:.1f} GiB of the device's memory are in use by others")
 
     def products(self, seconds: float = 1.5) -> None:
         """Matrix products of whole numbers, exact in any order of summation, and their rate."""
         cuda = self.device.type == "cuda"
+        # Large enough to be limited by arithmetic, not by memory.
         n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
         i = torch.arange(n, device=self.device)
         a = ((i[:, None] + i) % 2).to(dtype)  # each row and column has n / 2 ones
         rates: list[float] = []
         began = time.monotonic()
+        # Over a while: a device that throttles when it is warm shows only then.
         while time.monotonic() - began < seconds or len(rates) < 3:
             start = self._now()
             product = multiply(a, a)
             rates.append(2 * n**3 / (self._now() - start) / 1e12)
+        # Entries are 0 or n / 2, a power of two and so exact in bfloat16, too: any other value is a fault.
         even = ((i[:, None] + i) % 2 == 0).float() * (n / 2)
         wrong = int((product.float() != even).sum())
         if wrong:
@@ -119,11 +124,12 @@ class Preflight:
         """A sum over ranks that is known, and its bus bandwidth; whose share is wrong is seen by gathering."""
         if self.size == 1:
             return
+        # Each rank its own number, so that it can be told whose values are wrong.
         x = torch.full((self._elements(),), float(self.rank + 1), device=self.device)
-        share = x[:1024].clone()
+        share = x[:1024].clone()  # enough to see whose values are wrong
         seconds = []
         for _ in range(3):
-            y = x.clone()
+            y = x.clone()  # all_reduce works in place
             start = self._now()
             dist.all_reduce(y)
             seconds.append(self._now() - start)
@@ -135,7 +141,9 @@ class Preflight:
         off = [r for r, part in enumerate(shares) if not bool((part == r + 1).all())]
         if off:
             self.faults.append(f"all-gather gave wrong values of ranks {', '.join(map(str, off))}")
+        # What a ring sends over each link, so that the number does not depend on how many ranks there are.
         bytes_moved = 2 * (self.size - 1) / self.size * x.numel() * x.element_size()
+        # The best of the tries: the first one also sets up connections.
         self.facts["all_reduce_gb_per_second"] = bytes_moved / min(seconds) / 1e9
 
     def ring(self) -> None:
@@ -146,7 +154,7 @@ class Preflight:
         x = torch.full((self._elements(),), float(self.rank), device=self.device)
         y, seconds = torch.empty_like(x), []
         for _ in range(3):
-            dist.barrier()
+            dist.barrier()  # a late neighbour is no slow link
             start = self._now()
             transfers = [dist.P2POp(dist.isend, x, after), dist.P2POp(dist.irecv, y, before)]
             for work in dist.batch_isend_irecv(transfers):
@@ -159,10 +167,11 @@ class Preflight:
     def folder(self, num_bytes: int = 2**26) -> None:
         """The folder of the run: the same for all ranks, writable, with space, and its speed (one file per rank)."""
         shared = self.run_dir / ".preflight"
-        token = self._gather(os.urandom(8).hex())[0]
+        token = self._gather(os.urandom(8).hex())[0]  # rank 0's
         if self.rank == 0:
             shutil.rmtree(shared, ignore_errors=True)
             _try(self.faults, lambda: write_text(shared / "token", token))
+        # A barrier: the token has been written, or could not be.
         self._gather(None)
         try:
             seen = (shared / "token").read_text()
@@ -173,18 +182,20 @@ class Preflight:
         else:
             _try(self.faults, lambda: self._write(shared / f"rank-{self.rank}", num_bytes))
             self.facts["free_gib"] = shutil.disk_usage(shared).free / 2**30
+        # All have read and written: now it may be removed.
         self._gather(None)
         if self.rank == 0:
             shutil.rmtree(shared, ignore_errors=True)
 
     def _write(self, path: Path, num_bytes: int) -> None:
+        # Random, as file systems may compress or share blocks that are alike.
         block = os.urandom(2**20)
         start = time.perf_counter()
         with path.open("wb") as file:
             for _ in range(num_bytes // len(block)):
                 file.write(block)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else it is the memory's speed
         self.facts["disk_mb_per_second"] = num_bytes / (time.perf_counter() - start) / 1e6
         with path.open("rb") as file:
             if any(file.read(len(block)) != block for _ in range(num_bytes // len(block))):
@@ -192,6 +203,7 @@ class Preflight:
 
     def clock(self) -> None:
         """Seconds since 1970 at a moment that all ranks share."""
+        # All leave this at about the same moment.
         self._gather(None)
         self.facts["clock"] = time.time()
 
@@ -202,7 +214,7 @@ class Preflight:
 
     def _now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.device)  # kernels run on after their call
         return time.perf_counter()
 
     def _gather(self, value: Any) -> list[Any]:
@@ -215,6 +227,7 @@ class Preflight:
         reason = str(error).strip().splitlines()[0]
         if self._store is None:
             return f"{check}: {reason}"
+        # Whoever is at another check is the one that the others wait for.
         places = [self._store.get(f"preflight/{r}").decode() for r in range(self.size)]
         behind = [f"rank {r} ({place})" for r, place in enumerate(places) if place != check]
         others = f"; elsewhere: {', '.join(behind)}" if behind else ""
@@ -242,6 +255,7 @@ def compare_ranks(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
         ("disk_mb_per_second", "writing to train.run_dir", "MB/s"),
     ):
         values = [rank[key] for rank in ranks if key in rank]
+        # The middle and not the mean, which a single slow rank would pull down.
         middle = statistics.median_high(values) if values else 0.0
         problems += [
             f"{_name(rank)}: slow {what}: {rank[key]:.3g} {unit}, the middle rank has {middle:.3g}"
@@ -250,6 +264,7 @@ def compare_ranks(ranks: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
         ]
     for key in VERSIONS:
         values = [rank[key] for rank in ranks]
+        # What most have is taken for right.
         usual = max(values, key=values.count)
         problems += [f"{_name(r)}: {key} {r[key]}, most have {usual}" for r in ranks if r[key] != usual]
     middle = statistics.median(rank["clock"] for rank in ranks)
@@ -324,10 +339,11 @@ def main() -> None:
             }
             write_json(arguments.out, report)
     if dist.is_initialized():
+        # Rank 0 has printed before any rank ends: torchrun stops all when one fails.
         dist.barrier()
         dist.destroy_process_group()
     if problems:
-        if preflight.rank:
+        if preflight.rank:  # rank 0 speaks for all
             sys.exit(1)
         lines = problems if len(problems) == 1 else [f"{len(problems)} problems", *(f"  {line}" for line in problems)]
         raise RunError("\n".join(lines))

@@ -23,11 +23,13 @@ def resolve_config(config: Config) -> Config:
 def fill_in(config: Config) -> list[str]:
     """What :func:`resolve_config` does, as far as it can be done; returns what stands in the way of the rest."""
     model, train, problems = config.model, config.train, []
+    # The first will do: open_sources checks that all agree.
     source, info = next(iter(config.data.sources.values()), None), {}
     sizes = ("vocab_size", "image_size", "patch_size")
     try:
         info = read_dataset_info(source.path) if source else {}
     except InputError as error:
+        # Noted and not raised: a dry run elsewhere has no data, and can still tell the rest.
         problems.append(str(error))
     else:
         for name in sizes:
@@ -43,7 +45,8 @@ def fill_in(config: Config) -> list[str]:
             setattr(model, name, info.get(name))
     resolve_model(model)
     if train.steps is None:
-        train.steps = -(-int(train.tokens) // (train.batch_rows * config.data.row_length))
+        train.steps = -(-int(train.tokens) // (train.batch_rows * config.data.row_length))  # whole steps, rounded up
+        # Only steps from here on: two settings that say the same could contradict each other.
         train.tokens = None
     return problems
 

@@ -18,6 +18,7 @@ import numpy as np
 if TYPE_CHECKING:  # preparing data takes no torch
     import torch
 
+# Fixed for all tokenizers, so that no code has to ask for them.
 PAD, BOS, EOS, IMAGE, IMAGE_END = range(5)
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<image>", "<image_end>")
 
@@ -100,6 +101,8 @@ def row_positions(layouts: Sequence[np.ndarray], row_length: int) -> RowPosition
         layouts: of each document its spans; ``n > 0`` text tokens, ``-n`` patches of one image.
         row_length: S, at least as many as the documents have positions.
     """
+    # Every position begins as padding, which is its own document and sees nothing: lo = q, hi = q - 1. Both stay
+    # non-decreasing to the row's end.
     q = np.arange(row_length)
     start, is_image, hi = q.copy(), np.zeros(row_length, bool), q - 1
     if layouts:
@@ -107,8 +110,10 @@ def row_positions(layouts: Sequence[np.ndarray], row_length: int) -> RowPosition
         sizes = np.abs(spans)
         document_sizes = np.array([np.abs(layout).sum() for layout in layouts])
         end = int(document_sizes.sum())
+        # Spans to positions: what holds for a span is repeated over its positions.
         is_image[:end] = np.repeat(spans < 0, sizes)
         start[:end] = np.repeat(np.cumsum(document_sizes) - document_sizes, document_sizes)
+        # An image sees up to its last patch, text up to itself.
         hi[:end] = np.where(is_image[:end], np.repeat(np.cumsum(sizes), sizes) - 1, q[:end])
     return RowPositions(start, is_image, start.astype(np.int32), hi.astype(np.int32))
 
@@ -128,10 +133,11 @@ def row_spans(tokens: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> list[list[S
         tokens, lo, hi: integers [S]. The tokens tell an image of one patch from a text token.
     """
     length = int((lo <= hi).sum())  # padding is at the end and sees nothing
-    starts = [i for i in range(length) if i == 0 or lo[i] != lo[i - 1]]
+    starts = [i for i in range(length) if i == 0 or lo[i] != lo[i - 1]]  # lo is a document's start
     documents = []
     for start, stop in pairwise([*starts, length]):
         is_image = tokens[start:stop] == IMAGE
+        # Two images never touch: <image_end> stands between.
         edges = [start, *(start + 1 + np.flatnonzero(is_image[1:] != is_image[:-1])), stop]
         documents.append([Span(int(a), int(b), bool(tokens[a] == IMAGE)) for a, b in pairwise(edges)])
     return documents
@@ -160,7 +166,7 @@ def labels_of_documents(text: Any, images: Any) -> Any:
         text: text tokens of each document, int array.
         images: images in each.
     """
-    return (text - images - 1).clip(min=0)
+    return (text - images - 1).clip(min=0)  # clip: a document may be a single token
 
 
 def image_intervals(num_images: int, image_patches: int, device: "torch.device") -> "tuple[torch.Tensor, torch.Tensor]":

@@ -33,6 +33,7 @@ class Setting:
 
     def allows(self, number: float) -> bool:
         """Whether a finite number is in the range."""
+        # First: it may lie outside of the range.
         if number == self.also:
             return True
         return (
@@ -72,6 +73,7 @@ def setting(
         study: set by a study for each of its runs.
         partial: settings that others complete; ``problems()`` of what is in it has to wait for that.
     """
+    # In the field's metadata, which dataclasses keep for others.
     about = Setting(min=min, max=max, below=below, also=also, free=free, study=study, partial=partial)
     return dataclasses.field(default=default, default_factory=default_factory, metadata={"setting": about})
 
@@ -108,13 +110,14 @@ def read_settings(cls: type, paths: list[Path | str] | Path | str | None, overri
     Raises:
         InputError: a file that cannot be read, or every problem of the settings at once.
     """
+    # Here and not above: settings that are made in Python need no YAML.
     from megamm.yaml_text import read_yaml
 
     values: dict = {}
     paths = [paths] if isinstance(paths, str | Path) else paths or []
     for path in paths:
         merge(values, read_yaml(path))
-    merge(values, parse_overrides(overrides or []))
+    merge(values, parse_overrides(overrides or []))  # last, so that the command line wins
     return build(cls, values, where=", ".join(map(str, paths)) or "config")
 
 
@@ -140,8 +143,9 @@ def parse_overrides(arguments: list[str]) -> dict:
             if not rest:
                 raise InputError(f"--{key}: a value must follow")
             value = rest.pop(0)
+        # As in a file: null, 1e-3, [1, 2] and true mean the same in both places.
         entry = parse_yaml(value, where=f"--{key}")
-        for name in reversed(path):
+        for name in reversed(path):  # from the inside out
             entry = {name: entry}
         merge(nested, entry)
     return nested
@@ -150,6 +154,7 @@ def parse_overrides(arguments: list[str]) -> dict:
 def merge(base: dict, changes: dict) -> dict:
     """Merge nested ``changes`` into ``base`` in place, the later value winning; returns ``base``."""
     for key, value in changes.items():
+        # Sections grow together; lists are replaced, as nobody could take an entry out again otherwise.
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             merge(base[key], value)
         else:
@@ -173,6 +178,7 @@ def build(cls: type, values: dict, where: str = "config") -> Any:
 class _Reader:
     """Turns plain values into settings and notes every problem."""
 
+    # None will not do: it is a value that some settings take.
     BAD = object()
     """What stands for a value that has a problem."""
 
@@ -183,6 +189,7 @@ class _Reader:
         """A dataclass; where none of its own fields is wrong, and ``checked``, ``problems()`` adds what it finds."""
         if not isinstance(values, dict):
             return self._unexpected(where, "a mapping of settings", values)
+        # The problems so far: the length tells afterwards whether this section has added any.
         known, hints, before = (
             {f.name: f for f in dataclasses.fields(cls)},
             typing.get_type_hints(cls),
@@ -195,11 +202,13 @@ class _Reader:
                 self.problems.append(f"{_join(where, key)}: unknown key; {hint}")
         made = {}
         for name, field in known.items():
+            # Sections also where nothing is given, since their settings may be missing or wrong together.
             if name in values or dataclasses.is_dataclass(hints[name]):
                 inner = checked and not setting_of(field).partial
                 made[name] = self.value(hints[name], values.get(name), _join(where, name), setting_of(field), inner)
             elif field.default is MISSING and field.default_factory is MISSING:
                 self.problems.append(f"{_join(where, name)}: missing; set it")
+        # What fields say together makes sense only if each is good by itself.
         if len(self.problems) > len(before):
             return self.BAD
         found = cls(**made)
@@ -209,6 +218,7 @@ class _Reader:
 
     def value(self, hint: Any, value: Any, where: str, about: Setting, checked: bool) -> Any:
         """One value of the type ``hint``."""
+        # Leaves the loop at the first kind that fits, which is used below.
         for kind in _alternatives(hint):
             if _is_of(kind, value):
                 break
@@ -233,7 +243,7 @@ class _Reader:
             # A name may look like a number: data.sources.2026.
             name = str(key) if kinds[0] is str and type(key) is int else key
             name = self.value(kinds[0], name, here, about, checked)
-            if name in found and name is not self.BAD:
+            if name in found and name is not self.BAD:  # 2026 and "2026" are one name
                 self.problems.append(f"{here}: stands twice; keep one of them")
             found[name] = self.value(kinds[1], entry, here, about, checked)
         return found
@@ -246,6 +256,7 @@ class _Reader:
         return kind(value)
 
     def _unexpected(self, where: str, wanted: str, value: Any) -> Any:
+        # YAML reads 1e3, 2026 or true as something else than text.
         hint = "; put it in quotes" if wanted.startswith("text") and type(value) in (int, float, bool) else ""
         self.problems.append(f"{where or 'settings'}: expected {wanted}, found {_show(value)}{hint}")
         return self.BAD
@@ -280,7 +291,7 @@ def _is_of(kind: Any, value: Any) -> bool:
     if kind is Any:
         return True
     if kind in (int, float):
-        return type(value) in (int, float)
+        return type(value) in (int, float)  # type, not isinstance: True is no number here
     if origin is typing.Literal:
         return type(value) in (str, int) and value in typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -296,6 +307,7 @@ def _show(value: Any) -> str:
     """A value as its owner wrote it, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    # Python refuses to write integers of thousands of digits, with an error of its own.
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     shown = reprlib.Repr()
@@ -334,6 +346,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
         if field.default is not MISSING:
             default = f"; default {'null' if field.default is None else _show(field.default).strip(chr(39))}"
         text = f"{sentences(owner)[field.name]} ({expected(hint, setting_of(field))}{default})"
+        # For the help alone: the values are read by parse_overrides. argparse takes % for a format.
         groups[title].add_argument(f"--{'.'.join(path)}", metavar="VALUE", help=text.replace("%", "%%"))
 
 
@@ -348,7 +361,7 @@ def sentences(cls: type) -> dict[str, str]:
 def _owner(cls: type, path: tuple[str, ...]) -> type:
     """The dataclass that holds the last field of ``path``."""
     for name in path[:-1]:
-        if name != "NAME":
+        if name != "NAME":  # given by users; the type of the entries is that of the mapping
             hint = typing.get_type_hints(cls)[name]
             cls = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else hint
     return cls

@@ -50,6 +50,7 @@ class Trainer:
 
     def __init__(self, config: Config, world: World | None = None):
         torch.manual_seed(config.train.seed)  # for whatever is drawn in a step; first values have a seed of their own
+        # Before the layout, which needs what the data say. A rank whose data cannot be opened ends all of them here.
         with (world or join()).agree():
             self._open(config)
         self.world = world or init_world(config)
@@ -58,6 +59,8 @@ class Trainer:
         stats = stats_of_sources(config) if self.world.layout.pipeline > 1 else None
         self.engine = Engine(config, len(self.sources), self.world, stats)
         self.model = self.engine.model
+        # After the model is sharded, as the optimizer steps the shares; and before the optimizer, which passes over
+        # what is frozen.
         self.held = freeze(self.model, config.optimizer)  # until optimizer.freeze_until
         self.optimizer = make_optimizer(self.model, config.optimizer, self.dtype)
         self._validation: dict[str, ValidationRows] = {}
@@ -68,6 +71,7 @@ class Trainer:
         self.grad_norms = torch.zeros((), device=self.world.device)  # their sum: not finite if any was not
         experts = config.model.experts.num
         self.routed = torch.zeros(config.model.depth, experts, 2, dtype=torch.int64, device=self.world.device)
+        # Sums and counts since the last line of the log, on the device: only that line waits for it.
         self.window = torch.zeros(2, len(self.sources), len(LABEL_KINDS), device=self.world.device)
 
     def _open(self, config: Config) -> None:
@@ -76,6 +80,7 @@ class Trainer:
             raise InputError("data.sources: empty; name at least one prepared dataset (see tools/prepare_data.py)")
         self.datasets, self._val_datasets = open_sources(config.data, "train"), open_sources(config.data, "val")
         self.fingerprints = {name: fingerprints(source.path) for name, source in config.data.sources.items()}
+        # In place: the caller's config is completed, too.
         self.config = resolve_config(config)
         check_extras(self.config)
         if config.optimizer.freeze:
@@ -87,6 +92,7 @@ class Trainer:
 
     def _check_same_data(self) -> None:
         """Ranks may read copies of the data on disks of their own, if all are of the same content."""
+        # A collective, so outside of agree().
         first = self.world.broadcast(self.fingerprints)
         with self.world.agree():
             others = [name for name in self.sources if first.get(name) != self.fingerprints[name]]
@@ -105,6 +111,7 @@ class Trainer:
             with self.stop.listen(), run_dir.occupy(self.run_dir, self.world):
                 return self._begin() or self._train()
         except RuntimeError as error:
+            # An error of this rank's own must keep its traceback.
             if self.world.size == 1 or not lost_contact(error):
                 raise
             raise RunError(
@@ -119,6 +126,7 @@ class Trainer:
         log = None
         try:
             with self.world.agree():
+                # One rank writes the log, and a disk that is full there must still end all of them.
                 if self.world.rank == 0:
                     first = cooldown_start(self.config.schedule, self.steps) if self.config.train.branch_from else 0
                     every, ends = self.config.train.log_every, self.step == self.steps
@@ -129,6 +137,7 @@ class Trainer:
             self._loop(log)
             return self._finish(log)
         finally:
+            # Also after an error: a checkpoint that is being written is worth the wait.
             self.checkpoints.close()
             if log:
                 log.close()
@@ -155,14 +164,18 @@ class Trainer:
             start_step=self.step,
             end_step=self.steps,
         )
+        # Where the log's next line begins to count.
         marker = (time.perf_counter(), dict(self.totals), self.step)
         profiler = Profiler(self.run_dir, config.train.profile_steps, self.world.rank, self.world.device)
+        # Closed however the loop ends: worker processes would outlive it otherwise, and a profile would be lost.
         with self._progress() as advance, closing(iter(loader)) as batches, closing(profiler):
             while self.step < self.steps:
                 with self.world.agree():
+                    # A save that failed on one rank, and a document damaged on another, are both found here, before the
+                    # collectives of a step.
                     self.checkpoints.poll()
                     micro_batches = next(batches)
-                profiler.before(self.step + 1)
+                profiler.before(self.step + 1)  # users count steps from 1
                 grad_norm = self.train_step(micro_batches)
                 profiler.after(self.step)
                 advance(self.step)
@@ -172,38 +185,49 @@ class Trainer:
                         if log:
                             log.write(record)
                     marker = (time.perf_counter(), dict(self.totals), self.step)
+                # Not at the last step, after which _finish validates.
                 if config.eval.every and self.step % config.eval.every == 0 and self.step < self.steps:
+                    # The time of a validation is not counted as training's, hence the new marker after it.
                     self._log_validation(log, self.validate())
                     marker = (time.perf_counter(), dict(self.totals), self.step)
+                # After the log's line, so that a checkpoint never knows of a step that the log lost.
                 if self._checkpoint_due() or self.stop_agreed:
                     self._save()
                 if self.stop_agreed:
                     with self.world.agree():
+                        # Only what has been written, and well, may be called saved.
                         self.checkpoints.wait()
                     raise Stopped(f"{self.run_dir}: told to stop, saved at step {self.step}; start it again to go on")
 
     def train_step(self, micro_batches: list) -> torch.Tensor:
         """One optimizer step on this rank's micro-batches; returns the gradient norm (a device scalar)."""
+        # On the host, from batches on the CPU: the sum below goes over gloo and does not wait for the device.
         local = torch.tensor([self._count(batch) for batch in micro_batches], dtype=torch.int64).sum(0)
+        # Of every rank, while counts are taken from one of those that share rows: a signal may reach any of them.
         stop = torch.tensor([self.stop.raised])
         counts: list[int] = self.world.all_reduce(torch.cat((local * self.world.is_first_of_rows, stop))).tolist()
         self.stop_agreed = counts.pop() > 0
-        for name, value in zip(self.totals, counts, strict=True):
+        for name, value in zip(self.totals, counts, strict=True):  # in the order of _count
             self.totals[name] += value
         # FSDP averages gradients over ranks; losses are means over the labels of the global batch, those of routers
         # over its positions.
         ranks = self.world.layout.dp_replicate * self.world.layout.shard_ranks
+        # counts[2] are labels, counts[0] positions without padding. max: a batch without labels has a loss of 0, not
+        # NaN.
         scale, auxiliary_scale = (ranks / max(1, count) for count in (counts[2], counts[0]))
         factor = learning_rate_factor(self.config.schedule, self.step, self.steps)
         set_learning_rate(self.optimizer, factor)
         self.window += self.world.all_reduce(self.engine.step(micro_batches, scale, auxiliary_scale))
+        # Before the norm: what is not stepped must not weigh in the clipping.
         for parameter in self.held if self._holds(self.step) else []:
             parameter.grad = None
+        # The norm is logged also where nothing is clipped.
         clip = self.config.optimizer.clip or float("inf")
         grad_norm = clip_gradients(self.model.parameters(), clip, self.world)
         self.grad_norms += grad_norm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        # After the step, so that the bias follows from the counts of all its passes and ranks.
         routed = self.engine.take_expert_counts()
         if routed is not None:
             self.routed += routed
@@ -221,6 +245,7 @@ class Trainer:
         """The rows of each source that validation reads, planned once."""
         config = self.config
         if not self._validation:
+            # Beside the training plan: the name of an index says which plan it is of.
             options = {"cache_dir": self.run_dir / "pack_plan", "world": self.world}
             patches = patches_per_image(config.model.image_size, config.model.patch_size)
             self._validation = {
@@ -266,6 +291,7 @@ class Trainer:
     def _row_work(self) -> Callable[[RowContents], np.ndarray] | None:
         """FLOPs of rows, by which they are dealt where ranks wait for each other."""
         layout = self.world.layout
+        # Nobody waits for anybody: rows stay in order.
         if layout.data_ranks * layout.pipeline == 1:
             return None
         weights = flops_weights(self.config.model)._asdict()
@@ -273,9 +299,11 @@ class Trainer:
 
     def _record(self, grad_norm: torch.Tensor, marker: tuple, waited: float) -> dict:
         """A line of metrics.jsonl; losses are means over the labels since the line before."""
+        # A clone, since on the CPU cpu() copies nothing, and the window is set to zero next.
         sums, counts = self.window.clone().cpu()
         self.window.zero_()
         loss, norm = (sums.sum() / counts.sum()).item(), grad_norm.item()
+        # NaN alone is not equal to itself.
         if loss != loss or norm != norm or norm == float("inf"):
             what = f"loss {loss}, gradient norm {norm} between steps {marker[2]} and {self.step}"
             raise diverged(self.config, what)
@@ -291,6 +319,7 @@ class Trainer:
                 if counts[s, m] > 0:
                     record[f"loss/{source}/{kind}"] = (sums[s, m] / counts[s, m]).item()
         record |= {
+            # The rate of the step just taken, which is counted already.
             "lr": self.config.optimizer.lr * learning_rate_factor(self.config.schedule, self.step - 1, self.steps),
             "grad_norm": norm,
             "flops": flops,
@@ -304,6 +333,7 @@ class Trainer:
             record |= expert_record(self.routed)
             self.routed.zero_()
         if self.config.train.peak_flops:
+            # peak_flops is of one rank, speed of all.
             record["mfu"] = speed / self.config.train.peak_flops / self.world.size
         return record
 
@@ -334,14 +364,19 @@ class Trainer:
     def _begin(self) -> dict | None:
         """Take the run up where it stands; returns the result of a finished one."""
         result = self.world.decide(self._look)
+        # Nothing is opened or written for a run that has ended.
         if result:
             return result
         path = self._find_start()
         if path is None:
+            # Only without a checkpoint: a resumed run or a branch has its start in it.
             start_from(self.model, self.config, self.world)
         else:
+            # Steps are numbered from 0, so step N's checkpoint comes after step number N - 1. If that one still held
+            # them, there is no state of theirs to load.
             with held_back(self.held if self._holds(checkpoint.step_of(path) - 1) else []):
                 state = checkpoint.load(path, self.model, self.optimizer, self.world)
+            # The window, too: the first line after a resumption is that of an unbroken run.
             self.step, self.totals = state["step"], state["totals"]
             self.window = torch.tensor(state["window"], device=self.world.device)
         self.world.decide(self._claim, path)
@@ -349,6 +384,7 @@ class Trainer:
 
     def _look(self) -> dict | None:
         """What rank 0 finds in the run directory: the result, if it is finished."""
+        # Before the result is looked at: that of other settings is not this run's.
         run_dir.check_settings(self.run_dir, self.config)
         run_dir.check_data(self.run_dir, self.fingerprints)
         return run_dir.finished(self.run_dir, self.config)
@@ -360,10 +396,12 @@ class Trainer:
 
     def _find_start(self) -> Path | None:
         """This run's newest checkpoint, or that of the trunk that it branches from; None to start at step 0."""
+        # A lengthened run shares its steps with the shorter one only up to that one's cool-down.
         shared = self.world.decide(run_dir.constant_until, self.run_dir, self.config)
         path = checkpoint.newest_whole(self.run_dir, self.world, up_to=shared)
         if path is not None:
             return path
+        # There are checkpoints, but all of them are of the cool-down.
         if self.world.decide(checkpoint.list_checkpoints, self.run_dir):
             raise InputError(
                 f"train.steps: {self.run_dir} cannot be lengthened to {self.steps} steps: its cool-down began at step "
@@ -387,15 +425,18 @@ class Trainer:
 
     def _checkpoint_due(self) -> bool:
         c = self.config.checkpoint
+        # The last step is `final`'s alone to decide, also where `every` divides it.
         if self.step == self.steps:
             return c.final
         return self.step in c.steps or bool(c.every and self.step % c.every == 0)
 
     def _save(self) -> None:
         with self.world.agree():
+            # Waits for the device, but a checkpoint with NaN would replace the good ones.
             if not bool(torch.isfinite(self.window).all() & torch.isfinite(self.grad_norms)):
                 what = f"the loss or gradient is not finite at step {self.step}, no checkpoint written"
                 raise diverged(self.config, what)
+            # For people: where the data go on follows from the step.
             row = self.step * self.config.train.batch_rows
             state = {"next_row": row, "totals": self.totals, "window": self.window.tolist()}
             self.checkpoints.save(self.step, self.model, self.optimizer, state)
@@ -411,6 +452,7 @@ class Trainer:
         with self.world.agree():
             self.checkpoints.wait()
             if self.world.rank == 0:
+                # Last of all: whoever finds it may rely on log and checkpoints.
                 write_json(self.run_dir / "result.json", result)
         return result
 

@@ -34,6 +34,7 @@ def row_contents(plan: PackPlan, rows: Sequence[int], image_patches: int) -> Row
     found = [plan.row(i) for i in rows]
     sources = np.concatenate([sources for sources, _ in found])
     documents = np.concatenate([documents for _, documents in found])
+    # Source by source: one look-up into each memory-mapped table instead of one for each document.
     lengths = np.empty((len(documents), 2), np.int64)
     for s in range(len(plan.datasets)):
         lengths[sources == s] = plan.datasets[s].lengths[documents[sources == s]]
@@ -42,6 +43,7 @@ def row_contents(plan: PackPlan, rows: Sequence[int], image_patches: int) -> Row
     row = np.repeat(np.arange(len(found)), [len(documents) for _, documents in found])
 
     def per_row(values: np.ndarray) -> np.ndarray:
+        # minlength: rows at the end may hold nothing.
         return np.bincount(row, weights=values, minlength=len(found))
 
     return RowContents(
@@ -80,10 +82,12 @@ def deal_rows(costs: np.ndarray, num_ranks: int) -> np.ndarray:
         raise ValueError(f"{len(costs)} rows cannot be dealt to {num_ranks} ranks equally")
     room = len(costs) // num_ranks
     dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    # A heap: ties of load go to the lowest rank, so the deal is the same wherever it is made.
     open_ranks = [(0.0, rank) for rank in range(num_ranks)]
     for row in np.argsort(-costs, kind="stable").tolist():
         load, rank = heapq.heappop(open_ranks)
         dealt[rank].append(row)
+        # A rank that is full does not come back.
         if len(dealt[rank]) < room:
             heapq.heappush(open_ranks, (load + float(costs[row]), rank))
     return np.sort(_even_out(costs, np.array(dealt, np.int64).reshape(num_ranks, room)), axis=1)
@@ -100,8 +104,9 @@ def _even_out(costs: np.ndarray, dealt: np.ndarray) -> np.ndarray:
     if dealt.size == 0:
         return dealt
     loads = costs[dealt].sum(1)
+    # Below this a gain is rounding, and exchanging could go on in circles.
     least = 1e-9 * float(loads.mean()) ** 2
-    for _ in range(len(costs)):
+    for _ in range(len(costs)):  # enough in practice, and an end in any case
         rank = int(np.abs(loads - loads.mean()).argmax())
         # Moving ``more`` of work from the rank to another one lowers the sum of squares by 2 more (gap - more).
         more = costs[dealt[rank]][:, None, None] - costs[dealt][None]  # [room, num_ranks, room]

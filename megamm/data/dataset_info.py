@@ -95,8 +95,9 @@ def read_dataset_info(path: Path | str) -> dict:
         raise InputError(f"{file}: not found; make it with tools/prepare_data.py --out {path}") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JSON nested a thousand deep is a RecursionError
         raise InputError(f"{file}: not valid JSON ({error}); prepare the dataset again") from error
+    # Before all other fields: of another version they may mean something else.
     version = info.get("format_version") if isinstance(info, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
@@ -115,6 +116,7 @@ class _FieldError(Exception):
 
 def _check(info: dict) -> None:
     _expect("kind", info.get("kind"), info.get("kind") in KINDS, f"one of {', '.join(KINDS)}")
+    # In this order: later checks use fields that earlier ones have found good.
     for key in ("vocab_size", "image_size", "patch_size", "max_length"):
         _whole(info, key, least=1)
     multiple = f"a multiple of patch_size {info['patch_size']}"
@@ -132,6 +134,7 @@ def _check(info: dict) -> None:
     of_splits, splits = _mapping(fingerprints, "splits", where="fingerprints."), _mapping(info, "splits")
     _expect("splits", list(splits), "train" in splits, "train among them")
     for split in splits:
+        # Names of folders: nothing in them may lead elsewhere.
         _expect("splits", split, bool(re.fullmatch("[a-z]+", split)), "names of small letters")
         _hex(of_splits, split, where="fingerprints.splits.")
         _check_split(_mapping(splits, split, where="splits."), f"splits.{split}.")
@@ -147,7 +150,7 @@ def _check_split(split: dict, where: str) -> None:
         place = f"{where}shards[{index}]"
         _expect(place, shard, isinstance(shard, dict), "a mapping")
         file = shard.get("file")
-        plain = isinstance(file, str) and re.fullmatch(r"\w[\w.-]*", file)
+        plain = isinstance(file, str) and re.fullmatch(r"\w[\w.-]*", file)  # no slash, and no dot in front
         _expect(f"{place}.file", file, bool(plain), "the name of a file in the split's folder")
         _whole(shard, "num_documents", where=f"{place}.", least=1)
         _whole(shard, "num_bytes", where=f"{place}.", least=1)
@@ -163,7 +166,7 @@ def _expect(where: str, value: Any, good: bool, wanted: str) -> None:
 
 def _whole(values: dict, key: str, *, where: str = "", least: int = 0) -> None:
     value = values.get(key)
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= least  # in Python True is an int
     _expect(where + key, value, good, f"a whole number of at least {least}")
 
 

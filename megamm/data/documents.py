@@ -74,6 +74,7 @@ def unread(id: str, error: Exception) -> Skipped:
 
 def printable(name: str) -> str:
     """A file's name as text that can be stored: bytes that are not UTF-8 become ``\\xNN``."""
+    # Python keeps bytes of file names that are not UTF-8 as lone surrogates, which no file in UTF-8 can hold.
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

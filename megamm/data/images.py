@@ -53,13 +53,16 @@ def read_rgb(data: bytes, max_pixels: int) -> np.ndarray:
         ImageError: not an image, damaged, or of more than ``max_pixels`` pixels (found before decoding).
     """
     picture = _open(data)
+    # From the header: a small file may unpack to more than the memory holds.
     width, height = picture.size
     if width * height > max_pixels:
         raise ImageError(f"image over the pixel limit: {width}x{height}")
+    # simplejpeg is the faster way; CMYK and the like need the conversions of Pillow.
     is_plain_jpeg = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd metadata
+            # Cameras store pictures lying; whoever wrote the caption saw them upright.
             orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
             image = _decode_jpeg(data) if is_plain_jpeg else None
             if image is None:
@@ -85,7 +88,7 @@ def resize(image: np.ndarray, size: int, fit: Fit = "squash") -> np.ndarray:
     elif fit == "pad":
         scale = size / max(height, width)
         inner = _resize_to(image, max(1, round(height * scale)), max(1, round(width * scale)))
-        image = np.full((size, size, 3), 255, np.uint8)
+        image = np.full((size, size, 3), 255, np.uint8)  # white, as transparency is
         top, left = (size - inner.shape[0]) // 2, (size - inner.shape[1]) // 2
         image[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return _resize_to(image, size, size)
@@ -109,8 +112,9 @@ def encode(image: np.ndarray) -> bytes:
     """Encode uint8 [H, W, 3] for storage: PNG up to 64 pixels a side, else JPEG q95 4:4:4."""
     if max(image.shape[:2]) > LOSSLESS_MAX:
         image = np.ascontiguousarray(image)
+        # Full chroma: half of it would blur colours over patches.
         return simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
-    done, data = cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 3])
+    done, data = cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 3])  # OpenCV has blue first
     if not done:
         raise ImageError("image could not be encoded")
     return data.tobytes()
@@ -140,6 +144,7 @@ def patchify(image: np.ndarray, patch_size: int) -> np.ndarray:
     """
     height, width, channels = image.shape
     rows, columns = height // patch_size, width // patch_size
+    # [rows, P, columns, P, 3] to [rows, columns, P, P, 3].
     grid = image.reshape(rows, patch_size, columns, patch_size, channels)
     return grid.transpose(0, 2, 1, 3, 4).reshape(rows * columns, patch_size * patch_size * channels)
 
@@ -152,6 +157,7 @@ def augment(image: np.ndarray, rng: np.random.Generator, crop_scale_min: float, 
     height, width = image.shape[:2]
     if crop_scale_min < 1:
         area = height * width * rng.uniform(crop_scale_min, 1)
+        # In the log, so that wide and tall are equally likely.
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         crop_height = min(height, max(1, round(np.sqrt(area / ratio))))
         crop_width = min(width, max(1, round(np.sqrt(area * ratio))))
@@ -159,7 +165,7 @@ def augment(image: np.ndarray, rng: np.random.Generator, crop_scale_min: float, 
         image = _resize_to(image[top : top + crop_height, left : left + crop_width], height, width)
     if flip and rng.random() < 0.5:
         image = image[:, ::-1]
-    return np.ascontiguousarray(image)
+    return np.ascontiguousarray(image)  # a flip is a view with a negative stride, which torch refuses
 
 
 def _open(data: bytes) -> PillowImage.Image:
@@ -185,11 +191,13 @@ def _flatten(picture: PillowImage.Image) -> PillowImage.Image:
     """Any mode to RGB: palettes, 16 bits, CMYK; transparency over white."""
     if picture.mode == "F":
         raise ImageError("unsupported image: floating-point pixels")
+    # Pillow would cut values above 255 off; of 16 bits the high byte is the picture.
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
         shift = 8 if picture.mode.startswith("I;16") or values.max(initial=0) > 255 else 0
         return PillowImage.fromarray((values >> shift).clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        # Palettes keep their transparency in the file's info, so all kinds take the same way.
         picture = picture.convert("RGBA")
         ground = PillowImage.new("RGBA", picture.size, "white")
         return PillowImage.alpha_composite(ground, picture).convert("RGB")
@@ -209,6 +217,7 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 def _resize_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
     smaller = min(width, image.shape[1]), min(height, image.shape[0])
+    # First what shrinks, by area, and then what grows: neither way is good at the other.
     if smaller != (image.shape[1], image.shape[0]):
         image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
     if smaller != (width, height):

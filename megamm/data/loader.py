@@ -73,6 +73,7 @@ def build_pack_plan(
     Raises:
         InputError: a source is empty or has a document longer than a row.
     """
+    # Each rank scans the lengths itself, and may find its copy of the data damaged.
     with world.agree() if world is not None else nullcontext():
         plan = PackPlan(
             datasets,
@@ -82,9 +83,11 @@ def build_pack_plan(
             seed=config.seed,
             cache_dir=cache_dir,
         )
+        # To pack all windows once is the slow part: rank 0 does it, and agree() lets the others wait for the file.
         if world is None or world.rank == 0:
             _extend(plan, num_rows)
     if world is not None:
+        # After agree(), when it has been written.
         plan.load_index()
     return plan
 
@@ -96,6 +99,8 @@ def _extend(plan: PackPlan, num_rows: int) -> None:
         plan.ensure(
             num_rows,
             lambda known: progress.update(task, completed=min(known, num_rows)),
+            # The cores that this process may use: in a container or under Slurm these may be fewer than the machine
+            # has.
             processes=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
         )
 
@@ -141,27 +146,32 @@ class Loader:
         self.micro_rows = micro_rows or rank_rows
         self._wait = 0.0
         self._datasets = datasets
+        # Made here and copied to the workers, each of which opens its own files.
         reader = RowReader(plan, datasets, config.augment, config.seed)
         workers = config.workers
         self._batches = DataLoader(
             _Steps(reader, _Deal(plan, datasets, global_batch_rows, rank, num_ranks, self.micro_rows, work)),
+            # An item is a whole step of this rank; the DataLoader must not put several together.
             batch_size=None,
+            # Resuming is a range that begins later.
             sampler=range(start_step, end_step),
             num_workers=workers,
             prefetch_factor=max(1, config.prefetch) if workers else None,
-            multiprocessing_context=_context() if workers else None,
+            multiprocessing_context=_context() if workers else None,  # DataLoader refuses both without workers
             worker_init_fn=_init_worker,
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         )
 
     def __iter__(self) -> Generator[list[Batch], None, None]:
         cv2.setNumThreads(0)  # before forking: OpenCV's thread pool does not survive it
+        # Children that were there before are no workers of this loader.
         others = multiprocessing.active_children()
         with _deaths_told_where_read():
             batches = iter(self._batches)
         workers = [child for child in multiprocessing.active_children() if child not in others]
         try:
             while (batch := self._next(batches, workers)) is not None:
+                # Raised here, in the training process, where it is agreed on among ranks.
                 if isinstance(batch, Exception):
                     raise batch
                 yield split_batch(batch, self.micro_rows)
@@ -173,10 +183,12 @@ class Loader:
         try:
             return next(batches, None)
         except Exception as error:
+            # A worker that was killed shows as an error of its pipe, which says nothing of the reason.
             if codes := _exit_codes_of_dead(workers):
                 raise _death(codes, self._datasets) from error
             raise
         finally:
+            # Time that the device stood still for data: the log's loader_wait.
             self._wait += time.perf_counter() - began
 
     def wait_seconds(self) -> float:
@@ -204,7 +216,7 @@ def _deaths_told_where_read() -> Iterator[None]:
 def _exit_codes_of_dead(workers: list[BaseProcess]) -> list[int]:
     """Exit codes of the workers that failed; one may still be on its way out when its pipe is found closed."""
     for worker in workers:
-        worker.join(timeout=1 / len(workers))
+        worker.join(timeout=1 / len(workers))  # a second for all of them
     return [worker.exitcode for worker in workers if worker.exitcode]
 
 
@@ -212,6 +224,7 @@ def _death(codes: list[int], datasets: Sequence[ShardedDataset]) -> InputError |
     """What to tell of it: the shard that was cut while it was mapped, which kills its reader, or what else it is."""
     try:
         for dataset in datasets:
+            # SIGBUS leaves no message: looking for a shard that has shrunk is the only way to name it.
             dataset.check_shards()
     except InputError as damage:
         return damage
@@ -230,13 +243,14 @@ def split_batch(batch: Batch, rows: int) -> list[Batch]:
     parts = []
     for start in range(0, num_rows, rows):
         end = min(start + rows, num_rows)
+        # patch_index and label_index increase, so a run of rows has a run of each.
         bounds = torch.tensor([start * length, end * length])
         part = {f.name: getattr(batch, f.name) for f in fields(batch)}
         patches, labels = (slice(*torch.searchsorted(part[n], bounds)) for n in ("patch_index", "label_index"))
         cuts = {"patches": patches, "patch_index": patches, "label_index": labels}
         part = {name: value[cuts.get(name, slice(start, end))] for name, value in part.items()}
         for name in ("patch_index", "label_index"):
-            part[name] = part[name] - start * length
+            part[name] = part[name] - start * length  # counted from the first row of the part
         parts.append(Batch(**part))
     return parts
 
@@ -256,16 +270,19 @@ class _Deal:
     ):
         self.plan, self.global_rows, self.rank, self.num_ranks, self.work = plan, global_rows, rank, num_ranks, work
         rank_rows = global_rows // num_ranks
+        # Micro-batches are evened out as well, since ranks meet in each of them; not where the last one is shorter.
         self.parts = num_ranks * (rank_rows // micro_rows if rank_rows % micro_rows == 0 else 1)
         info = next((d.info for d in datasets if d.info.get("image_size")), None)
         self.image_patches = patches_per_image(info["image_size"], info["patch_size"]) if info else 1
 
     def rows(self, step: int) -> Sequence[int]:
         every = range(step * self.global_rows, (step + 1) * self.global_rows)
+        # In order: nothing needs to be known of the rows.
         if self.work is None or self.parts == 1:
             size = self.global_rows // self.num_ranks
             return every[self.rank * size : (self.rank + 1) * size]
         work = self.work(row_contents(self.plan, every, self.image_patches))
+        # Every worker of every rank deals all rows of the step and takes its own: nobody has to be asked.
         own = deal_rows(work, self.parts).reshape(self.num_ranks, -1)[self.rank]
         return (own + every.start).tolist()
 
@@ -279,6 +296,7 @@ class _Steps(Dataset):
     def __getitem__(self, step: int) -> Batch | Exception:
         try:
             return self.reader.read(self.deal.rows(step))
+        # What a worker raises, the DataLoader raises again with a whole traceback as its message.
         except (InputError, RunError) as error:
             return error
 
@@ -292,5 +310,6 @@ def _init_worker(_: int) -> None:
     # A cluster signals the whole group; training still needs its loader to reach the end of the step and save.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # The workers are the parallelism.
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

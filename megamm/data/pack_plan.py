@@ -25,12 +25,14 @@ from megamm.data.permutation import derive_seed, hash64, permute
 from megamm.data.shards import ShardedDataset
 from megamm.errors import InputError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 1  # to go up whenever other rows come out: it names the index
 DIGEST_BYTES = 32
 MAX_SOURCES = 256
 """Batches number their sources in uint8."""
+# In a smaller window documents fit together worse.
 MIN_WINDOW_ROWS = 128
 WINDOWS_KEPT = 3
+# Fewer missing windows than this are not worth the start of processes.
 PARALLEL_WINDOWS = 256
 _ORDER, _ROWS, _WITHIN = range(3)  # what a derived seed is for
 
@@ -87,9 +89,12 @@ class PackPlan:
         if len(datasets) > MAX_SOURCES:
             raise InputError(f"data.sources: {len(datasets)} sources, at most {MAX_SOURCES}; prepare some together")
         self.datasets, self.row_length, self.seed = list(datasets), row_length, seed
+        # Also checks that every document fits in a row: packing relies on it.
         scans = [_scan(dataset, row_length) for dataset in self.datasets]
         total_weight = sum(map(_exact, weights))
+        # Exact, so that 45 45 10 and .45 .45 .1 are the same mixture and have the same plan.
         self.shares = [_exact(weight) / total_weight for weight in weights]
+        # Tokens of the window in which the source that is soonest through has been seen once.
         epoch = min(scan.num_tokens / share for scan, share in zip(scans, self.shares, strict=True))
         self.window_tokens = min(window_tokens, max(int(epoch), MIN_WINDOW_ROWS * row_length))
         # Documents of each source per window. Fractions, since a float would drift by whole documents.
@@ -102,12 +107,14 @@ class PackPlan:
         self._index_path = None
         if cache_dir is not None:
             identity: list[int | str] = [PLAN_VERSION, seed, row_length, self.window_tokens]
+            # The lengths alone decide the rows: a copy of the data elsewhere finds the same index.
             identity += [f"{share} {scan.sha256}" for share, scan in zip(self.shares, scans, strict=True)]
             name = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
             self._index_path = Path(cache_dir) / f"rows-{name}.index"
         self.load_index()
 
     def __getstate__(self):
+        # Workers pack the windows that they need.
         return self.__dict__ | {"_windows": {}, "_ends": np.asarray(self._ends)}
 
     @property
@@ -126,6 +133,7 @@ class PackPlan:
         missing = num_rows - self.num_rows_known
         if missing <= 0:
             return
+        # About the number of windows that are missing. Should they not do, the rest is counted one by one.
         first, ahead = len(self._ends), missing * self.row_length // self.window_tokens
         if processes > 1 and ahead >= PARALLEL_WINDOWS:
             with multiprocessing.Pool(processes) as pool:
@@ -136,6 +144,7 @@ class PackPlan:
         if self._index_path is not None:
             ends = np.ascontiguousarray(self._ends, "<i8").tobytes()
             with files.atomic_path(self._index_path) as temporary:
+                # With a digest, since a wrong index would give wrong rows without a word.
                 temporary.write_bytes(hashlib.sha256(ends).digest() + ends)
 
     def load_index(self) -> None:
@@ -149,20 +158,22 @@ class PackPlan:
         digest, ends = stored[:DIGEST_BYTES].tobytes(), stored[DIGEST_BYTES:]
         if hashlib.sha256(ends.tobytes()).digest() != digest:  # it is only a cache: found again, and written anew
             return
-        if len(ends) // 8 > len(self._ends):
+        if len(ends) // 8 > len(self._ends):  # int64; a shorter one would forget windows
             self._ends = ends.view("<i8")
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of row i in order: sources uint8 [n] and indices in their source int64 [n]."""
         if i >= self.num_rows_known:
+            # A rank that does not see the cache, or rows beyond those that were asked for.
             self._extend(i + 1, map(self._count_rows, count(len(self._ends))))
-        w = int(np.searchsorted(self._ends, i, side="right"))
+        w = int(np.searchsorted(self._ends, i, side="right"))  # right: a row at an end is the next window's first
         return self.window(w).row(i - int(self._ends[w - 1] if w else 0))
 
     def window(self, w: int) -> Window:
         """Window w; the last few are kept in memory."""
         if w not in self._windows:
             while len(self._windows) >= WINDOWS_KEPT:
+                # The earliest, not the one used longest ago: rows are read from front to back.
                 del self._windows[min(self._windows)]
             self._windows[w] = self._pack(w)
         return self._windows[w]
@@ -189,7 +200,9 @@ class PackPlan:
         packed = pack_documents(lengths, self.row_length)
         rows = np.arange(num_rows(packed))
         place = np.empty_like(rows)
+        # Packing leaves rows in the order of their longest document; hashes shuffle them alike on every machine.
         place[np.argsort(hash64(rows, derive_seed(self.seed, _ROWS, w)))] = rows
+        # Within a row, too, documents must not stand by length.
         within = hash64(np.arange(len(documents)), derive_seed(self.seed, _WITHIN, w))
         order = np.lexsort((within, place[packed]))
         counts = np.bincount(place[packed], minlength=len(rows))
@@ -198,9 +211,11 @@ class PackPlan:
 
     def _draw(self, s: int, w: int) -> np.ndarray:
         """Documents that window w takes from the stream of source s: int64 [n]."""
+        # Rates are fractions, and int cuts them off: windows meet exactly, and no document is drawn twice or left out.
         start, end = int(w * self._rates[s]), int((w + 1) * self._rates[s])
         n = len(self.datasets[s])
         parts = [np.zeros(0, np.int64)]
+        # A window may end one epoch and begin the next, which has an order of its own.
         for epoch in range(start // n, -(-end // n)):
             begin = epoch * n
             positions = np.arange(max(start, begin), min(end, begin + n)) - begin
@@ -219,6 +234,7 @@ def _scan(dataset: ShardedDataset, row_length: int, chunk: int = 1 << 20) -> _Sc
     if not len(dataset):
         raise InputError(f"{dataset.path}: the {dataset.split} split has no documents; prepare more data")
     digest, num_tokens = hashlib.sha256(), 0
+    # In chunks: the lengths of a large corpus are mapped, not loaded.
     for start in range(0, len(dataset), chunk):
         part = np.ascontiguousarray(dataset.lengths[start : start + chunk])
         digest.update(part.data)
@@ -236,4 +252,5 @@ def _scan(dataset: ShardedDataset, row_length: int, chunk: int = 1 << 20) -> _Sc
 
 def _exact(weight: float) -> Fraction:
     """The decimal number that the user wrote."""
+    # repr gives the shortest decimal of a float: .1 is 1/10, not the binary number next to it.
     return Fraction(repr(float(weight)))

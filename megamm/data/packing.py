@@ -24,6 +24,7 @@ def pack_documents(lengths: np.ndarray, row_length: int) -> np.ndarray:
     """
     lengths = np.asarray(lengths, np.int64)
     rows = best_fit_decreasing(lengths, row_length)
+    # Only if there could be fewer rows at all: the second way is several times slower.
     if num_rows(rows) > -(-int(lengths.sum()) // row_length):
         rows = min(rows, fill_exactly(lengths, row_length), key=num_rows)
     return rows
@@ -45,12 +46,14 @@ def best_fit_decreasing(lengths: np.ndarray, row_length: int) -> np.ndarray:
     open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # by room left
     rooms = 0  # bit c is set where open_rows[c] is not empty: the best fit is the lowest set bit >= length
     opened = 0
+    # Stable: the rows of a plan must not depend on how numpy sorts equal lengths.
     order = np.argsort(-lengths, kind="stable")
     for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        # One large integer as a set: shifts find the best fit in all rows at once.
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
-            row = open_rows[room].pop()
+            row = open_rows[room].pop()  # any of them: they have equal room
             if not open_rows[room]:
                 rooms &= ~(1 << room)
         else:
@@ -64,6 +67,7 @@ def best_fit_decreasing(lengths: np.ndarray, row_length: int) -> np.ndarray:
 
 def fill_exactly(lengths: np.ndarray, row_length: int) -> np.ndarray:
     """Each row the longest document left and those that fill it best; see :func:`pack_documents`."""
+    # Equal lengths are interchangeable: rows are filled with lengths, and documents are put in their places at the end.
     by_length = np.argsort(lengths, kind="stable")
     counts = np.bincount(lengths, minlength=1)
     first = (np.cumsum(counts) - counts).tolist()
@@ -75,7 +79,7 @@ def fill_exactly(lengths: np.ndarray, row_length: int) -> np.ndarray:
         row = [longest, *_best_filling(distinct, left, row_length - longest, longest)]
         for length in row:
             left[length] -= 1
-            order.append(first[length] + left[length])
+            order.append(first[length] + left[length])  # of equal lengths the last one first
             if not left[length]:
                 del distinct[bisect_left(distinct, length)]
         row_sizes.append(len(row))
@@ -91,21 +95,24 @@ def _best_filling(distinct: list[int], left: list[int], room: int, taken: int) -
         distinct: the lengths that are left, ascending; ``left[n]`` documents have length n.
         taken: a length of which one document is already in the row.
     """
-    within = (1 << (room + 1)) - 1
+    within = (1 << (room + 1)) - 1  # sums above the room are of no use
     sums = 1  # bit n is set where some documents seen so far sum to n
     history = []
+    # Long ones first: if the row can be filled with few long documents, none of the short ones is used up.
     for i in range(bisect_right(distinct, room) - 1, -1, -1):
         length = distinct[i]
         history.append((length, sums))
         for _ in range(min(left[length] - (length == taken), room // length)):
             more = sums | (sums << length) & within
-            if more == sums:
+            if more == sums:  # further copies reach no new sum
                 break
             sums = more
         if sums >> room & 1:  # filled exactly: keep the shorter documents, which fit more easily, for later
             break
     chosen = []
-    rest = sums.bit_length() - 1
+    rest = sums.bit_length() - 1  # the largest sum that can be reached
+    # Back through the steps: as long as the sum could not be reached before a length came in, that length is part of
+    # it.
     for length, before in reversed(history):
         while not before >> rest & 1:
             chosen.append(length)

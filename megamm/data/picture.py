@@ -90,6 +90,7 @@ class _Pen:
     def card(self, number: int, spans: list[Span], sources: list[str] | None, width: int) -> Image.Image:
         """One document: a heading, then its images as grids of patches and its text as tokens."""
         s = self.scale
+        # Higher than it can be: the height is known only once all is drawn, and the rest is cut off.
         area = sum(LINE * (3 + min(x.stop - x.start, self.max_tokens)) for x in spans) + 400 * len(spans)
         card = Image.new("RGB", (width * s, area * s), CARD)
         draw = ImageDraw.Draw(card)
@@ -109,20 +110,23 @@ class _Pen:
         labelled = self.batch.targets[self.row, start:stop] >= 0
         if not sources or not bool(labelled.any()):
             return ""
+        # The first label will do: a document is of one source.
         index = int(self.batch.source[self.row, start:stop][labelled][0])
         return f" · {sources[index]}" if index < len(sources) else ""
 
     def _image(self, card: Image.Image, span: Span, y: int, width: int) -> int:
         """Paste an image as the grid of its patches; returns the next y."""
         s, count = self.scale, span.stop - span.start
+        # Batches do not say how an image's patches lie, but prepared images are square.
         side = int(np.ceil(np.sqrt(count)))
         flat = self.row * self.batch.tokens.shape[1] + np.arange(span.start, span.stop)
-        order = np.searchsorted(self.batch.patch_index.numpy(), flat)
+        order = np.searchsorted(self.batch.patch_index.numpy(), flat)  # patch_index increases
         pixels = self.batch.patches[order].numpy()
         edge = round(np.sqrt(pixels.shape[1] / 3))
         tile = min(24 * s, 112 * s // side, ((width - 2 * PAD) * s * 6 // 10) // side - s)
         for i, patch in enumerate(pixels.reshape(count, edge, edge, 3)):
             corner = (PAD * s + i % side * (tile + s), y + i // side * (tile + s))
+            # Enlarged pixels stay sharp, reduced ones are averaged.
             how = Image.Resampling.NEAREST if tile >= edge else Image.Resampling.BOX
             card.paste(Image.fromarray(patch).resize((tile, tile), how), corner)
         draw, x = ImageDraw.Draw(card), PAD * s + side * (tile + s) + 7 * s
@@ -143,7 +147,7 @@ class _Pen:
             special = tokens[position] < len(SPECIAL_TOKENS)
             label = text.strip() or "␣"
             while len(label) > 1 and draw.textlength(label, font) > right - PAD * s - 8 * s:
-                label = label[: len(label) * 3 // 4] + "…"
+                label = label[: len(label) * 3 // 4] + "…"  # ever shorter, until it fits the card
             size = draw.textlength(label, font) + 6 * s
             if x + size > right:
                 x, y = PAD * s, y + LINE * s
@@ -208,6 +212,7 @@ def _fill_columns(cards: list[Image.Image], columns: int, gap: int) -> list[list
             used += height
         return stacks
 
+    # Bisection: what fits at some height fits at every larger one.
     low, high = max(heights, default=0), sum(heights)
     while low < high:
         middle = (low + high) // 2

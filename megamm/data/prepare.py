@@ -42,6 +42,7 @@ from megamm.data.writer import Piece, ShardWriter, split_pieces
 from megamm.errors import InputError, RunError
 from megamm.sequence import EOS, patches_per_image
 
+# A folder that holds anything else is not ours to replace.
 OUTPUTS = frozenset((FILE, "tokenizer.json", "skipped.jsonl", "train", "val"))
 
 BATCH = 16
@@ -93,6 +94,7 @@ class PrepareSettings:
                 found.append(f"--{name.replace('_', '-')}: {getattr(self, name)} is not positive")
         if not found and self.image_size % self.patch_size:
             found.append(f"--patch-size: {self.patch_size} does not divide --image-size {self.image_size}")
+        # <bos>, an image, <image_end> and one token more; see split_pieces.
         shortest = 8 if self.kind == "text" else max(8, self.num_patches + 3) if not found else 0
         if not found and self.max_length < shortest:
             found.append(
@@ -161,6 +163,7 @@ def prepare(
         raise InputError(f"inputs of different kinds ({listed}): prepare each into its own folder, or give --kind")
     _check_target(out, settings)
     kind = inputs.kinds[0]
+    # Checked again below: with the kind it is known whether rows must hold an image.
     settings = dataclasses.replace(settings, kind=kind)
     settings.check()
     try:
@@ -170,6 +173,8 @@ def prepare(
                 documents, inputs.pictures, folder, settings, lambda done, s: report(done, inputs.num_tasks, s)
             )
             shutil.copyfile(settings.tokenizer, folder / "tokenizer.json")
+            # What is a field of its own in dataset.json is not said twice; the tokenizer's path means nothing
+            # elsewhere.
             stored = dataclasses.asdict(settings)
             info = make_info(
                 vocab_size=tokenizer.vocab_size,
@@ -179,6 +184,7 @@ def prepare(
                 settings={key: value for key, value in stored.items() if key != "tokenizer"},
                 **counts,
             )
+            # The last file: a folder with a dataset.json has everything.
             files.write_json(folder / FILE, info)
     except BrokenProcessPool as error:
         raise RunError("a worker was killed (out of memory?); try fewer --workers") from error
@@ -205,8 +211,9 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
     try:
         for span in document.spans:
             if isinstance(span, Text):
+                # Text on both sides of a picture that is left out becomes one span.
                 text += span.text
-            elif settings.kind != "text":
+            elif settings.kind != "text":  # pages read as text lose their pictures
                 try:
                     pixels = images.read_rgb(span.data, settings.max_pixels)
                 except images.ImageError as error:
@@ -214,13 +221,14 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
                         return left_out(str(error))
                     skipped.append(Skipped(id=f"{document.id}: {span.name}", reason=str(error)))
                     continue
+                # A whole span at a time: a token may reach across the spans of a reader, but not across a picture.
                 units += [tokenizer.encode(text).tolist()]
                 units += [images.encode(images.resize(pixels, settings.image_size, settings.fit))]
                 text = ""
         units.append([*tokenizer.encode(text).tolist(), EOS])
     except UnicodeEncodeError:
         return left_out("wrong encoding: text is not UTF-8")
-    num_tokens = sum(len(unit) for unit in units if isinstance(unit, list)) - 1
+    num_tokens = sum(len(unit) for unit in units if isinstance(unit, list)) - 1  # without <eos>
     if num_tokens < settings.min_tokens:
         return left_out("too little text" if num_tokens else "no text")
     pieces = split_pieces(document.id, units, settings.max_length, settings.num_patches)
@@ -231,6 +239,7 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
         pieces=pieces,
         skipped=skipped,
         files=document.files,
+        # Without the id, which differs between copies; with all of the content before it is cut into pieces.
         digest=document_digest("", [t for text in texts for t in text], [len(text) for text in texts], pictures),
         image_digests=[hashlib.sha256(picture).digest()[:DIGEST_BYTES] for picture in pictures],
     )
@@ -247,6 +256,7 @@ class _Skipped:
     def add(self, entry: Skipped) -> None:
         self.first = self.first or f"; first {entry.id}: {entry.reason}"
         self.file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
+        # What follows a colon is of one input alone, and would make every reason another one.
         self.reasons[entry.reason.split(":")[0]] += 1
 
 
@@ -262,6 +272,7 @@ def _write(
     All documents are written in their order, and then, when their tokens are known, dealt to the splits.
     """
     unsplit = ShardWriter(folder / "unsplit")
+    # Pictures that no document refers to are only known once all documents have been read.
     documents, unseen = Documents(), dict(pictures)
     with (folder / "skipped.jsonl").open("w", encoding="utf-8") as file:
         skipped = _Skipped(file)
@@ -274,6 +285,7 @@ def _write(
                 unsplit.add(item.pieces)
                 documents.add(
                     item.digest,
+                    # In pages the same picture is often a logo: only a caption pair is known by its picture.
                     item.image_digests if settings.kind == "caption" else [],
                     sum(piece.length for piece in item.pieces),
                     len(item.image_digests),
@@ -282,6 +294,7 @@ def _write(
             report(done, skipped.reasons.total())
             if len(documents) == settings.limit:
                 break
+        # Not after a limit: what lies behind it was not looked at.
         else:
             for name in unseen.values():
                 skipped.add(Skipped(id=name, reason="image that nothing refers to"))
@@ -299,7 +312,9 @@ def _write(
 
 def _deal(folder: Path, unsplit: dict, documents: Documents, val_fraction: float) -> tuple[dict, dict]:
     """Move the documents to the folders of their splits; returns entries and fingerprints of these."""
+    # Whole documents: pieces of one must not be on both sides.
     in_val = np.repeat(documents.hold_out(val_fraction), documents.num_pieces)
+    # No val folder where nothing is held out.
     writers = {split: ShardWriter(folder / split) for split in (("train", "val") if in_val.any() else ("train",))}
     start = 0
     for shard in unsplit["shards"]:
@@ -309,6 +324,7 @@ def _deal(folder: Path, unsplit: dict, documents: Documents, val_fraction: float
             part = in_val[start : start + len(table)]
             for split, writer in writers.items():
                 writer.add_table(table.filter(part if split == "val" else ~part))
+        # Shard by shard, so that the disk never holds all of the data twice.
         path.unlink()
         start += len(part)
     shutil.rmtree(folder / "unsplit")
@@ -319,7 +335,7 @@ def _encode_all(
     tasks: Iterator[Task], settings: PrepareSettings, tokenizer: Tokenizer, workers: int
 ) -> Iterator[Encoded]:
     """Run the tasks in ``workers`` processes; results in the order of the tasks."""
-    batches = iter(lambda: list(islice(tasks, BATCH)), [])
+    batches = iter(lambda: list(islice(tasks, BATCH)), [])  # until an empty one
     if workers <= 1:
         for batch in batches:
             yield from _encode_batch(batch, settings, tokenizer)
@@ -327,11 +343,13 @@ def _encode_all(
     context = multiprocessing.get_context("spawn")  # fork is unsafe once the tokenizer's threads exist
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(settings,))
     try:
+        # A few batches ahead, not all: tasks may hold records, and results wait here in their order.
         pending = deque(pool.submit(_work, batch) for batch in islice(batches, 4 * workers))
         while pending:
             yield from pending.popleft().result()
             pending.extend(pool.submit(_work, batch) for batch in islice(batches, 1))
     finally:
+        # Also when the reader of this generator has enough (a limit) or fails.
         pool.shutdown(cancel_futures=True)
 
 
@@ -349,11 +367,12 @@ def _encode_batch(batch: list[Task], settings: PrepareSettings, tokenizer: Token
     return encoded
 
 
+# Of each worker process, filled once: the tokenizer is slow to load and cannot come with every batch.
 _worker: dict = {}
 
 
 def _start_worker(settings: PrepareSettings) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # before anything slow
     cv2.setNumThreads(1)  # the workers are the parallelism
     _worker.update(settings=settings, tokenizer=Tokenizer(settings.tokenizer))
 
@@ -361,7 +380,7 @@ def _start_worker(settings: PrepareSettings) -> None:
 def _end_with_parent() -> None:
     """A run that was killed must not leave its workers behind: they wait for tasks for ever."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    os._exit(1)  # from a thread: sys.exit would end only that
 
 
 def _work(batch: list[Task]) -> list[Encoded]:
@@ -389,6 +408,7 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
     """
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     partial.mkdir(parents=True, exist_ok=True)
+    # The folder itself is locked: no further file is left behind, and the system lets go when the process dies.
     lock = os.open(partial, os.O_RDONLY)
     try:
         try:
@@ -396,11 +416,12 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
         except BlockingIOError as error:
             raise InputError(f"--out {out}: another run is writing it") from error
         try:
-            for path in partial.iterdir():
+            for path in partial.iterdir():  # only now, with the lock
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield partial
             shutil.rmtree(old, ignore_errors=True)
             if out.exists():
+                # A folder cannot be replaced by another in one step: for a moment there is none, and then the new one.
                 os.replace(out, old)
             os.replace(partial, out)
         finally:

@@ -36,18 +36,23 @@ def fill_row(row: dict[str, np.ndarray], examples: Sequence[Example], sources: n
     Returns:
         bool [S]: image positions.
     """
+    # The one place that knows the mask's rule: training, drawing and tests ask it.
     padded = row_positions([e.layout for e in examples], len(row["tokens"]))
     document_sizes = [np.abs(e.layout).sum() for e in examples]
     end = int(sum(document_sizes))
     start, is_image = padded.start[:end], padded.is_image[:end]
+    # <image> is not stored: the layout tells where images are.
     tokens = np.full(end, IMAGE, np.int32)
     tokens[~is_image] = np.concatenate([e.tokens for e in examples])
     row["tokens"][:end] = tokens
     row["positions"][:end] = np.arange(end) - start
+    # Text after text of the same document. The first token of the next one is nobody's to predict.
     labelled = ~is_image[:-1] & ~is_image[1:] & (start[:-1] == start[1:])
     row["targets"][: end - 1][labelled] = tokens[1:][labelled]
+    # At every position of a document, though only labelled ones are read.
     row["source"][:end] = np.repeat(sources, document_sizes)
     patches_before = np.cumsum(is_image) - is_image
+    # Whether any patch has come since the document began.
     row["label_kind"][: end - 1] = labelled & (patches_before > patches_before[start])[:-1]
     row["lo"][:], row["hi"][:] = padded.lo, padded.hi
     return padded.is_image
@@ -74,6 +79,7 @@ class RowReader:
             RunError: a document is damaged; names dataset and document.
         """
         shape = len(rows), self.plan.row_length
+        # Filled with padding first: documents write over it, and what is left over is right.
         arrays = {name: np.full(shape, value, dtype) for name, (dtype, value) in FIELDS.items()}
         is_image = np.zeros(shape, bool)
         patches: list[np.ndarray] = []
@@ -85,10 +91,14 @@ class RowReader:
             sources, documents = self.plan.row(i)
             datasets = [self.datasets[s] for s in sources]
             examples = [_read(d, int(j)) for d, j in zip(datasets, documents, strict=True)]
+            # a[b] are views, so the row is written in place.
             is_image[b] = fill_row({name: a[b] for name, a in arrays.items()}, examples, sources)
+            # Images are numbered within the row, so that their augmentation does not depend on which rows are read
+            # together.
             first = len(patches)
             for dataset, example in zip(datasets, examples, strict=True):
                 patches += self._patches(dataset, example, i, len(patches) - first)
+        # Without images patches still have their width, which the model's projection expects.
         size = max((d.info["patch_size"] or 0 for d in self.datasets), default=0)
         return Batch(
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
@@ -104,6 +114,7 @@ class RowReader:
             try:
                 image = images.decode(data)
                 if self.augment.flip or self.augment.crop_scale_min < 1:
+                    # By row, not by document: the next epoch has it in another row, and sees another crop.
                     rng = np.random.default_rng(derive_seed(self.seed, row, first + k))
                     image = images.augment(image, rng, self.augment.crop_scale_min, self.augment.flip)
                 patches = images.patchify(image, dataset.info["patch_size"])
@@ -119,12 +130,14 @@ def _read(dataset: ShardedDataset, index: int) -> Example:
     """A document whose parts agree with each other and with the length that the plan knows."""
     example = dataset[index]
     num_patches = -int(example.layout[example.layout < 0].sum())
+    # The plan packed by lengths.npy: a longer document would not fit its row.
     if (len(example.tokens), num_patches) != tuple(dataset.lengths[index].tolist()):
         raise _damaged(dataset, example, "its length is not that of lengths.npy")
     if int(example.layout[example.layout > 0].sum()) != len(example.tokens):
         raise _damaged(dataset, example, "its layout does not fit its tokens")
     if int((example.layout < 0).sum()) != len(example.images):
         raise _damaged(dataset, example, "its layout does not fit its images")
+    # On a GPU an id beyond the table is an assertion that ends the process without naming the document.
     if len(example.tokens) and not 0 <= example.tokens.min() <= example.tokens.max() < dataset.info["vocab_size"]:
         raise _damaged(dataset, example, "it has token ids outside the vocabulary")
     return example

@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
         ("id", pa.string()),
         ("tokens", pa.list_(pa.int32())),
         ("layout", pa.list_(pa.int32())),
-        ("images", pa.list_(pa.large_binary())),
+        ("images", pa.list_(pa.large_binary())),  # 64-bit offsets: no limit of 2 GiB
         ("digest", pa.binary(DIGEST_BYTES)),
     ]
 )
@@ -48,6 +48,7 @@ def document_digest(id: str, tokens: Sequence[int], layout: Sequence[int], image
     It takes about a twentieth of the time of decoding the images.
     """
     parts = [id.encode("utf-8"), *(np.asarray(part, "<i4").tobytes() for part in (tokens, layout)), *images]
+    # Lengths first: otherwise bytes could move from one part to the next unseen.
     digest = hashlib.sha256(np.array([len(part) for part in parts], "<i8").tobytes())
     for part in parts:
         digest.update(part)
@@ -98,6 +99,7 @@ class ShardedDataset:
         self._files: dict[int, BinaryIO] = {}
 
     def __getstate__(self):
+        # Maps and open files stay here: whoever unpickles opens it anew.
         return {"path": self.path, "split": self.split}
 
     def __setstate__(self, state):
@@ -111,7 +113,7 @@ class ShardedDataset:
         """int32 [num_documents, 2], memory-mapped: text tokens and image patches of each document."""
         path = self.path / self.split / "lengths.npy"
         try:
-            lengths = np.load(path, mmap_mode="r", allow_pickle=False)
+            lengths = np.load(path, mmap_mode="r", allow_pickle=False)  # data may come from anybody
         except (OSError, EOFError, ValueError, SyntaxError) as error:  # what numpy makes of a damaged header
             raise InputError(f"{path}: cannot be read ({error}); prepare the dataset again") from error
         if lengths.shape != (len(self), 2):
@@ -119,6 +121,7 @@ class ShardedDataset:
                 f"{path}: has {lengths.shape[0]} rows, dataset.json counts {len(self)} documents; "
                 "prepare the dataset again"
             )
+        # Every row of every plan depends on it.
         if lengths_digest(lengths) != self.info["splits"][self.split]["lengths_sha256"]:
             raise InputError(f"{path}: damaged, its checksum is not that of dataset.json; prepare the dataset again")
         return lengths
@@ -146,9 +149,11 @@ class ShardedDataset:
         path = self._path(shard)
         if shard not in self._tables:
             try:
+                # Kept open: its size is that of the file that is mapped, also after another one has taken its name.
                 file = path.open("rb")
                 self._check_size(shard, os.fstat(file.fileno()).st_size)
                 table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+                # Arrow trusts offsets: damaged ones would read outside of the map, and end the process.
                 table.validate(full=True)  # reads offsets and ids, not what they point at
             except (OSError, pa.ArrowException) as error:
                 raise InputError(f"{path}: damaged or cut short ({error}); prepare the dataset again") from error
@@ -176,11 +181,12 @@ class ShardedDataset:
         row = int(index - (self._ends[shard - 1] if shard else 0))
         parts = {
             "id": table["id"][row].as_py(),
-            "tokens": table["tokens"][row].values.to_numpy(),
+            "tokens": table["tokens"][row].values.to_numpy(),  # a view of the map: nothing is copied
             "layout": table["layout"][row].values.to_numpy(),
             "images": table["images"][row].as_py(),
         }
         digest = document_digest(**parts)
+        # At each read, and not once for the shard: that would read all of it before the first document.
         if digest != table["digest"][row].as_py():
             raise InputError(
                 f"{self._path(shard)}: document {parts['id']!r} is damaged, its checksum is wrong; prepare the dataset "

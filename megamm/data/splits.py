@@ -30,6 +30,8 @@ class Documents:
         """
         self._digests += digest
         for image in image_digests:
+            # Half of the digest is enough to tell pictures apart; a chance match only keeps a document out of
+            # validation.
             self._images += len(self._num_tokens).to_bytes(8, "little") + image[:8]
         self._num_tokens.append(num_tokens)
         self._num_images.append(num_images)
@@ -56,17 +58,21 @@ class Documents:
         """
         chosen = np.zeros(len(self), bool)
         keys = self._keys()
+        # Documents of one content are a group.
         _, group, copies = np.unique(keys, return_inverse=True, return_counts=True)
         if not fraction or len(copies) < 2:
             return chosen
         tokens, images = np.array(self._num_tokens), np.array(self._num_images)
+        # The digest's first half as a big-endian number. It is random already, so no seed is needed.
         order = np.argsort(keys["hash"], kind="stable")
         single = (copies[group] == 1) & ~self._shares_image()
         order = order[single[order]]
         if not len(order):  # all are repeats: one of them goes there with all its copies
             return group == group[np.argmin(keys["hash"])]
+        # A few long documents may fill the budget without one picture, hence a second pass for pictures alone.
         budget, wanted = fraction * tokens.sum(), min(MIN_IMAGES, np.ceil(fraction * images.sum()))
         held = held_images = 0
+        # The second pass may go beyond the budget, but not without bounds.
         for only_images in (False, True):
             for index in order.tolist():
                 if held_images >= wanted if only_images else held >= budget:
@@ -75,17 +81,20 @@ class Documents:
                 if fits and not chosen[index] and (images[index] or not only_images):
                     chosen[index] = True
                     held, held_images = held + tokens[index], held_images + images[index]
+        # All documents with pictures may be too long for the budget: then the shortest, so that pictures are validated
+        # at all.
         with_images = order[images[order] > 0]
         if wanted and not held_images and len(with_images):
             chosen[with_images[np.argmin(tokens[with_images])]] = True
-        if not chosen.any():
+        if not chosen.any():  # every document alone is above the budget
             chosen[order[np.argmin(tokens[order])]] = True
-        if chosen.all():
+        if chosen.all():  # training must keep one
             chosen[order[-1]] = False
         return chosen
 
     def _keys(self) -> np.ndarray:
         """The digests as numbers: [num_documents] of fields ``hash`` and ``rest``."""
+        # Big-endian, so that numbers sort as the digests do.
         return np.frombuffer(bytes(self._digests), [("hash", ">u8"), ("rest", ">u8")])
 
     def _shares_image(self) -> np.ndarray:

@@ -38,9 +38,11 @@ class Tokenizer:
             ) from error
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
+            # From the bytes that were hashed: the file is not read a second time.
             self._hf = HFTokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{path}: not a tokenizer.json ({error})") from error
+        # A file may say that texts are padded or cut; documents must come out as long as they are.
         self._hf.no_padding()
         self._hf.no_truncation()
         self._hf.encode_special_tokens = True  # special tokens spelled out in text are plain text
@@ -52,6 +54,7 @@ class Tokenizer:
                     f"{path}: special token {token} must have id {number}, has {found}; "
                     "train one with tools/train_tokenizer.py"
                 )
+        # The setting above only works for tokens that the file marks as special: tried out, not believed.
         if min(self.encode("".join(SPECIAL_TOKENS)), default=0) < len(SPECIAL_TOKENS):
             raise InputError(
                 f"{path}: text that spells {' '.join(SPECIAL_TOKENS)} is encoded to special ids; "
@@ -64,6 +67,7 @@ class Tokenizer:
         Raises:
             UnicodeEncodeError: the text holds lone surrogates (bytes that were not UTF-8).
         """
+        # Raises what the docstring says: the library says of such a text that it is no str.
         text.encode("utf-8")
         return np.array(self._hf.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
@@ -101,6 +105,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path | str) -> 
         nonlocal count
         for text in texts:
             count += bool(text)
+            # Lone surrogates would end the training; in preparation such a text is left out.
             yield text.encode("utf-8", errors="replace").decode("utf-8")
 
     tokenizer = HFTokenizer(models.BPE())
@@ -111,11 +116,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path | str) -> 
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
+        # All 256 bytes, so that any text can be encoded; sorted, as a set would give other ids each time.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(valid(), trainer)
-    if not count:
+    if not count:  # known only after the texts have gone by
         raise InputError("no text found in the inputs; nothing to train a tokenizer on")
     files.write_text(path, tokenizer.to_str(pretty=True) + "\n")
     return tokenizer.get_vocab_size()

@@ -36,10 +36,13 @@ def verify(path: Path | str, report: Callable[[int], None] = lambda done: None) 
         dataset = ShardedDataset(path, split)
         try:
             _check_files(dataset, problems)
+            # After the files, which are read whole: a damaged shard may end the reading of documents.
             done = _check_documents(dataset, problems, report, done)
         except InputError as error:
+            # The list adds the folder and the advice itself.
             problems.append(str(error).removeprefix(f"{path}/").removesuffix("; prepare the dataset again"))
     if problems:
+        # dict.fromkeys: the same damage may be found twice, in the file and in its documents.
         raise ProblemsError(f"{path}", [f"{problem}; prepare the dataset again" for problem in dict.fromkeys(problems)])
     return info
 

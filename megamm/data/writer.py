@@ -17,7 +17,7 @@ MIN_TEXT_AFTER_IMAGE = 8
 """An image with less room than this behind it starts a new piece: without text after it, it teaches nothing."""
 
 SHARD_DOCUMENTS = 4096
-SHARD_BYTES = 256 * 2**20
+SHARD_BYTES = 256 * 2**20  # held in memory while a shard is put together
 PACK_PIECES = 64
 """Pieces that are put into columns at a time."""
 
@@ -53,6 +53,7 @@ class Piece:
             return
         self.tokens += ids
         self.length += len(ids)
+        # Spans alternate: text that follows text is one span.
         if self.layout[-1] > 0:
             self.layout[-1] += len(ids)
         else:
@@ -63,6 +64,7 @@ class Piece:
         self.images.append(data)
         self.layout.append(-num_patches)
         self.length += num_patches
+        # Part of the text: the first word after the image is predicted from it.
         self.add_text([IMAGE_END])
 
 
@@ -82,6 +84,7 @@ def split_pieces(id: str, units: Sequence[list[int] | bytes], max_length: int, n
 
     for index, unit in enumerate(units):
         if isinstance(unit, bytes):
+            # At most what a fresh piece has room for: otherwise one with nothing but <bos> would be left behind.
             need = min(num_patches + 1 + MIN_TEXT_AFTER_IMAGE, max_length - 1)
             if pieces[-1].length + need > max_length:
                 next_piece()
@@ -126,6 +129,7 @@ class ShardWriter:
         """Append rows of a shard's columns; a full shard goes to disk."""
         images = table["images"].combine_chunks()
         sizes = np.asarray(pc.binary_length(images.flatten()), np.int64)
+        # Of int32 tokens and images; the rest is small.
         num_bytes = 4 * np.asarray(pc.list_value_length(table["tokens"])) + _sums(images, sizes)
         layout = table["layout"].combine_chunks()
         spans = np.asarray(layout.flatten())
@@ -133,10 +137,13 @@ class ShardWriter:
         self._lengths.append(lengths.astype(np.int32))
         self._num_images += len(sizes)
         for digest in table["digest"].to_pylist():
+            # In the order of documents, whatever shard they end up in.
             self.fingerprint.add(digest)
         ends, start = np.cumsum(num_bytes), 0
         while start < len(table):
             before = ends[start - 1] if start else 0
+            # + 1: the document that crosses the limit still goes in, so a shard is never empty, however large a
+            # document is.
             fills = int(np.searchsorted(ends, before + SHARD_BYTES - self._num_bytes)) + 1
             stop = min(len(table), start + self.shard_documents - self._num_rows, fills)
             self._tables.append(table.slice(start, stop - start))
@@ -151,7 +158,7 @@ class ShardWriter:
         self._pack()
         self._flush()
         lengths = np.concatenate(self._lengths)
-        np.save(self.folder / "lengths.npy", lengths)
+        np.save(self.folder / "lengths.npy", lengths)  # [num_documents, 2]
         text, patches = lengths.sum(axis=0, dtype=np.int64).tolist()
         return {
             "lengths_sha256": lengths_digest(lengths),
@@ -173,8 +180,10 @@ class ShardWriter:
         name = f"shard-{len(self._shards):05d}.arrow"
         path = self.folder / name
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            # One batch for each shard: a document is found by its number, without a search through batches.
             writer.write_table(pa.concat_tables(self._tables).combine_chunks())
         with path.open("rb") as file:
+            # Read back from the file, so that it is the digest of what was stored.
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         size = path.stat().st_size
         self._shards.append({"file": name, "num_documents": self._num_rows, "num_bytes": size, "sha256": sha256})
@@ -186,4 +195,5 @@ def _sums(lists: pa.ListArray, values: np.ndarray) -> np.ndarray:
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
     counts = np.asarray(pc.list_value_length(lists))
     bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    # Differences of running sums: also lists without values have a sum.
     return np.diff(ends[bounds])

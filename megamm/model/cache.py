@@ -69,7 +69,10 @@ class KeyValueCache:
             batch: ``positions``, ``lo`` and ``hi`` count from the beginning of the document; rows end with padding.
         """
         with self._attached():
+            # The model does not know of the cache: whatever its blocks are, they attend through what is put in their
+            # place.
             x_btw = self.model.residual_stream(batch, self.dtype)
+        # Rows may end in padding, so the last position differs; a row of padding alone gives logits that nobody reads.
         last = ((batch.lo <= batch.hi).sum(1) - 1).clamp(min=0)
         x_b1w = x_btw[torch.arange(len(last), device=last.device), last][:, None]
         return self.model.head.logits(x_b1w, self.model.tied_table)[:, 0].float()
@@ -81,6 +84,7 @@ class KeyValueCache:
         layers: list[Any] = [getattr(block, "attention", block) for block in model.blocks.values()]
         for number, layer in enumerate(layers):  # per modality the block itself attends
             layer.attend = partial(self._attend, number)
+        # On the instance, where it hides the method of the class until it is deleted.
         model.context = self._context
         try:
             yield
@@ -94,11 +98,15 @@ class KeyValueCache:
         config = self.model.config
         cos, sin = rotary_table(batch.positions, config.head_dim, config.rope_theta, config.rope_scaling)
         padding = batch.lo > batch.hi
+        # Waits for the device, once for all blocks: attention then reads the filled part of the cache alone.
         num_keys = int(batch.hi.max()) + 1
+        # Padding of all rows goes to the one slot more, beyond num_keys.
         slots = batch.positions.long().masked_fill(padding, self.capacity)
+        # [B, T, K], dense: new positions are few once a document has begun.
         key = torch.arange(num_keys, device=batch.lo.device)
         visible = (batch.lo[..., None] <= key) & (key <= batch.hi[..., None])
         visible[..., 0] |= padding  # softmax over nothing would be NaN
+        # Without a mask torch may take a faster kernel: the case of one new position in each of equally long rows.
         mask: Any = CacheMask(slots=slots, num_keys=num_keys, visible=None if visible.all() else visible[:, None])
         return BlockContext(cos=cos, sin=sin, mask=mask, **position_kinds(config, batch))
 
@@ -107,12 +115,15 @@ class KeyValueCache:
     ) -> torch.Tensor:
         rows = torch.arange(len(mask.slots), device=mask.slots.device)[:, None]
         keys, values = self.keys[number], self.values[number]
+        # Indices around a slice: their dims come first, [B, T, G, D], as new keys lie. Written before they are read,
+        # since new positions see each other.
         keys[rows, :, mask.slots], values[rows, :, mask.slots] = k_btgd, v_btgd
         out_bhtd = F.scaled_dot_product_attention(
             q_bthd.transpose(1, 2),
             keys[:, :, : mask.num_keys],
             values[:, :, : mask.num_keys],
             attn_mask=mask.visible,
+            # Only where it is needed: not every kernel of torch can do it.
             enable_gqa=q_bthd.shape[2] != k_btgd.shape[2],
         )
         return out_bhtd.transpose(1, 2)

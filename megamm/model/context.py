@@ -32,12 +32,14 @@ class Modalities:
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, S, ...] -> text [1, n, ...] and images [1, num_images, ...]."""
+        # The routing of experts serves here as well: a modality is an expert, and every position goes to one.
         rows = permute_tokens(x.flatten(0, 1).flatten(1), self.routing).unflatten(1, x.shape[2:])[None]
         return rows.split((rows.shape[1] - self.num_images, self.num_images), dim=1)
 
     def join(self, text: torch.Tensor, images: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The inverse of :meth:`split`; ``shape``: (B, S)."""
         rows = torch.cat((text, images), dim=1).squeeze(0)
+        # With one expert for each position the two are inverses of each other.
         order, places, _ = self.routing
         inverse = self.routing._replace(order=places.flatten(), places=order[:, None])
         return permute_tokens(rows.flatten(1), inverse).view(*shape, *rows.shape[1:])
@@ -64,6 +66,7 @@ class RoutingRecord:
     def close(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The sum of the losses and the counts [layers, E, 2]; None where no layer has a router."""
         losses, counts, self.losses, self.counts, self.closed = self.losses, self.counts, [], [], True
+        # In the order of layers, since blocks run in their order.
         return (torch.stack(losses).sum(), torch.stack(counts)) if losses else None
 
 
@@ -133,8 +136,10 @@ def build_mask(
     config: ModelConfig, lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: int | None = None
 ) -> AttentionMask:
     """The mask of rows (lo, hi) for the configured backend; see :func:`make_context`."""
+    # By the device where the rows lie.
     backend = config.attention.backend or default_backend(lo)
     try:
         return attention_mask(lo, hi, dtype, backend, num_keys)
     except (ImportError, ValueError) as error:
+        # The kernels do not know of settings: a package that is missing, or rows that a backend cannot express.
         raise InputError(f"model.attention.backend: {error}") from error

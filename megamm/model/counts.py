@@ -80,6 +80,7 @@ def tower_block_parameters(config: ModelConfig) -> int:
     w, hidden = config.vision.width, tower_hidden(config)
     if config.vision.kind == "megamm":
         return block_parameters(w, hidden, config.vision.head_dim)
+    # Matrices, then biases of qkv and output, of the feed-forward layer, and scale and bias of two layer norms.
     return attention_weights(w, w) + 2 * w * hidden + (3 * w + w) + (hidden + w) + 4 * w
 
 
@@ -89,7 +90,7 @@ def tower_parameters(config: ModelConfig) -> int:
     w, is_clip, patch_dim = v.width, v.kind == "clip", 3 * size**2
     found = v.depth * tower_block_parameters(config) + patch_dim * w
     if v.kind == "megamm":
-        return found + w * v.final_norm
+        return found + w * v.final_norm  # a scale only: RMS norm
     length = patches_per_image(config.image_size, size) + is_clip
     # CLIP: class token and a norm before the first block; SigLIP: a bias of the patch projection.
     return found + length * w + (3 * w if is_clip else w) + 2 * w * v.final_norm
@@ -112,7 +113,9 @@ def tower_work(config: ModelConfig) -> TowerWork:
     """See :class:`TowerWork`."""
     kind, hidden = config.vision.kind, tower_hidden(config)
     per_image = patches_per_image(config.image_size, config.patch_size)
+    # The class token is a position more of each image: a fraction of one for each patch.
     longer = shuffle_ratio(config) ** 2 + (kind == "clip") / per_image
+    # Then 3 matrices of this width have as many weights as its 2.
     return TowerWork(hidden if kind == "megamm" else hidden * 2 / 3, longer)
 
 
@@ -120,7 +123,7 @@ def projector_parameters(config: ModelConfig) -> int:
     """From the tower's width to the decoder's."""
     v, w = config.vision, config.width
     first = v.width * shuffle_ratio(config) ** 2 * w
-    return first + w + w * w + w if v.projector == "mlp" else first
+    return first + w + w * w + w if v.projector == "mlp" else first  # two matrices, each with a bias
 
 
 def query_width(config: ModelConfig) -> int:
@@ -135,7 +138,7 @@ def key_width(config: ModelConfig) -> int:
 
 def small_parameters(config: ModelConfig) -> list[int]:
     """Sizes of the norms of a block of the decoder."""
-    return [config.width, config.width] + [2 * config.head_dim] * config.qk_norm
+    return [config.width, config.width] + [2 * config.head_dim] * config.qk_norm  # one scale for queries, one for keys
 
 
 def decoder_block_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -146,8 +149,9 @@ def decoder_block_parameters(config: ModelConfig) -> tuple[int, int]:
     dense = attention_weights(width, keys, queries) + bias + feed_forward + sum(small_parameters(config))
     if experts.num:
         expert = 3 * width * experts.hidden
-        always = dense - feed_forward + 3 * width * experts.shared_hidden + experts.num * width
+        always = dense - feed_forward + 3 * width * experts.shared_hidden + experts.num * width  # the last: the router
         return always + experts.num * expert, (experts.num - experts.top_k) * expert
+    # What a position does not meet is the other modality's copy.
     idle = {"none": 0, "feed_forward": feed_forward, "block": dense}[config.per_modality]
     return dense + idle, idle
 
@@ -156,6 +160,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Count parameters of a resolved model config (see ``megamm.resolve``)."""
     width, patch_dim = config.width, 3 * config.patch_size**2
     block, idle = decoder_block_parameters(config)
+    # The last width is that of the final norm.
     decoder = config.depth * block + (1 if config.tied_embeddings else 2) * config.vocab_size * width + width
     vision = 0
     if config.architecture == "early":
@@ -192,15 +197,18 @@ def exact_flops_per_token(config: ModelConfig, stats: TokenStats) -> float:
     sizes = key_width(config), query_width(config)
     total = config.depth * _block_flops(width, hidden, 1.0, stats.pairs, *sizes)
     total += config.depth * 6 * config.experts.num * width  # routers
+    # Only labelled positions meet the head; looking up the embedding is no product.
     total += 6 * config.vocab_size * width * stats.labels
     patch_dim = 3 * config.patch_size**2
     if config.architecture == "early":
+        # 4 and not 6: pixels need no gradient.
         total += 4 * patch_dim * width * stats.patches
     elif config.architecture == "late":
         v = config.vision
         per_image = patches_per_image(config.image_size, config.patch_size)
         v_hidden, longer = tower_work(config)
         positions = stats.patches * longer
+        # Each position of an image sees all of that image.
         total += v.depth * _block_flops(v.width, v_hidden, positions, positions * per_image * longer)
         matrices = v.width * shuffle_ratio(config) ** 2 * width + (width * width if v.projector == "mlp" else 0)
         # The tower's smaller patches are as many more: together they have the pixels of the model's.
@@ -224,6 +232,7 @@ def flops_weights(config: ModelConfig) -> FlopsWeights:
         return exact_flops_per_token(config, TokenStats(**{"patches": 0.0, "labels": 0.0, "pairs": 0.0} | more))
 
     position = count()
+    # The count is linear in each of them, so one of each tells its weight.
     patch, label, pair = (count(**{name: 1.0}) - position for name in ("patches", "labels", "pairs"))
     return FlopsWeights(position=position, patch=patch, label=label, pair=pair)
 
@@ -235,6 +244,8 @@ def _block_flops(
 
     Recomputing the scores in the backward is not counted, as is usual for MFU.
     """
+    # 2 operations a multiply-add, once forward and twice backward: for the input's gradient and for the weight's.
     linear = 6 * positions * (attention_weights(width, keys or width, queries) + 3 * width * hidden)
+    # Scores and weighted values: 2 x 2 operations for each pair and unit of width forward, twice that backward.
     attention = 6 * 2 * pairs * (queries or width)
     return linear + attention

@@ -30,6 +30,7 @@ class Router(nn.Module):
 
     def __init__(self, width: int, num_experts: int):
         super().__init__()
+        # Of a normalised stream: logits of about 1, so that no expert is certain at the start.
         self.initial = {"weight": width**-0.5}
         self.weight = nn.Parameter(torch.empty(num_experts, width))
 
@@ -43,9 +44,11 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, width: int, hidden: int, depth: int):
         super().__init__()
+        # As in FeedForward: sums of many layers keep their size.
         self.initial = {"gate_up": width**-0.5, "down": hidden**-0.5 / math.sqrt(2 * depth)}
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden, width))
         self.down = nn.Parameter(torch.empty(num_experts, width, hidden))
+        # Spread experts are DTensors, the products want plain tensors: what spreads them replaces this.
         self.local: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter  # what of it lies here
 
     def forward(self, x_mw: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -92,7 +95,9 @@ class MixtureOfExperts(nn.Module):
         out = self.run_experts(x_nw, experts, gates)
         if self.shared is not None:
             out = out + self.shared(x_nw)
+        # [B, E, 2], by row: the balance loss is one of rows, which every split of a batch keeps together.
         counts = count_copies(experts, context.is_image, context.is_padding, self.config.num)
+        # Counts have no gradient: the balance loss moves the router through its probabilities alone.
         rows = self.whole_rows(counts.sum(-1))
         loss = auxiliary_loss(logits, probabilities, context.is_padding, rows, self.config) * self.loss_share
         context.routed.add(loss, counts.sum(0))
@@ -101,11 +106,13 @@ class MixtureOfExperts(nn.Module):
     def choose(self, probabilities: torch.Tensor, padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts of each position, int64 [n, k], and their gates [n, k]."""
         k, num = self.config.top_k, self.config.num
+        # The choice has no gradient; the router learns through the gates, which are without the bias.
         scores = probabilities.detach() if self.bias is None else probabilities.detach() + self.bias
         experts = scores.topk(k).indices
         gates = probabilities.gather(1, experts)
         if self.config.normalise:
             gates = gates / gates.sum(-1, keepdim=True)
+        # One place further for each of the k choices: a position's experts are all different, as topk's are.
         places = torch.arange(experts.shape[0], device=experts.device)[:, None] + torch.arange(k, device=experts.device)
         experts = torch.where(padding[:, None], places % num, experts)
         return experts, gates.masked_fill(padding[:, None], 0.0)
@@ -124,7 +131,8 @@ class MixtureOfExperts(nn.Module):
             counts: int64 [E, 2], of all positions of the optimizer step just taken.
         """
         if self.bias is not None:
-            load = counts.sum(-1).to(self.bias.dtype)
+            load = counts.sum(-1).to(self.bias.dtype)  # both modalities
+            # The sign alone: how far the load is off does not matter, so a step is never too large.
             self.bias += self.config.bias_rate * (load.mean() - load).sign()
 
 
@@ -137,8 +145,9 @@ def count_copies(experts: torch.Tensor, is_image: torch.Tensor, padding: torch.T
     """
     batch, length = is_image.shape
     rows = torch.arange(batch, device=experts.device)[:, None].expand(batch, length).reshape(-1, 1)
+    # One scatter into flat cells [B, E, 2]: nothing waits for the device to learn sizes.
     cells = (rows * num + experts) * 2 + is_image.view(-1, 1)
-    valid = (~padding).view(-1, 1).long().expand_as(cells)
+    valid = (~padding).view(-1, 1).long().expand_as(cells)  # padding adds 0
     counts = torch.zeros(batch * num * 2, dtype=torch.int64, device=experts.device)
     return counts.scatter_add_(0, cells.flatten(), valid.flatten()).view(batch, num, 2)
 
@@ -164,7 +173,8 @@ def auxiliary_loss(
     """
     valid = (~padding).to(logits.dtype)[..., None]
     row_copies = row_copies.to(logits.dtype)
-    shares = row_copies / row_copies.sum(-1, keepdim=True).clamp(min=1)
+    shares = row_copies / row_copies.sum(-1, keepdim=True).clamp(min=1)  # a row of padding has no copies
+    # Sums and not means over the row, which weighs it by its length.
     sums = (probabilities.unflatten(0, padding.shape) * valid).sum(1)
     balance = config.num * (shares * sums).sum()
     z = (logits.logsumexp(-1).square() * valid.flatten()).sum()
@@ -179,6 +189,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # In the loss's own dtype: the stream, and so its gradient, may be bfloat16.
         return grad, grad.new_ones((), dtype=ctx.dtype)
 
 

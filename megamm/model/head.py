@@ -36,11 +36,12 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, num_sources: int):
         super().__init__()
         self.shape = (num_sources, len(LABEL_KINDS))
+        # Small logits at first: the loss begins near the log of the vocabulary.
         self.initial = {"weight": 1 / config.width}
         self.norm = RMSNorm(config.width, config.norm_eps)
         shape = (config.vocab_size, config.width)
         self.weight = None if config.tied_embeddings else nn.Parameter(torch.empty(shape))
-        self.cross_entropy = linear_cross_entropy
+        self.cross_entropy = linear_cross_entropy  # what cuts the vocabulary replaces it
 
     def forward(
         self,
@@ -54,6 +55,7 @@ class Head(nn.Module):
         Args:
             table: the matrix [V, W] of a head that has none of its own.
         """
+        # As int: 256 sources times two kinds do not fit in uint8.
         group = batch.source.int() * self.shape[1] + batch.label_kind
         loss, sums, counts, _ = self.cross_entropy(
             self.norm(x_bsw).flatten(0, 1),
@@ -63,6 +65,7 @@ class Head(nn.Module):
             group.flatten(),
             math.prod(self.shape),
         )
+        # A tensor in any case, so that callers need not ask what kind of model it is.
         auxiliary = torch.zeros_like(loss) if auxiliary is None else auxiliary
         return LossOutput(loss, sums.view(self.shape), counts.view(self.shape), auxiliary)
 

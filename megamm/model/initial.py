@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+# Part of what decides the values: another number gives other models of the same seed.
 BLOCK_VALUES = 1 << 16
 
 Share = Callable[[torch.Tensor], tuple[torch.Tensor, tuple[slice, ...]]]
@@ -32,6 +33,7 @@ def initialise(model: nn.Module, seed: int, share: Share = whole) -> None:
         seed: of the whole model.
         share: what of each parameter lies here, for a model that is spread over ranks.
     """
+    # On the meta device they had no values, and to_empty gives them whatever lay there.
     for buffer in model.buffers():
         buffer.zero_()
     for module_name, module in model.named_modules():
@@ -40,18 +42,22 @@ def initialise(model: nn.Module, seed: int, share: Share = whole) -> None:
             std = module.initial[name]
             if std is None or std == 0:
                 local.fill_(1.0 if std is None else 0.0)
-            elif local.numel():
+            elif local.numel():  # uneven shards leave some ranks nothing
+                # By name and not by order: a stage, or a model with one part more, gives every other part the same
+                # values.
                 full_name = f"{module_name}.{name}" if module_name else name
                 local.copy_(normal_values(parameter.shape, where, std, seed, full_name))
 
 
 def normal_values(shape: torch.Size, where: tuple[slice, ...], std: float, seed: int, name: str) -> torch.Tensor:
     """The part ``where`` (no steps) of the float32 values of shape ``shape`` that belong to (seed, name)."""
+    # Of the whole shape, never of a share: blocks lie the same however a parameter is cut.
     rows = max(1, BLOCK_VALUES // max(1, shape[1:].numel()))
     first, last = where[0].start // rows, -(-where[0].stop // rows)
     blocks = []
     for block in range(first, last):
         digest = hashlib.blake2b(f"{seed} {block} {name}".encode(), digest_size=7).digest()
+        # On the CPU: devices draw other numbers from the same seed.
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         size = min(rows, shape[0] - block * rows)
         values = torch.randn((size, *shape[1:]), generator=generator)

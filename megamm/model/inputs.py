@@ -31,6 +31,7 @@ class Embedding(nn.Module):
         if self.projection is not None:  # one op looks up, projects and places
             projection, index = self.projection.weight, batch.patch_index
             return multimodal_patch_embedding(batch.tokens, self.weight, batch.patches, projection, index, dtype)
+        # Without images a tower still runs on a black one, whose features are cut off here.
         if features is not None:
             features = features.flatten(0, 1)[: len(batch.patches)]
         return multimodal_embedding(batch.tokens, self.weight, features, batch.patch_index, dtype)

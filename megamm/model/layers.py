@@ -28,11 +28,12 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, std: float, bias: bool = False):
         super().__init__()
-        self.initial = {"weight": std, "bias": 0.0}
+        self.initial = {"weight": std, "bias": 0.0}  # see initial.py
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Under FSDP the weight has this dtype already, and the cast is none.
         return self.product(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -76,17 +77,23 @@ class Attention(nn.Module):
         heads = heads or width // head_dim
         self.group = (heads // key_heads + 2, head_dim)
         self.eps, self.initial = eps, {"qk_norm": None}
+        # One product for all three. Variances: a normalised input keeps its size.
         self.qkv = Linear(width, key_heads * math.prod(self.group), width**-0.5, qkv_bias)
+        # Each block adds two outputs to the stream: divided by sqrt(2 * depth), all of them together have a variance of
+        # about 1.
         self.out = Linear(heads * head_dim, width, (heads * head_dim) ** -0.5 / math.sqrt(2 * depth))
         self.qk_norm = nn.Parameter(torch.empty(2, head_dim)) if qk_norm else None
+        # An attribute, so that ranks that share rows, or a cache, can put their own in its place.
         self.attend = interval_attention
 
     def heads(self, x_blw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries [B, L, H, D], keys and values [B, L, G, D]: normalised and rotated, the values as they are."""
         qkv = self.qkv(x_blw).unflatten(-1, (-1, *self.group))
         if self.qk_norm is None:
+            # [B, L, G, R + 2, D]: queries of a group, then its head of keys and its head of values.
             q, k, v = qkv.split((self.group[0] - 2, 1, 1), dim=3)
             return rotate(q.flatten(2, 3), cos, sin), rotate(k.squeeze(3), cos, sin), v.squeeze(3)
+        # Split, norm and rotation in one operator, which reads qkv once.
         return qk_norm_rope(qkv, self.qk_norm, cos, sin, self.eps)
 
     def forward(self, x_blw: torch.Tensor, context: BlockContext) -> torch.Tensor:
@@ -136,5 +143,6 @@ class Block(nn.Module):
 
     def forward(self, x_blw: torch.Tensor, context: BlockContext) -> torch.Tensor:
         a_blw = self.attention(self.attention_norm(x_blw), context)
+        # Addition and norm in one operator, which also gives back the sum.
         normed_blw, x_blw = self.feed_forward_norm(a_blw, residual=x_blw)
         return x_blw + self.feed_forward(normed_blw, context)

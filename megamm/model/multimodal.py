@@ -65,9 +65,12 @@ class MultimodalModel(nn.Module):
         self.blocks = nn.ModuleDict({str(i): make_block(config) for i in numbers})
         self.head = Head(config, num_sources) if head else None
         if config.experts.num:
+            # Counts keep the rows of the whole depth, so that stages can add theirs up.
             self.block_range = slice(numbers[0], numbers[-1] + 1) if numbers else slice(0)
             counts = torch.zeros(config.depth, config.experts.num, 2, dtype=torch.int64)
+            # Not in checkpoints: they are taken after each step, and begin at zero.
             self.register_buffer("expert_counts", counts, persistent=False)
+        # On the meta device there is nothing to fill yet.
         if not any(p.is_meta for p in self.parameters()):
             initialise(self, torch.initial_seed() if seed is None else seed)
 
@@ -101,14 +104,16 @@ class MultimodalModel(nn.Module):
         """The residual stream [B, S, W] after the last block and the routers' auxiliary losses; see :meth:`forward`."""
         if self.embedding is not None:
             features = None if self.vision is None else self.vision(batch.patches, dtype)
-            x_bsw = self.embedding(batch, features, dtype)
+            x_bsw = self.embedding(batch, features, dtype)  # a later stage is given x_bsw
         context = self.context(batch, dtype)
         for block in self.blocks.values():
             x_bsw = block(x_bsw, context)
+        # Closed before the backward, in which recomputed blocks would note everything again.
         routed = context.routed.close()
         if routed is None:
             return x_bsw, None
         auxiliary, counts = routed
+        # Validation must not move the experts' biases, nor count in the log.
         if torch.is_grad_enabled():
             self.expert_counts[self.block_range] += counts
         return x_bsw, auxiliary
@@ -132,7 +137,7 @@ class MultimodalModel(nn.Module):
         """After an optimizer step, move the experts' biases by its ``expert_counts`` [depth, E, 2] of all ranks."""
         for number, block in self.blocks.items():
             layer: Any = block.feed_forward
-            layer.move_bias(counts[int(number)])
+            layer.move_bias(counts[int(number)])  # by number: rows are those of the whole depth
 
     def all_blocks(self) -> list[nn.Module]:
         """The blocks of the vision tower, where it has one, then those of the decoder."""

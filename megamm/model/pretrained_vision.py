@@ -26,7 +26,7 @@ PIXELS = {
 def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     """The activation function of that name; see ``VisionConfig.activation``."""
     if name == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
+        return x * torch.sigmoid(1.702 * x)  # the constant of OpenAI's CLIP
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
@@ -53,14 +53,16 @@ class PatchEmbedding(nn.Module):
         length = patches_per_image(config.image_size, size) + is_clip
         patch_dim, std = 3 * size**2, vision.width**-0.5
         self.initial = {"position": std, "class_token": std}
+        # As the originals are built: their weights must find a place each.
         self.projection = Linear(patch_dim, vision.width, patch_dim**-0.5, bias=not is_clip)
         self.position = nn.Parameter(torch.empty(length, vision.width))
         self.class_token = nn.Parameter(torch.empty(vision.width)) if is_clip else None
-        self.norm = LayerNorm(vision.width, tower_eps(config)) if is_clip else None
+        self.norm = LayerNorm(vision.width, tower_eps(config)) if is_clip else None  # CLIP's pre_layrnorm
 
     def forward(self, patches: torch.Tensor, num_images: int, dtype: torch.dtype) -> torch.Tensor:
         """uint8 [num_images * patches of one, patch_dim] -> [N, L, W]."""
         mean, deviation = (patches.new_tensor(values, dtype=torch.float32) for values in PIXELS[self.kind])
+        # Channels come last within a patch.
         pixels = (patches.float().unflatten(1, (-1, 3)) / 255 - mean) / deviation
         x_nlw = self.projection(pixels.flatten(1).to(dtype)).unflatten(0, (num_images, -1))
         if self.class_token is not None:
@@ -80,6 +82,7 @@ class VisionAttention(nn.Module):
         self.out = Linear(width, width, std / (2 * vision.depth) ** 0.5, bias=True)
 
     def forward(self, x_nlw: torch.Tensor) -> torch.Tensor:
+        # [N, L, H, 3, D] to three of [N, H, L, D].
         q, k, v = self.qkv(x_nlw).unflatten(-1, (-1, 3, self.head_dim)).transpose(1, 2).unbind(3)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -143,7 +146,7 @@ class PretrainedTower(nn.Module):
         for block in self.blocks.values():
             x_nlw = block(x_nlw)
         x_nlw = x_nlw if self.norm is None else self.norm(x_nlw)
-        return x_nlw[:, -length:]
+        return x_nlw[:, -length:]  # without the class token, which is first
 
 
 def make_projector(config: ModelConfig) -> nn.Module:
@@ -169,6 +172,8 @@ def cut_patches(patches: torch.Tensor, length: int, ratio: int) -> torch.Tensor:
         return patches
     side, size = math.isqrt(length), math.isqrt(patches.shape[1] // 3) // ratio
     x = patches.view(-1, side, side, ratio, size, ratio, size * 3)  # image, patch row and column, row in it, ...
+    # Image, patch row, row of the tower's patch in it, patch column, column in it: raster order of the tower's patches,
+    # each with its pixels' rows and columns behind.
     return x.permute(0, 1, 3, 2, 5, 4, 6).flatten(5).flatten(0, 4)
 
 
@@ -178,4 +183,5 @@ def join_features(features: torch.Tensor, ratio: int) -> torch.Tensor:
         return features
     side = math.isqrt(features.shape[1]) // ratio
     x = features.unflatten(1, (side, ratio, side, ratio))
+    # [N, row, column, ratio, ratio, W]: the features in one patch of the model side by side.
     return x.transpose(2, 3).flatten(3).flatten(1, 2)

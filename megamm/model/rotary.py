@@ -31,14 +31,17 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig) -> torc
     llama3: between the two limits of the wavelength the share of the plain frequency rises with
     original_length / wavelength (Llama 3.1, reference code ``apply_scaling``).
     """
+    # Made on the CPU: the same numbers whatever the device.
     plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if scaling.kind == "none":
         return plain
     if scaling.kind == "linear":
         return plain / scaling.factor
+    # Wavelengths that fit often into a row of the first training were learnt in full and stay; those that never came
+    # round are stretched.
     turns = scaling.original_length * plain / (2 * math.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    share = ((turns - low) / (high - low)).clamp(0, 1)
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: stays as it is; 0: stretched in full
     return share * plain + (1 - share) * plain / scaling.factor
 
 

@@ -7,6 +7,7 @@ from megamm.config import ModelConfig, default_head_dim
 
 def hidden_width(width: int, multiple: int) -> int:
     """SwiGLU hidden width: 8/3 of the width, rounded up to a multiple."""
+    # SwiGLU has three matrices: with 8/3 they have as many weights as two of 4 times the width.
     return multiple * math.ceil((8 * width // 3) / multiple)
 
 
@@ -57,6 +58,7 @@ def resolve_model(config: ModelConfig) -> ModelConfig:
     vision = config.vision
     vision.depth = vision.depth or config.depth
     step = vision.head_dim or config.head_dim
+    # Half of the decoder's width, in whole heads.
     vision.width = vision.width or step * -(-config.width // (2 * step))
     if vision.head_dim is None:
         fits = vision.width % config.head_dim == 0

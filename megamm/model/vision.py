@@ -49,10 +49,14 @@ class VisionTower(nn.Module):
         all others in the same collectives, and an optimizer step must not depend on how rows are split.
         """
         length = patches_per_image(self.config.image_size, self.config.patch_size)
+        # Embedding leaves its features out, so their gradients are zero, not absent.
         patches = patches if len(patches) else patches.new_zeros(length, patches.shape[1])
         ratio = shuffle_ratio(self.config)
         patches, length = cut_patches(patches, length, ratio), length * ratio**2
+        # Through the decoder's attention, whose backward is the same in each run; torch's own may add in any order on
+        # CUDA.
         lo, hi = image_intervals(patches.shape[0] // length, length, patches.device)
+        # [1, L], in raster order: all images have the same ones.
         positions = torch.arange(length, device=patches.device)[None]
         context = make_context(self.config, positions, lo, hi, self.config.vision.head_dim, dtype)
         x_blw = self.embed(patches, dtype).unflatten(0, (-1, length))

@@ -21,8 +21,10 @@ def whole_or_stages(config: Config, world: World, stats: TokenStats | None) -> l
     """The numbered stages of this rank; without a pipeline one that is the whole model, whatever ``stats``."""
     layout, axis = world.layout, world.axis("pipeline")
     if stats is None or layout.num_stages == 1:
+        # Nobody asks a stage that is the whole model for its cost.
         return [(0, Stage(first_block=0, last_block=config.model.depth - 1, inputs=True, head=True, cost=0.0))]
     stages = cut_stages(config.model, stats, layout.num_stages)
+    # Stages go round the ranks: the looped schedules of torch want stage i on rank i % ranks.
     return [(i, stage) for i, stage in enumerate(stages) if i % axis.size == axis.rank]
 
 
@@ -36,8 +38,11 @@ def make_part(config: Config, num_sources: int, world: World, stage: Stage) -> M
         stage: the blocks that it has, and whether inputs and head.
     """
     dtype = getattr(torch, config.train.dtype)
+    # Shapes without values: a model that fits on no device is cut before any of it is allocated.
     with torch.device("meta"):
         model = MultimodalModel(config.model, num_sources, blocks=stage.blocks, inputs=stage.inputs, head=stage.head)
+    # FSDP comes last, since it cuts what the other axes have left of a parameter once more. Experts follow the tensor
+    # axis, which passes over them; recomputation lies inside of what is compiled.
     apply_tensor(model, world)
     apply_experts(model, world)
     apply_context(model, world, config.parallel.context_method)
@@ -50,6 +55,7 @@ def make_part(config: Config, num_sources: int, world: World, stage: Stage) -> M
         for block in model.all_blocks():
             block.compile()
     shard_over_data(model, world, dtype, config.parallel.reshards)
+    # Memory for this rank's shares only. What is in it is arbitrary until the next line.
     model.to_empty(device=world.device)
     initialise(model, config.train.seed, share_of)
     return model

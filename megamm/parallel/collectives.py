@@ -26,6 +26,8 @@ def shift(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return _WithTranspose.apply(x, _from_before, _from_behind, (group,))
 
 
+# Which gradient is right is not a matter of the collective alone: ranks that go on differently each know a part of it,
+# to be summed; ranks that all go on alike each know the whole.
 class _WithTranspose(torch.autograd.Function):
     """A linear operation over ranks, whose gradient passes through its transpose."""
 
@@ -41,6 +43,7 @@ class _WithTranspose(torch.autograd.Function):
 
 
 def _gathered(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    # Functional collectives, since blocks may be compiled. They return before they are done, so each is waited for.
     return functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), dim, group)).contiguous()
 
 
@@ -49,6 +52,7 @@ def _scattered(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Ten
 
 
 def _own_part(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    # No collective: the gradient is already the same on all ranks.
     return x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)].contiguous()
 
 
@@ -64,7 +68,9 @@ def _sent(x: torch.Tensor, group: dist.ProcessGroup, step: int) -> torch.Tensor:
     """Send ``x`` to the rank ``step`` further on; returns what comes in."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # Transfers name ranks by their global number, also within a group.
     to, source = (dist.get_global_rank(group, (rank + s) % size) for s in (step, -step))
+    # As one batch: if every rank sent first and then received, all could wait for each other.
     work = dist.batch_isend_irecv(
         [dist.P2POp(dist.isend, x.contiguous(), to, group), dist.P2POp(dist.irecv, received, source, group)]
     )

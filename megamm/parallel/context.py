@@ -25,6 +25,7 @@ from megamm.sequence import Batch, keys_seen, patches_per_image
 
 CHUNKS = 16
 """Pieces of a row that each rank gets: enough to even out the work, few enough to keep neighbours together."""
+# Log-sum-exp that stands for no key seen: exp(it - any real one) is 0, and it is finite, also in float32.
 NO_KEY = -1e30
 
 
@@ -54,15 +55,18 @@ def deal_positions(work: np.ndarray, num_ranks: int) -> np.ndarray:
         int64 [C, S / C], increasing along each row.
     """
     size = len(work) // num_ranks
+    # All pieces are equally long, and each rank gets equally many: what is gathered has one shape on all ranks.
     pieces = next(n for n in range(min(CHUNKS, size), 0, -1) if size % n == 0)
     length = size // pieces
     costs = work.reshape(-1, length).sum(1)
     load = np.zeros(num_ranks)
     held: list[list[int]] = [[] for _ in range(num_ranks)]
+    # Stable, and ties go to the lowest rank: every rank makes the same deal by itself, without a word to the others.
     for piece in np.argsort(-costs, kind="stable").tolist():
         rank = min((r for r in range(num_ranks) if len(held[r]) < pieces), key=lambda r: (load[r], r))
         held[rank].append(piece)
         load[rank] += costs[piece]
+    # Back in the row's order: the kernels need lo and hi that never decrease.
     starts = np.sort(np.array(held), axis=1) * length
     return (starts[:, :, None] + np.arange(length)).reshape(num_ranks, size)
 
@@ -75,10 +79,12 @@ def cut_batch(batch: Batch, axis: Axis, image_patches: int | None) -> CutBatch:
             one. None: a rank keeps the patches at its own positions.
     """
     work = keys_seen(batch.lo, batch.hi).numpy() + 1
+    # [C, B, s]: each row is dealt by itself, as its documents say.
     own_positions = torch.from_numpy(np.stack([deal_positions(row, axis.size) for row in work], axis=1))
     own = own_positions[axis.rank]
     num_rows, length = batch.tokens.shape
     key_index = torch.empty(num_rows, length, dtype=torch.int64)
+    # The inverse of the deal: own_positions, end to end, say which position lies at each slot of the gathered keys.
     key_index.scatter_(1, own_positions.transpose(0, 1).flatten(1), torch.arange(length).expand(num_rows, -1))
     # Where a position of the whole rows lies in this rank's flattened ones; -1: on another rank.
     place = torch.full((num_rows, length), -1, dtype=torch.int64)
@@ -88,8 +94,10 @@ def cut_batch(batch: Batch, axis: Axis, image_patches: int | None) -> CutBatch:
     arrays = {}
     for field in fields(Batch):
         value = getattr(batch, field.name)
+        # The fields with a value per position, told by their shape; the others are lists of positions.
         if value.shape == batch.tokens.shape:
             arrays[field.name] = value.gather(1, own)
+    # Labels elsewhere are those ranks' to count; together they are the batch's.
     labels = place[batch.label_index]
     if image_patches is None:
         patches, feature_rows = batch.patches[at >= 0], at.new_zeros(0)
@@ -114,10 +122,13 @@ def _deal_images(patches: torch.Tensor, image_patches: int, axis: Axis) -> tuple
         uint8 [n * image_patches, C], and int64 [P]: the row of each of ``patches`` among all ranks' features.
     """
     images = patches.unflatten(0, (-1, image_patches)) if len(patches) else patches.new_zeros(0, 1, patches.shape[1])
+    # Equally many on every rank, since features are gathered; at least one, so that no rank is missing in the tower's
+    # collectives.
     each = max(1, -(-len(images) // axis.size))
     own = images[axis.rank :: axis.size]
     black = patches.new_zeros((each - len(own)) * image_patches, patches.shape[1])
     number = torch.arange(len(images))
+    # Image i is number i // C of rank i % C, and ranks' features lie end to end, `each` images long.
     first = (number % axis.size * each + number // axis.size) * image_patches
     rows = first[:, None] + torch.arange(image_patches)
     return torch.cat((own.flatten(0, 1) if len(own) else black[:0], black)), rows.flatten()
@@ -134,6 +145,7 @@ def apply_context(model: MultimodalModel, world: World, method: str) -> None:
         return
     methods: dict[str, Callable] = {"gather": _attend_gathered, "ring": _attend_in_ring}
     for block in model.blocks.values():
+        # Only the decoder: an image of the tower is whole on one rank.
         layer: Any = getattr(block, "attention", block)  # per modality the block itself attends
         layer.attend = partial(methods[method], group=axis.group)
     model.context = partial(_cut_context, model, method=method, axis=axis)
@@ -160,19 +172,25 @@ def _cut_context(model: MultimodalModel, batch: CutBatch, dtype: torch.dtype, *,
     kinds = position_kinds(config, batch)
     make = partial(make_context, config, batch.positions, head_dim=config.head_dim, dtype=dtype, **kinds)
     if method == "gather":
+        # lo and hi still name positions of the whole row, which are the gathered keys once these are in its order.
         context = make(lo=batch.lo, hi=batch.hi, num_keys=batch.key_index.shape[1])
         return context.with_mask(_Gathered(context.mask, batch.key_index))
     contexts = []
     for step in range(axis.size):
+        # Keys move on by one rank a step, so those that are here after `step` steps began so many ranks before.
         keys = batch.own_positions[(axis.rank - step) % axis.size]
+        # That rank's positions increase, so an interval of the row is an interval of them, which may be empty.
+        # searchsorted wants both sides of one dtype.
         lo = torch.searchsorted(keys, batch.lo.long(), out_int32=True)
         hi = torch.searchsorted(keys, batch.hi.long(), right=True, out_int32=True) - 1
+        # The rotary table, which is for the queries, is the same in all of them: the first one's is used.
         contexts.append(make(lo=lo, hi=hi, num_keys=keys.shape[1]))
     return contexts[0].with_mask(_Ring([context.mask for context in contexts]))
 
 
 def _attend_gathered(q, k, v, mask: _Gathered, *, group):
     rows = torch.arange(k.shape[0], device=k.device)[:, None]
+    # One collective for both keys and values, [B, S, G, 2 D]. Keys are rotated already, by their own rank's table.
     kv = gather(torch.cat((k, v), dim=-1), 1, group)[rows, mask.key_index]
     k, v = kv.chunk(2, dim=-1)
     return interval_attention(q, k.contiguous(), v.contiguous(), mask.mask)
@@ -180,8 +198,10 @@ def _attend_gathered(q, k, v, mask: _Gathered, *, group):
 
 def _attend_in_ring(q, k, v, mask: _Ring, *, group):
     """Partial softmaxes over one rank's keys at a time; each weighs exp(its log-sum-exp) in the whole."""
+    # Together, so that a step of the ring is one transfer.
     kv, total, total_lse = torch.cat((k, v), dim=-1), None, None
     for step, part in enumerate(mask.masks):
+        # The first keys are this rank's own, which every query but padding sees: the sums begin with a real value.
         kv = shift(kv, group) if step else kv
         k, v = (x.contiguous() for x in kv.chunk(2, dim=-1))
         out, lse = interval_attention(q, k, v, part, return_lse=True)
@@ -190,6 +210,7 @@ def _attend_in_ring(q, k, v, mask: _Ring, *, group):
         if total is None:
             total, total_lse = out, lse
             continue
+        # The maximum stays inside: exp(lse) by itself would overflow.
         merged = torch.logaddexp(total_lse, lse)
         total = total * (total_lse - merged).exp()[..., None] + out * (lse - merged).exp()[..., None]
         total_lse = merged

@@ -27,6 +27,7 @@ class Engine:
         self.config, self.world = config, world
         self.dtype = getattr(torch, config.train.dtype)
         self.shape = (2, num_sources, len(LABEL_KINDS))
+        # Number of the stage -> its part: several for the schedules with two stages a rank.
         parts = {i: make_part(config, num_sources, world, stage) for i, stage in whole_or_stages(config, world, stats)}
         self.parts = list(parts.values())
         self.image_patches = tower_patches(config.model)
@@ -39,6 +40,7 @@ class Engine:
             for module in modules.values():  # schedules steer the FSDP of a stage through its root
                 shard_unit(module, world, self.dtype, config.parallel.reshards)
             self.pipeline = Pipeline(modules, world, self._stream_shape())
+            # Optimizer and checkpoint want one module with the names of the whole, whatever lies here.
             self.model = _join(self.parts)
 
     def step(self, batches: list[Batch], scale: float, auxiliary_scale: float = 0.0) -> torch.Tensor:
@@ -53,10 +55,12 @@ class Engine:
         batches = [self._own(batch) for batch in batches]
         if self.pipeline is not None:
             return self._split(self.pipeline.step(batches, scale, auxiliary_scale))
-        outputs = []
+        outputs = []  # tensors of the device: nothing is waited for until their sum is read
         for i, batch in enumerate(batches):
             set_gradient_sync(self.model, self.config.parallel.reduce_every_pass or i == len(batches) - 1)
             output = self.model(batch, self.dtype)
+            # A sum times a factor of the whole batch, not a mean of this pass: how rows are split into passes cannot
+            # matter.
             (output.loss * scale + output.auxiliary * auxiliary_scale).backward()
             outputs.append((output.sums, output.counts))
         return self._split(outputs)
@@ -74,6 +78,7 @@ class Engine:
         """Positions that routers sent to each expert since the last call, int64 [depth, E, 2] over all ranks."""
         if not self.config.model.experts.num:
             return None
+        # [depth, E, 2] of each part, with zeros for the blocks of others.
         counts = torch.stack([part.take_expert_counts() for part in self.parts]).sum(0)
         return self.world.all_reduce(counts * (self.world.axis("tensor").rank == 0))  # which route the same positions
 
@@ -85,11 +90,13 @@ class Engine:
     def _own(self, batch: Batch) -> Batch:
         axis = self.world.axis("context")
         if axis.size > 1:
+            # On the CPU and before the copy: only this rank's share goes to the device.
             batch = cut_batch(batch, axis, self.image_patches)
         return batch.to(self.world.device)
 
     def _split(self, outputs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """Tensor ranks have the same sums: the first speaks for all."""
+        # Zeros also where a pipeline's rank has no head: every rank takes part in the sum that follows.
         total = torch.zeros(self.shape, device=self.world.device)
         if self.world.axis("tensor").rank == 0:
             for output in outputs:
@@ -98,6 +105,7 @@ class Engine:
 
     def _stream_shape(self) -> tuple[int, int, int]:
         layout = self.world.layout
+        # Between blocks a rank has its own positions only; stages pass on what they have.
         positions = self.config.data.row_length // layout.context // layout.tensor
         return layout.micro_rows, positions, self.config.model.width
 

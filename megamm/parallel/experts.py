@@ -42,6 +42,7 @@ def apply_experts(model: nn.Module, world: World) -> None:
     Tensor ranks route the same positions, so each accounts for its share of the auxiliary losses. Context ranks hold
     parts of the same rows, so they add up how often each expert was chosen.
     """
+    # Pipeline and data ranks need nothing here: their positions are of other layers or rows.
     tensor, context = world.axis("tensor"), world.axis("context")
     for layer in expert_layers(model):
         layer.loss_share = 1 / tensor.size
@@ -50,6 +51,7 @@ def apply_experts(model: nn.Module, world: World) -> None:
     if world.expert_mesh is not None:
         spread_experts(model, world.expert_mesh["expert", "tensor"] if tensor.size > 1 else world.expert_mesh["expert"])
     elif tensor.size > 1:
+        # Without an expert axis the hidden units alone are shared out.
         spread_experts(model, tensor.mesh)
 
 
@@ -69,9 +71,11 @@ def spread_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     for layer in expert_layers(model):
         for name, parameter in list(layer.experts.named_parameters()):
             setattr(layer.experts, name, nn.Parameter(_share(name, parameter, mesh)))
+        # The tensor axis needs no division: its ranks hold different hidden units and see the same positions.
         ranks = mesh["expert"].size() if "expert" in mesh.mesh_dim_names else 1
         layer.experts.local = partial(_local, ranks=ranks)
         if ranks > 1:
+            # The tensor axis needs no exchange either: each rank has its share of every expert.
             layer.run_experts = partial(run_spread_experts, layer, mesh.get_group("expert"))
 
 
@@ -90,6 +94,7 @@ def shard_spread_experts(model: nn.Module, world: World, dtype: torch.dtype, res
     def cut(parameter: Any) -> Shard:
         """By experts where each rank gets as many, otherwise by the next dim where that can be."""
         num, rows = parameter.to_local().shape[:2]
+        # FSDP cuts unequal shares along the first dim alone.
         return Shard(1 if num % size and rows % size == 0 else 0)
 
     for layer in expert_layers(model):
@@ -114,17 +119,24 @@ def run_spread_experts(
     The host waits for the counts once: it must know how many rows come.
     """
     ranks, num = dist.get_world_size(group), layer.config.num
+    # By expert is also by rank, as each rank holds a run of experts: what goes to one rank lies together.
     routing = sort_by_expert(experts, num)
+    # [ranks, experts of each]: of this rank's copies how many go where; afterwards, who sends how many to each expert
+    # here.
     counts = routing.offsets.diff(prepend=routing.offsets.new_zeros(1)).view(ranks, -1)
     incoming = torch.empty_like(counts)
     dist.all_to_all_single(incoming, counts, group=group)
+    # Uneven transfers take their sizes from the host: one wait for both.
     sent, received = torch.stack((counts.sum(1), incoming.sum(1))).tolist()
     x_rw = _Exchange.apply(permute_tokens(x_nw, routing), received, sent, group)
     each = num // ranks
+    # What came is sorted by sender, and by expert within each; the grouped products want it by expert alone.
     owners = torch.arange(each, device=x_nw.device).repeat(ranks)
+    # The size is known on the host by now; without it repeat_interleave would wait for the device again.
     owners = owners.repeat_interleave(incoming.flatten(), output_size=sum(received))
     by_expert = sort_by_expert(owners[:, None], each)
     y_rw = layer.experts(permute_tokens(x_rw, by_expert), by_expert.offsets)
+    # Back in the order of arrival, so that every row returns to the place it was sent from.
     y_mw = _Exchange.apply(permute_tokens(y_rw, _inverse(by_expert)), sent, received, group)
     return unpermute_tokens(y_mw, gates, routing)
 
@@ -145,6 +157,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         received, sent = ctx.splits
+        # Every rank gets here, also one without rows: its empty gradients keep the others from waiting.
         return _exchange(grad, sent, received, ctx.group), None, None, None
 
 
@@ -159,11 +172,13 @@ def _share(name: str, parameter: torch.Tensor, mesh: DeviceMesh) -> DTensor:
     local = parameter.detach()
     for axis, placement in enumerate(placements):
         whole, size = parameter.shape[placement.dim], mesh.size(axis)
+        # Rows of gate and up come in pairs, one for each hidden unit, and a pair must not be parted.
         pairs = 2 if (name, placement.dim) == ("gate_up", 1) else 1
         if whole // pairs % size:
             what = "experts" if placement.dim == 0 else "hidden units of an expert"
             raise ValueError(f"{mesh.mesh_dim_names[axis]}: {size} ranks cannot share {whole // pairs} {what} equally")
         local = local.narrow(placement.dim, mesh.get_local_rank(axis) * (whole // size), whole // size)
+    # The check would be a collective, over values that the meta device does not have.
     return DTensor.from_local(local.contiguous(), mesh, placements, run_check=False)
 
 

@@ -34,6 +34,7 @@ def parallel_embedding(
     tensor, context = world.axis("tensor"), world.axis("context")
     index = batch.patch_index
     if embedding.projection is not None:
+        # Every T-th patch: the ranks share the work of projecting, and the sum over them puts all in place.
         share = slice(tensor.rank, None, tensor.size)
         features, index = project_patches(batch.patches[share], embedding.projection.weight, dtype), index[share]
     elif features is not None:
@@ -42,6 +43,8 @@ def parallel_embedding(
         return multimodal_embedding(batch.tokens, embedding.weight, features, index, dtype)
     table = embedding.weight
     local = batch.tokens - tensor.rank * table.shape[0]
+    # Tokens of other parts of the vocabulary look up row 0 and are set to zero, which also keeps their gradients from
+    # it.
     own = (local >= 0) & (local < table.shape[0])
     if features is not None:  # at image positions only the rank that has the feature adds something
         own = own.flatten().index_fill(0, batch.patch_index, False).view_as(own)
@@ -60,7 +63,9 @@ def _features_of_positions(features: torch.Tensor, batch: Batch, tensor: Axis, c
         rows = batch.feature_rows
     else:
         rows = torch.arange(len(batch.patch_index), device=features.device)
+    # Rows count over whole images; a tensor rank has a run of each one's patches, as its blocks saw them.
     image, patch = rows // (per_rank * tensor.size), rows % (per_rank * tensor.size)
     own = patch // per_rank == tensor.rank
+    # Rows of other ranks pick some feature of this one, and are zeroed: the shape must not depend on the rank.
     picked = features.flatten(0, 1)[image * per_rank + patch % per_rank]
     return picked * own[:, None]

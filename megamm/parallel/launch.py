@@ -41,7 +41,7 @@ class Launch:
             InputError: the environment says that there are others, but not where.
             RunError: they cannot be reached.
         """
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # started without torchrun, or alone
             return cls()
         try:
             store, rank, size = meet(PATIENCE)
@@ -65,7 +65,7 @@ class Launch:
             if self.rank == 0:
                 every = [json.loads(self.store.get(f"megamm/found/{rank}")) for rank in range(self.size)]
                 self.store.set("megamm/found", json.dumps(every))
-            every = json.loads(self.store.get("megamm/found"))
+            every = json.loads(self.store.get("megamm/found"))  # waits until rank 0 has set it
             self.store.set(f"megamm/read/{self.rank}", "")
             if self.rank == 0:  # it may serve the store, and end at once with what it has read
                 self.store.wait([f"megamm/read/{rank}" for rank in range(self.size)], PATIENCE)

@@ -66,6 +66,7 @@ class Layout:
 
     def sizes(self) -> dict[str, int]:
         """The axes that are larger than 1, as the settings name them."""
+        # expert is no axis of its own: it cuts ranks that others have.
         found = {axis: getattr(self, axis) for axis in (*AXES, "expert")}
         return {axis: size for axis, size in found.items() if size > 1}
 
@@ -112,6 +113,7 @@ def _layout(config: Config, wanted: Wanted) -> Layout:
     """A layout that fits."""
     rank_rows = wanted.batch_rows // wanted.data_ranks
     if wanted.pipeline > 1:
+        # Exactly: a pipeline passes tensors of one shape, so all of its micro-batches are equally long.
         passes, rows = wanted.passes, rank_rows // wanted.passes
     else:
         rows = min(wanted.micro_rows or rank_rows, rank_rows)

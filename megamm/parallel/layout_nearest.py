@@ -26,6 +26,7 @@ def nearest_layouts(config: Config, world_size: int) -> list[str]:
 
 def _by_distance(config: Config, world_size: int) -> Iterator[dict[str, int | None]]:
     """Changes of settings: near layouts in the order of how much they change, then all others."""
+    # Large worlds have too many layouts to repair and sort them all where a near one fits.
     for factor in (NEAR, world_size):
         near = [_repaired(config, world_size, axes) for axes in _near_axes(config, world_size, factor)]
         seen = sorted((x for x in near if x[1]), key=lambda x: (x[0], str(x[1])))
@@ -38,6 +39,7 @@ def _near_axes(config: Config, world_size: int, factor: float) -> Iterator[dict[
 
     def near(axis: str) -> list[int]:
         wanted = max(1, getattr(config.parallel, axis))
+        # 1 always: to leave an axis out is the simplest repair.
         return [n for n in divisors if n == 1 or wanted / factor <= n <= wanted * factor]
 
     for tensor in near("tensor"):
@@ -63,11 +65,13 @@ def _repaired(config: Config, world_size: int, axes: dict[str, int]) -> tuple[fl
     parallel, changes, distance = config.parallel, {}, 0.0
     for axis, size in axes.items():
         have = getattr(parallel, axis)
+        # -1 takes whatever the others leave, so it never has to change.
         if size != have and not (axis == "dp_shard" and have == -1):
             changes[f"parallel.{axis}"] = size
             # An axis that was not asked for comes after all changes of those that were.
             distance += 0.1 + abs(math.log2(size / max(1, have))) + (have == 1)
     wanted = Wanted.of(_changed(config, changes), world_size)
+    # Data and batch weigh more than axes: a change of theirs is another run, not only another layout.
     unit = row_unit(wanted)
     if wanted.row_length % unit:
         changes["data.row_length"] = unit * max(1, round(wanted.row_length / unit))
@@ -80,6 +84,7 @@ def _repaired(config: Config, world_size: int, axes: dict[str, int]) -> tuple[fl
         if wanted.micro_batches is not None:
             changes["parallel.micro_batches"] = None
     elif passes != wanted.passes or rows != wanted.batch_rows or wanted.micro_batches is not None:
+        # micro_rows and micro_batches say the same twice: where both are set, both have to change.
         micro_rows = rows // wanted.data_ranks // passes
         if wanted.micro_rows not in (None, micro_rows):
             changes["train.micro_rows"] = micro_rows
@@ -98,6 +103,7 @@ def _rows_and_passes(wanted: Wanted) -> tuple[int, int]:
     passes = max(1, wanted.passes)
     if rows % ranks == 0:
         share = rows // ranks
+        # First with the batch as it is, and only then with another one.
         fitting = [n for n in range(wanted.pipeline, share + 1) if share % n == 0 and may_pass(wanted, n)]
         if fitting:
             return rows, min(fitting, key=lambda n: (abs(math.log2(n / passes)), n))

@@ -23,6 +23,7 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
             f"parallel.pipeline: {wanted.pipeline}, but optimizer.freeze may leave a stage nothing to train; set it to "
             "1, or optimizer.freeze_until"
         )
+    # All problems at once, but for those that only follow from a size that cannot be.
     if not any(line.startswith("parallel.") and "not positive" in line for line in found):
         found += _row_problems(config, wanted)
     return found
@@ -49,6 +50,7 @@ class Wanted:
         p = config.parallel
         shard, rest = p.dp_shard, p.dp_replicate * p.tensor * p.pipeline * p.context
         if shard == -1:
+            # Rounded: if it does not divide, the product tells, and all other rules can still be checked.
             shard = max(1, world_size // rest) if rest > 0 else 1
         return cls(
             dp_replicate=p.dp_replicate,
@@ -152,6 +154,8 @@ def is_plain_tower(model: ModelConfig) -> bool:
 
 def _tensor_shares(model: ModelConfig) -> dict[str, int]:
     """What tensor ranks share out in whole parts, by what it is called."""
+    # Each is cut into runs of whole heads, hidden units or rows, so it must divide; key heads too, since qkv is cut by
+    # groups.
     found = {"the heads": num_heads(model)}
     if model.key_heads is not None:
         found["model.key_heads"] = model.key_heads
@@ -175,6 +179,7 @@ def _row_problems(config: Config, wanted: Wanted) -> list[str]:
         found.append(f"train.batch_rows: {rows} is not a multiple of the {ranks} data-parallel ranks")
     if wanted.pipeline > 1:
         found += _pipeline_problems(wanted)
+        # Only where the rows divide among the ranks: that problem is told already.
         if not rows % ranks and wanted.passes > 0 and rows // ranks % wanted.passes:
             by_rows = wanted.micro_batches is None and wanted.micro_rows is not None
             name, size = (

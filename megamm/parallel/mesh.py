@@ -68,6 +68,7 @@ class World:
 
     def axis(self, name: str) -> Axis:
         """This rank's place on an axis; on one that is not used, alone."""
+        # A single process has no axes at all, nor has a World that is not laid out yet.
         return self.axes.get(name, Axis())
 
     @property
@@ -93,6 +94,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+        # On the CPU, hence over gloo: a barrier of NCCL would wait for the device as well.
         self.all_reduce(torch.zeros((), dtype=torch.int64))
 
     def broadcast(self, value: Any) -> Any:
@@ -107,7 +109,7 @@ class World:
         """What each rank gives, in the order of ranks, on all ranks."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
+        values = [None] * self.size  # filled in place
         dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -122,11 +124,13 @@ class World:
             yield
         except Exception as caught:
             error = caught
+        # In the usual case one number is summed; the messages, which are slow to gather, travel only after a failure.
         failed = self.all_reduce(torch.tensor(int(error is not None)))
         if not failed:
             return
         report = (isinstance(error, InputError), _describe(error)) if error else None
         reports = self.gather(report)
+        # The same on all ranks: they end with one message and one exit code, and its own rank keeps the traceback.
         first = next(rank for rank, said in enumerate(reports) if said)
         if error is not None and first == self.rank:
             raise error
@@ -139,6 +143,7 @@ class World:
         with self.agree():
             if self.rank == 0:
                 value = function(*arguments)
+        # Only reached if rank 0 has a value: otherwise agree() has raised everywhere.
         return self.broadcast(value)
 
     def apart(self) -> "World":
@@ -204,12 +209,14 @@ def init_world(config: Config) -> World:
     kind = config.train.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    # Torchrun numbers the ranks of a node from 0; each takes the device of its number.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     with world.agree():
         if kind == "cuda" and not torch.cuda.is_available():
             raise InputError("train.device: cuda, but torch sees no CUDA device; set cpu or auto")
         layout = resolve_layout(config, world.size)
         if kind == "cuda":
+            # Before the mesh is made: it and NCCL go by the current device.
             torch.cuda.set_device(device)
         set_deterministic(config.train.deterministic)
     world = replace(world, device=device, layout=layout)
@@ -224,6 +231,7 @@ def set_deterministic(wanted: bool) -> None:
     """Let torch refuse operations that may give other results on the same device, or no longer."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads at its first product
+    # Also where it is not wanted: a run of the same process before this one may have asked for it.
     torch.use_deterministic_algorithms(wanted)
 
 
@@ -231,6 +239,7 @@ def make_mesh(kind: str, layout: Layout) -> dict:
     """``mesh``, ``axes`` and ``expert_mesh`` of a :class:`World`."""
     # Two views of the same ranks: parameters are sharded over dp_shard x context, rows and positions over each alone.
     sizes = layout.pipeline, layout.dp_replicate, layout.shard_ranks, layout.tensor
+    # Every rank makes every group, in the same order, also those that it is not in: making one is a collective.
     mesh = init_device_mesh(kind, sizes, mesh_dim_names=("pipeline", "dp_replicate", "shard", "tensor"))
     fine = init_device_mesh(kind, tuple(getattr(layout, name) for name in AXES), mesh_dim_names=AXES)
     axes = {"shard": _axis(mesh, "shard")} | {name: _axis(fine, name) for name in ("dp_shard", "context")}
@@ -246,5 +255,6 @@ def make_mesh(kind: str, layout: Layout) -> dict:
 
 def _axis(mesh: DeviceMesh, name: str) -> Axis:
     part = mesh[name]
+    # Code that has no group takes part in no collective: an axis of one rank costs nothing.
     group = part.get_group() if part.size() > 1 else None
     return Axis(rank=part.get_local_rank(), size=part.size(), group=group, mesh=part)

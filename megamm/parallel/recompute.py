@@ -37,6 +37,7 @@ def recompute_blocks(model: MultimodalModel, mode: str) -> None:
     if mode == "per_op":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in model.all_blocks():
+        # The method, not a wrapper module: names of parameters stay as checkpoints know them.
         block.forward = _checkpointed(block.forward, options)
 
 
@@ -49,6 +50,7 @@ def _checkpointed(forward, options):
 
 
 def _policy(context, op, *arguments, **options) -> CheckpointPolicy:
+    # Operators of our own, by name: which of them exist depends on the machine (Triton or not).
     ours = op.namespace == "megamm" and ("attention" in op._opname or op._opname == "grouped_linear")
     costly = op in KEPT or ours
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE

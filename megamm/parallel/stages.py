@@ -55,6 +55,7 @@ def part_costs(model: ModelConfig, stats: TokenStats) -> PartCosts:
         stats: per position.
     """
     total = exact_flops_per_token(model, stats)
+    # What a part costs is what the count loses without it, so that the parts always add up to the whole.
     no_labels = exact_flops_per_token(model, _with(stats, labels=0.0))
     blocks = exact_flops_per_token(model, TokenStats(patches=0.0, labels=0.0, pairs=stats.pairs))
     return PartCosts(inputs=no_labels - blocks, blocks=(blocks / model.depth,) * model.depth, head=total - no_labels)
@@ -79,6 +80,7 @@ def cut_stages(model: ModelConfig, stats: TokenStats, num_stages: int) -> list[S
     if not 1 <= num_stages <= model.depth:
         raise ValueError(f"{num_stages} stages for {model.depth} blocks")
     costs = part_costs(model, stats)
+    # Part 0 is the inputs and part n - 1 the head, so block i is part i + 1.
     parts = (costs.inputs, *costs.blocks, costs.head)
     ends = [0, *cut_evenly(parts, num_stages)]
     found = []
@@ -122,13 +124,14 @@ def cut_evenly(parts: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
         for j in range(1, n + 1):
             cost = (sums[j] - sums[:j]).astype(float)
             value = np.where(cost <= limit, best[:j] + cost**2, np.inf)
-            if j in (1, n):
+            if j in (1, n):  # a run that ends here may be inputs alone or head alone
                 value[j - 1] += without
             choice[j] = int(value.argmin())
             following[j] = value[choice[j]]
         best = following
         choices.append(choice)
     ends = [n]
+    # Back from the end: each choice says where the run before began. The first one begins at 0.
     for choice in reversed(choices[1:]):
         ends.append(int(choice[ends[-1]]))
     return tuple(ends[::-1])

@@ -25,7 +25,7 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     environment = os.environ
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store, rank, size
-    if environment.get("GROUP_WORLD_SIZE", "1") == "1":
+    if environment.get("GROUP_WORLD_SIZE", "1") == "1":  # number of nodes
         return dist.PrefixStore(f"start-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, size
     if environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and rank == 0:
         print(

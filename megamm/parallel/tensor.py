@@ -45,11 +45,14 @@ def apply_tensor(model: MultimodalModel, world: World) -> None:
             _distribute(module, name, axis)
     for block in model.all_blocks():
         _cut_block(block, axis)
+    # The blocks of a tower are cut as the decoder's are, so that its stream, too, has a rank's own positions.
     if model.vision is not None:
         first = next(iter(model.vision.blocks.values()))
         first.register_forward_pre_hook(partial(_own_positions, axis=axis))
     if model.head is not None:
         size = model.config.vocab_size
+        # The norm works on this rank's positions, the cross entropy needs all of them. Its gradient of x is whole and
+        # equal on all ranks, hence gather_shared.
         model.head.norm.register_forward_hook(lambda _, args, x: gather_shared(x, 1, axis.group))
         model.head.cross_entropy = partial(
             linear_cross_entropy,
@@ -66,11 +69,14 @@ def _distribute(module: nn.Module, prefix: str, axis: Axis) -> None:
         full = f"{prefix}.{name}"
         dim = next((dim for end, dim in CUT.items() if full == end or full.endswith(f".{end}")), None)
         placement = Replicate() if dim is None else Shard(dim)
+        # Equal runs of rows are whole heads, or pairs of gate and up (see model/layers.py), so a plain chunk will do.
         local = parameter.data if dim is None else parameter.data.chunk(axis.size, dim)[axis.rank].contiguous()
         shape, stride = parameter.shape, parameter.stride()
+        # The check would be a collective on values, which the meta device does not have.
         whole = DTensor.from_local(local, axis.mesh, [placement], run_check=False, shape=shape, stride=stride)
         module._parameters[name] = nn.Parameter(whole)
     cls: Any = type(module)
+    # A subclass, since a property has to be on the class. Modules of one class and the same parameters share it.
     module.__class__ = _with_local_parameters(cls, tuple(own))
 
 
@@ -84,16 +90,20 @@ def _local(module: nn.Module, name: str) -> torch.Tensor:
     parameter = module._parameters[name]
     if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:
         return parameter  # FSDP at work on its shards, outside of a forward
+    # In a forward FSDP has gathered its shares, so only the tensor axis is left.
     (placement,) = parameter.placements
     return parameter.to_local(grad_placements=[Partial() if placement.is_replicate() else placement])
 
 
 def _cut_block(block: Any, axis: Axis) -> None:
     for module in (block.attention, block.feed_forward):
+        # Hooks, so that model/ knows of no ranks; the first argument is the stream, further ones stay.
         module.register_forward_pre_hook(lambda _, args: (gather(args[0], 1, axis.group), *args[1:]))
         module.register_forward_hook(lambda _, args, x: scatter_sum(x, 1, axis.group))
 
 
 def _own_positions(_: nn.Module, args: tuple, axis: Axis) -> tuple:
     """The first block of a vision tower takes this rank's positions of every image."""
+    # No collective: every rank has embedded all patches, and its gradient of that is a part of the sum, like that of
+    # any whole parameter.
     return args[0].chunk(axis.size, 1)[axis.rank].contiguous(), *args[1:]

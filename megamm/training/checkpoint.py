@@ -43,6 +43,7 @@ def step_name(step: int) -> str:
 
 def step_of(folder: Path) -> int | None:
     """Step of a checkpoint's folder; None where the name is not one."""
+    # The whole name: partial and set-aside folders hold one, too, and are no checkpoints.
     match = re.fullmatch(r"step-(\d{8,})", folder.name)
     return int(match[1]) if match else None
 
@@ -57,11 +58,13 @@ def pointed(run_dir: Path) -> tuple[Path | None, str]:
     """The checkpoint that ``latest`` names; or None, and why it names none."""
     pointer = run_dir / "checkpoints" / POINTER
     try:
+        # People may write it by hand, to go back to an earlier step.
         path = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None, "it is missing"
     except UnicodeDecodeError:
         return None, "it is garbage"
+    # The parent, too: what is read here must not lead out of the folder.
     if step_of(path) is None or path.parent != pointer.parent:
         return None, "it names no checkpoint"
     return (path, "") if path.is_dir() else (None, f"it names {path.name}, which is missing")
@@ -81,9 +84,11 @@ def newest_whole(run_dir: Path, world: World, up_to: int | None = None) -> Path 
     Raises:
         InputError: there are checkpoints, and all of them are damaged.
     """
+    # One listing for all: ranks that list a network disk by themselves may see different folders.
     candidates, problem = world.decide(_candidates, run_dir, up_to)
     damaged: list[str] = []
     for path in candidates:
+        # The same on all ranks, so that all of them leave this loop at the same checkpoint.
         found = find_damage(path, world)
         if not found:
             if world.rank == 0 and (problem or damaged):
@@ -91,6 +96,7 @@ def newest_whole(run_dir: Path, world: World, up_to: int | None = None) -> Path 
                 warn(f"{path.parent}: {'; '.join(reasons + damaged)}; going on from {path.name}")
             return path
         damaged.append(f"{path.name}: {found}")
+    # Never a silent new start: somebody's training would be overwritten.
     if damaged:
         raise InputError(
             f"{run_dir / 'checkpoints'}: no checkpoint is whole ({'; '.join(damaged)}); "
@@ -117,6 +123,7 @@ def find_damage(folder: Path, world: World) -> str:
     files, problem = world.decide(_read_manifest, folder)
     if problem:
         return problem
+    # Every byte is read once, not once by each rank.
     mine = sorted(files)[world.rank :: world.size]
     with world.agree():
         found = [line for name in mine if (line := _differs(folder / name, files[name]))]
@@ -127,8 +134,10 @@ def _read_manifest(folder: Path) -> tuple[dict[str, dict], str]:
     """Name -> {size, sha256}, and what is wrong with the manifest itself."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        # A manifest is itself checked by nothing else: what it says of files must make sense first.
         if not {INDEX, STATE} <= files.keys():
             raise ValueError("incomplete")
+        # Names come from a file that users exchange: none may lead out of the folder.
         if any(Path(name).name != name or not isinstance(entry["size"], int) for name, entry in files.items()):
             raise ValueError("not one of a checkpoint")
         return files, ""
@@ -141,7 +150,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, dict], str]:
 def _differs(path: Path, entry: dict) -> str:
     try:
         size = path.stat().st_size
-        if size != entry["size"]:
+        if size != entry["size"]:  # quick, and catches most copies that were cut short
             return f"{path.name} has {size} bytes, not {entry['size']}"
         return "" if _sha256(path) == entry["sha256"] else f"{path.name} is damaged: its sha256 is another one"
     except FileNotFoundError:
@@ -168,6 +177,7 @@ def settle_on(path: Path) -> None:
     run_dir = path.parent.parent
     for folder in list_checkpoints(run_dir):
         if step_of(folder) > step_of(path):
+            # Kept, but under another name: if it stayed, a start without `latest` would take it for the newest.
             warn(f"{folder}: later than {path.name}, from which the run goes on; kept as {set_aside(folder).name}")
     if pointed(run_dir)[0] != path:
         write_text(path.parent / POINTER, path.name + "\n")
@@ -176,6 +186,7 @@ def settle_on(path: Path) -> None:
 def remove_old(run_dir: Path, keep: int, spared: set[int]) -> None:
     """Delete all but the newest ``keep`` checkpoints and those of the steps in ``spared``. Called by rank 0."""
     latest = pointed(run_dir)[0]
+    # What latest names is never deleted, though somebody may have set it to an old step.
     folders = [p for p in list_checkpoints(run_dir) if step_of(p) not in spared and p != latest]
     if latest is not None and step_of(latest) not in spared:
         keep -= 1
@@ -195,6 +206,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
     """
     states: Any = get_state_dict(model, optimizer)
     model_state, optimizer_state = states
+    # Under names of parameters and as DTensors: any other layout can find its shares in it.
     return {"model": model_state, "optimizer": optimizer_state["state"], "rng": {"cpu": torch.get_rng_state()}}
 
 
@@ -207,6 +219,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: 
     Raises:
         InputError: damaged, or of another model.
     """
+    # An optimizer that has not stepped yet gets its state made by torch, so that there is something to fill.
     tensors = _tensors(model, optimizer)
     load_tensors(path, tensors, world)
     settings = [dict(group) for group in optimizer.param_groups]
@@ -215,6 +228,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: 
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=optimizer_state)
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
         group.update({key: value for key, value in wanted.items() if key != "params"})
+    # Last: whatever was drawn on the way here is forgotten.
     torch.set_rng_state(tensors["rng"]["cpu"])
     return world.decide(lambda: json.loads((path / STATE).read_text(encoding="utf-8")))
 
@@ -232,7 +246,9 @@ class Checkpoints:
     def __init__(self, run_dir: Path, world: World, keep: int, spared: list[int]):
         self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
         self.keep, self.spared = keep, set(spared)
+        # The thread's collectives go on beside those of training; in one group they would be matched with each other.
         self.world = world.apart()
+        # One thread: saves of a rank never overtake each other, so neither do their collectives.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
         self._copies: dict = {}
@@ -246,10 +262,13 @@ class Checkpoints:
         Raises:
             RunError: the one before could not be written.
         """
+        # The copies are used again, so the thread must be done with them.
         self.wait()
         tensors = _tensors(model, optimizer)
+        # Kept from save to save: page-locked memory is slow to allocate.
         self._copies = _copy_to_host(tensors, self._copies)
         if any(tensor.is_cuda for part in tensors.values() for tensor in _leaves(part)):
+            # The thread reads the copies without knowing of the stream that fills them.
             torch.cuda.current_stream().synchronize()
         text = json.dumps({"step": step, **state}, indent=2)  # as it is now: training goes on
         self._saving = self._thread.submit(self._write, step, self._copies, text)
@@ -266,6 +285,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait for the last save; raises as :meth:`poll`."""
         if self._saving is not None:
+            # Forgotten first, so that an error is raised once and not at every step.
             saving, self._saving = self._saving, None
             saving.result()
 
@@ -278,14 +298,16 @@ class Checkpoints:
         partial = final.with_name(final.name + PARTIAL)
         world = self.world
         try:
+            # No rank may write before the folder is there.
             world.decide(self._begin, partial)
             save_tensors(partial, tensors, world)
             with world.agree():
                 # Reading them back shows that they can be read.
-                mine = partial.glob(f"__{world.rank}_*")
+                mine = partial.glob(f"__{world.rank}_*")  # as DCP names the files of a rank
                 files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in mine}
             files = {name: entry for part in world.gather(files) for name, entry in part.items()}
             world.decide(self._end, partial, final, files, state)
+        # DCP's own error is not an Exception.
         except (Exception, CheckpointException) as error:
             if world.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -294,6 +316,7 @@ class Checkpoints:
             ) from error
 
     def _begin(self, partial: Path) -> None:
+        # Half-written ones of any step: nobody else writes here while the run holds its lock.
         for leftover in self.folder.glob(f"step-*{PARTIAL}"):
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
@@ -302,9 +325,12 @@ class Checkpoints:
         write_text(partial / STATE, state)
         for name in (STATE, INDEX):
             files[name] = {"size": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
+        # The manifest comes last: a folder without one counts as half-written.
         write_json(partial / MANIFEST, {"files": files})
         if final.exists():
             set_aside(final)
+        # From here on it is a checkpoint. The pointer moves afterwards, so it never names what is not there yet; old
+        # ones go last, when the new one can be found.
         os.rename(partial, final)
         write_text(self.folder / POINTER, final.name + "\n")
         remove_old(self.run_dir, self.keep, self.spared)
@@ -319,9 +345,10 @@ def _copy_to_host(tensors: dict, copies: dict) -> dict:
     for name, value in tensors.items():
         copy = copies.get(name)
         if isinstance(value, dict):
-            result[name] = _copy_to_host(value, copy or {})
+            result[name] = _copy_to_host(value, copy or {})  # state of the optimizer by parameter
             continue
         if copy is None:
+            # A DTensor's copy is one too: DCP must know which share of the whole it is.
             copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         _local(copy).copy_(_local(value), non_blocking=True)
         result[name] = copy

@@ -36,18 +36,21 @@ class ValidationRows:
     def __init__(self, dataset: ShardedDataset, config: DataConfig, num_rows: int, image_patches: int, **options):
         self.num_rows, self.image_patches = num_rows, image_patches
         self.has_images = bool(dataset.info["splits"][dataset.split]["num_images"])
+        # A plan of this source alone: its rows do not change when the mixture does.
         plan = build_pack_plan([dataset], [1.0], config, num_rows=num_rows, **options)
-        self._reader = RowReader(plan, [dataset], AugmentConfig(), config.seed)
+        self._reader = RowReader(plan, [dataset], AugmentConfig(), config.seed)  # without augmentation
 
     def passes(self, world: World, swapped: bool = False) -> Iterator[list[Batch]]:
         """This rank's share in order, in lists of micro-batches that a pipeline takes at once; else of one each."""
         layout, in_stages = world.layout, world.layout.pipeline > 1
         pass_rows = layout.micro_rows * (layout.micro_batches if in_stages else 1)
+        # Rounded up: all ranks make equally many passes, and the last ones fill up with padding, which has no labels.
         share = -(-self.num_rows // world.data_size)
         first = world.data_rank * share
         end = min(first + share, self.num_rows)
         length = -(-share // pass_rows) * pass_rows if in_stages else share  # stages pass on a fixed shape
         numbers = [row if row < end else None for row in range(first, first + length)]
+        # The last image of the rank before: swapping goes through all rows, as if they were on one rank.
         before = self._image_before(first) if swapped and first < self.num_rows else None
         for start in range(0, length, pass_rows):
             batches = []
@@ -55,6 +58,7 @@ class ValidationRows:
                 batch = self._reader.read(numbers[begin : begin + layout.micro_rows])
                 if before is not None and len(batch.patches):
                     images = torch.cat((before, batch.patches))
+                    # The batch's own last image goes to the first place of the next one.
                     before = images[-self.image_patches :]
                     batch = replace(batch, patches=images[: -self.image_patches])
                 batches.append(batch)
@@ -62,6 +66,7 @@ class ValidationRows:
 
     def _image_before(self, row: int) -> torch.Tensor | None:
         """Patches of the last image before a row, going round at the first row; None where no row has an image."""
+        # Up to the row itself, which is its own predecessor where no other row has an image.
         for back in range(1, self.num_rows + 1):
             patches = self._reader.read([(row - back) % self.num_rows]).patches
             if len(patches):
@@ -81,13 +86,15 @@ def validation_loss(engine: Engine, passes: Iterator[list[Batch]], world: World)
     Raises:
         InputError, RunError: a shard or a document is damaged, on any rank.
     """
+    # Float64: the mean must not depend on how many partial sums it was added up from.
     totals = torch.zeros(2, len(LABEL_KINDS), dtype=torch.float64)
     while True:
+        # Reading may fail on one rank alone, so it is agreed on before the collectives of the pass.
         with world.agree():
             batches = next(passes, None)
         if batches is None:
             break
-        totals += engine.evaluate(batches).double().sum(1).cpu()
+        totals += engine.evaluate(batches).double().sum(1).cpu()  # [2, sources, kinds]: only one source has labels here
     sums, counts = world.all_reduce(totals)
     losses = {"loss": (sums.sum() / counts.sum()).item()}
     losses |= {name: (sums[m] / counts[m]).item() for m, name in enumerate(LABEL_KINDS) if counts[m] > 0}

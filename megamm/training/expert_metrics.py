@@ -21,6 +21,7 @@ def expert_record(counts: torch.Tensor) -> dict[str, float]:
             continue
         record |= {f"experts/{layer}/load/{e}": x for e, x in enumerate((load / load.sum()).tolist())}
         record[f"experts/{layer}/violation"] = (load.max() / load.mean() - 1).item()
+        # Experts that got nothing have no split; 0 / 0 would spoil the mean.
         split = positions[load > 0] / load[load > 0, None]
         entropy = -torch.special.xlogy(split, split).sum(-1) / torch.log(torch.tensor(2.0))
         record[f"experts/{layer}/specialisation"] = (1 - entropy).mean().item()

@@ -25,6 +25,7 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         kept = self._keep_until(start_step, validates) if self.path.exists() else []
         steps = [first_step, *(record["step"] for record in kept)]
+        # A gap is a loss of lines only if it is wider than any that the log has already.
         usual = max([log_every, *(b - a for a, b in pairwise(steps))])  # log_every may have been another
         if start_step - steps[-1] >= usual:
             warn(f"{self.path}: has no line of steps {steps[-1] + 1} to {start_step}; losses logged there are lost")
@@ -36,11 +37,13 @@ class MetricsLog:
 
     def write(self, record: dict) -> None:
         """Log one flat record of numbers; ``step`` is required."""
+        # Flushed line by line: a kill loses no line that was written, and at most cuts the last one.
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+            # TensorBoard cannot drop lines from its files; it is told to hide those of later steps.
             self._writer = SummaryWriter(str(self._folder), purge_step=self._start + 1)
         for name, value in record.items():
             if name != "step" and value is not None:
@@ -58,6 +61,8 @@ class MetricsLog:
         def stays(record: dict | None) -> bool:
             if record is None or record["step"] > start_step:
                 return False
+            # At the step itself: the line of its losses was written before its checkpoint and stays; that of a
+            # validation comes again if the validation does.
             return record["step"] < start_step or "loss" in record or not validates
 
         lines = _complete_lines(self.path)
@@ -66,6 +71,7 @@ class MetricsLog:
         write_text(self.path, "".join(line + "\n" for line in kept))
         if garbage := records.count(None):
             warn(f"{self.path}: {garbage} of {len(lines)} lines were not records of a step and are left out")
+        # There were records, and still no checkpoint to go on from.
         if start_step == 0 and lines and garbage < len(lines):
             warn(f"{self.path.parent}: no checkpoint was written before the run ended; it starts again at step 0")
         return [record for record in records if record and stays(record)]
@@ -95,5 +101,6 @@ def _parse(line: str) -> dict | None:
 
 def _complete_lines(path: Path) -> list[str]:
     """Lines that end in a newline: a kill can cut the last one short."""
+    # Damage costs its own lines: with strict decoding the whole log would be unreadable.
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1].split("\n")[:-1]

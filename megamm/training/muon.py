@@ -43,8 +43,11 @@ def muon_parts(model: nn.Module) -> dict[nn.Parameter, Parts]:
     found = {
         parameter: Parts()
         for name, parameter in model.named_parameters()
+        # By name, too: scales of heads are [2, head_dim] and would pass for matrices.
         if "blocks." in name and parameter.ndim >= 2 and "norm" not in name and "router" not in name
     }
+    # Queries, keys and values do not work together, nor do gate and up: as one matrix they would share singular
+    # vectors.
     joint: dict[nn.Parameter, Parts] = {}
     for module in model.modules():
         if isinstance(module, Attention):
@@ -77,7 +80,7 @@ class Muon(torch.optim.AdamW):
             if group.get("parts") is None:
                 continue
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if parameter.grad is not None:  # frozen for now
                     self._move(parameter, group)
                     parameter.grad = None  # AdamW passes over it
         super().step()
@@ -86,22 +89,28 @@ class Muon(torch.optim.AdamW):
         gradient, state = parameter.grad, self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)  # which AdamW wants of every parameter on loading
+            # Sharded as the gradient is: each rank keeps its share, and checkpoints see a DTensor like AdamW's.
             state["momentum"] = torch.zeros_like(gradient)
         state["step"] += 1
         state["momentum"].mul_(self.momentum).add_(gradient)
+        # Nesterov's form: the gradient counts once more.
         direction = gradient.add(state["momentum"], alpha=self.momentum)
+        # A collective: all ranks of the parameter's mesh have it in the same place of the same group.
         step = orthogonal_step(gather_whole(direction), group["parts"], self.dtype)
         local, where = share_of(parameter)
+        # Before the step, as AdamW does it.
         local.mul_(1 - group["lr"] * group["weight_decay"])
         local.sub_(step[where], alpha=group["lr"])
 
 
 def orthogonal_step(direction: torch.Tensor, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
     """The step of each of the matrices in ``direction`` [..., rows, columns], of the root mean square .2 of AdamW's."""
+    # [..., repetitions, parts, block, columns]: a part takes its rows out of every repetition.
     rows = direction.unflatten(-2, (-1, sum(parts.sizes), parts.block))
     found = torch.empty_like(rows)
     for part, out in zip(rows.split(parts.sizes, -3), found.split(parts.sizes, -3), strict=True):
         matrix = part.flatten(-4, -2)
+        # An orthogonal m x n matrix has root mean square 1 / sqrt(max(m, n)).
         scale = 0.2 * math.sqrt(max(matrix.shape[-2:]))
         out.copy_((orthogonalise(matrix, dtype) * scale).view(part.shape))
     return found.flatten(-4, -2)
@@ -110,8 +119,11 @@ def orthogonal_step(direction: torch.Tensor, parts: Parts, dtype: torch.dtype) -
 def orthogonalise(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Matrices [..., m, n] with the same singular vectors and all singular values about 1 (from .7 to 1.2)."""
     a, b, c = COEFFICIENTS
+    # The Gram matrix is of the smaller side: fewer operations, the same result.
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = (matrix.mT if tall else matrix).float()
+    # The iteration needs singular values of at most 1, which this norm, the root of the sum of their squares, grants.
+    # In float32, as bfloat16 is too coarse to sum up in; a matrix of zeros stays zero.
     x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-20)).to(dtype)
     for _ in range(STEPS):
         gram = x @ x.mT

@@ -43,7 +43,7 @@ def check_freeze(names: Iterable[str], config: OptimizerConfig) -> None:
     Raises:
         InputError: it does not.
     """
-    names = list(names)
+    names = list(names)  # gone through more than once
     for prefix in config.freeze:
         if not any(name.startswith(prefix) for name in names):
             parts = sorted({name.split(".")[0] + "." for name in names})
@@ -84,14 +84,18 @@ def make_optimizer(
     groups: dict[tuple[bool, bool, str], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            # By name and not by number of dims: scales of heads have two.
             in_tower, decays = name.startswith(TOWER_PREFIXES), "norm" not in name and not name.endswith("bias")
             parts = muon.get(parameter)
             peak = config.lr * (config.vision_lr_factor if in_tower else 1.0)
+            # A tower whose rate is 0 is frozen, so peak is never 0 here.
             decay = config.weight_decay / peak if decays else 0.0
             group = {"params": [], "lr": peak, "peak_lr": peak, "weight_decay": decay}
             if config.name == "muon":
                 group["parts"] = parts
+            # Parts as text: keys are sorted, and None and Parts have no order among them.
             groups.setdefault((in_tower, decays, repr(parts)), group)["params"].append(parameter)
+    # Not in the order of the first parameter of each, which would depend on which part of the model lies here.
     ordered = [group for _, group in sorted(groups.items())]
     options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
     if config.name == "muon":
@@ -102,4 +106,5 @@ def make_optimizer(
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set each group's rate to ``factor`` times its peak."""
     for group in optimizer.param_groups:
+        # From the peak each time, not from the last rate: nothing builds up, and a resumed run has the same one.
         group["lr"] = factor * group["peak_lr"]

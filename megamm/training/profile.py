@@ -28,9 +28,11 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Begin the profile if ``step`` is the first of its steps that is taken."""
+        # Not only at the first step: a run may be resumed amid them.
         if self._profile is None and self.steps and self.steps[0] <= step <= self.steps[-1]:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
             if self.cuda:
+                # Before the steps: a snapshot only knows where memory came from if it was recorded.
                 torch.cuda.memory._record_memory_history()
             self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
             self._profile.start()
@@ -52,5 +54,5 @@ class Profiler:
         write_text(self.folder / f"rank-{self.rank}.txt", table)
         if self.cuda:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"rank-{self.rank}-memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
+            torch.cuda.memory._record_memory_history(enabled=None)  # recording slows every allocation
         self._profile = None

@@ -53,21 +53,24 @@ def lock(run_dir: Path, patience: float = 10.0) -> Iterator[str]:
         RunError: another process still trains there.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    # Opened without emptying it: until the lock is ours, the token in it is another run's.
     with (run_dir / LOCK).open("a+") as handle:
         deadline = time.monotonic() + patience
         while True:
             try:
+                # The system lets go of it when its holder dies, however it dies: no lock is ever left behind.
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
                 if time.monotonic() > deadline:
                     raise RunError(f"{run_dir}: another process is training here; stop it first") from None
                 time.sleep(0.2)
+        # New each time: on a disk of its own a node may have an old file of the same name.
         token = uuid.uuid4().hex
         handle.truncate(0)
         handle.write(token)
         handle.flush()
-        os.fsync(handle.fileno())
+        os.fsync(handle.fileno())  # other nodes look for it
         yield token
 
 
@@ -80,8 +83,10 @@ def occupy(run_dir: Path, world: World) -> Iterator[None]:
         InputError: a rank does not see what rank 0 writes there.
     """
     with ExitStack() as stack:
+        # Only rank 0 holds the lock: ranks of one run would shut each other out.
         token = world.decide(lambda: stack.enter_context(lock(run_dir)))
         with world.agree():
+            # Ranks on folders of their own would each write a part of every checkpoint.
             _find_token(run_dir, token, world.rank)
         yield
 
@@ -94,7 +99,7 @@ def _find_token(run_dir: Path, token: str, rank: int, patience: float = 10.0) ->
             if (run_dir / LOCK).read_text() == token:
                 return
         except OSError:
-            pass
+            pass  # not there yet
         if time.monotonic() > deadline:
             raise InputError(
                 f"train.run_dir: {run_dir.absolute()} of rank {rank} on {socket.gethostname()} is not the folder that "
@@ -110,6 +115,7 @@ def is_begun(run_dir: Path) -> bool:
     """Whether something was trained here; a start that failed before its first step leaves nothing to keep."""
     metrics = run_dir / "metrics.jsonl"
     logged = metrics.is_file() and metrics.stat().st_size > 0
+    # Checkpoints that were set aside count, half-written ones do not: their names do not end in a digit.
     return logged or (run_dir / "result.json").is_file() or any((run_dir / "checkpoints").glob("*step-*[0-9]"))
 
 
@@ -180,11 +186,13 @@ def check_branch(trunk: Path, config: Config, data: dict) -> None:
     old = _settings(trunk)
     free = set(marked(Config, "free"))
     free |= {"train.steps", "train.branch_from", "schedule.cooldown", "schedule.cooldown_fraction"}
+    # Validation changes no weights.
     free |= {f"eval.{key}" for key in old["eval"]}
     found = _differences(old, to_dict(config), free)
     found += _changed_data(recorded_data(trunk), data, TRAINING_DATA)
     start = cooldown_start(config.schedule, config.train.steps)
     end = cooldown_start(ScheduleConfig(**old["schedule"]), old["train"]["steps"])
+    # Where the rates part, the trunk's steps are no longer those that the branch would have made.
     if end < start:
         found.append(f"it cools down from step {end}, before the branch leaves it at step {start}")
     if found:
@@ -225,6 +233,7 @@ def claim(run_dir: Path, config: Config, about: dict) -> None:
         steps = _settings(run_dir)["train"]["steps"]
         if steps < config.train.steps:
             if (run_dir / "metrics.jsonl").exists():
+                # A copy: the log itself goes on, and opening it drops the lines of the cool-down.
                 shutil.copyfile(run_dir / "metrics.jsonl", run_dir / f"metrics-{steps:08d}.jsonl")
             if (run_dir / "result.json").exists():
                 os.replace(run_dir / "result.json", run_dir / f"result-{steps:08d}.json")
@@ -277,6 +286,7 @@ def _differences(old: dict, new: dict, free: set[str]) -> list[str]:
     """Settings that differ, except those in ``free``, as ``section.key: old -> new``."""
     old, new = _flat(old), _flat(new)
     # Where the data lie is free: their fingerprints tell what they are.
+    # Keys of both: a setting that only one of them has is a difference.
     keys = [key for key in {**old, **new} if key not in free and not re.fullmatch(r"data\.sources\..*\.path", key)]
     found = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     return found
@@ -288,6 +298,7 @@ def _flat(settings: dict, prefix: str = "") -> dict:
     for key, value in settings.items():
         if isinstance(value, dict):
             if prefix == "data." and key == "sources":
+                # The data order draws by the number of a source, so the same sources in another order are other data.
                 flat["data.sources"] = ", ".join(value)
             flat |= _flat(value, f"{prefix}{key}.")
         else:

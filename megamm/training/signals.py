@@ -27,6 +27,7 @@ class StopFlag:
     @contextmanager
     def listen(self) -> Iterator[None]:
         """Note SIGTERM and SIGUSR1 instead of ending by them. Does nothing outside the main thread."""
+        # Python lets no other thread set handlers.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -38,4 +39,5 @@ class StopFlag:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
+        # Nothing more: a signal may come amid a collective or a write, from which nothing can be saved.
         self.raised = True

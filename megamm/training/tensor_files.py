@@ -33,7 +33,7 @@ _METADATA_CLASSES = (
 ALLOWED = {(f"{_DCP}metadata", name) for name in _METADATA_CLASSES} | {
     (f"{_DCP}filesystem", "_StorageInfo"),
     ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
+    ("torch.serialization", "_get_layout"),  # how torch pickles the layout of a tensor's properties
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
     ("pathlib._local", "PosixPath"),  # Python 3.13
@@ -51,6 +51,7 @@ def save_tensors(folder: Path, tensors: dict, world: World) -> None:
     Raises:
         CheckpointException: it could not be written; not an Exception. See :func:`innermost`.
     """
+    # no_dist: a single process may have no process group at all.
     dcp.save(tensors, checkpoint_id=folder, process_group=world.group, no_dist=world.size == 1)
 
 
@@ -72,6 +73,7 @@ def load_tensors(folder: Path, tensors: dict, world: World) -> None:
             no_dist=world.size == 1,
         )
     except (Exception, CheckpointException) as error:
+        # DCP catches everything on a rank, also Ctrl-C, and gives it back inside of its own error.
         reason = innermost(error)
         if isinstance(reason, KeyboardInterrupt):
             raise reason from None
@@ -82,7 +84,7 @@ def innermost(error: BaseException) -> BaseException:
     """The error that began it, below those of DCP, which hold a traceback of each rank."""
     while True:
         if isinstance(error, CheckpointException) and error.failures:
-            error = next(iter(error.failures.values()))[0]
+            error = next(iter(error.failures.values()))[0]  # rank -> (error, traceback); one rank's will do
         elif error.__cause__ or (error.__context__ and not error.__suppress_context__):
             error = error.__cause__ or error.__context__
         else:
@@ -92,11 +94,13 @@ def innermost(error: BaseException) -> BaseException:
 def error_words(error: BaseException) -> str:
     """An error in one line."""
     text = " ".join(error_text(error).split())
+    # Other errors often say little without their kind: KeyError's text is only the key.
     return text if isinstance(error, OSError | InputError) else f"{type(error).__name__}: {text}"
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        # A list of what is allowed, not of what is forbidden: of the latter there is always one more.
         if (module, name) in ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise InputError(f"{INDEX} asks for {module}.{name}, which no checkpoint needs; refused")
@@ -106,9 +110,11 @@ class _Reader(dcp.FileSystemReader):
     """Reads the index without running code, and only from files of its own folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        # As DCP's own method, but for the unpickler and the check of names.
         with (Path(self.path) / INDEX).open("rb") as file:
             metadata = _Unpickler(file).load()
         for place in metadata.storage_data.values():
+            # DCP joins this path to the folder as it is: ".." or an absolute one would read any file.
             if Path(place.relative_path).name != place.relative_path:
                 raise InputError(f"{INDEX} names the file {place.relative_path}, outside of the checkpoint; refused")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
@@ -118,4 +124,5 @@ class _Reader(dcp.FileSystemReader):
 
 class _TensorsOnly(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: Any) -> None:
+        # Called for whatever is no tensor, which DCP would unpickle without any restriction.
         raise InputError(f"{read_item.dest_index.fqn} is a pickle, not a tensor; refused")

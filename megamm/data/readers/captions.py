@@ -15,7 +15,7 @@ _TRANSLATION = re.compile(r"[a-z]{2,3}([_@][A-Za-z]+)*(\.[\w-]+)?=")
 
 def captioned(id: str, images: Sequence[Image], caption: str) -> Document:
     """Pictures followed by their caption."""
-    files = tuple(image.file for image in images if image.file)
+    files = tuple(image.file for image in images if image.file)  # members of a tar are no files
     return Document(id=id, spans=(*images, Text(text=caption.strip())), files=files)
 
 
@@ -50,7 +50,7 @@ def match_captions(names: list[str]) -> tuple[list[tuple[str, str]], list[Skippe
     for name in names:
         if name.lower().endswith(".txt"):
             stem = str(Path(name).with_suffix(""))
-            if captions.setdefault(stem, name) != name:
+            if captions.setdefault(stem, name) != name:  # x.txt and x.TXT
                 skipped.append(Skipped(id=name, reason="second caption"))
     images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
     for name in images:
@@ -62,6 +62,7 @@ def match_captions(names: list[str]) -> tuple[list[tuple[str, str]], list[Skippe
             skipped.append(Skipped(id=name, reason="image without a caption file"))
     for name in names:
         if name.lower().endswith(VECTOR_SUFFIXES):
+            # Told apart, since only the latter is a picture lost.
             beside = "beside" if str(Path(name).with_suffix("")) in used else "without"
             skipped.append(Skipped(id=name, reason=f"SVG image {beside} a pixel version"))
     skipped += [

@@ -70,18 +70,24 @@ def html_spans(
     text of an image follows it, unless the text around says the same. Headings, list items, table rows and
     code become lines of plain text.
     """
+    # The walk calls itself for each level; Python's own limit is 1,000.
     sys.setrecursionlimit(max(sys.getrecursionlimit(), MAX_FRAMES))
+    # From bytes with the encoding said: lxml refuses a str with an encoding declaration. huge_tree, as libxml2 else
+    # gives up on long text and deep pages.
     parser = lxml_html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
     try:
         root = lxml_html.document_fromstring(page.encode("utf-8"), parser=parser)
     except etree.ParserError:  # nothing but white space or comments
         return ()
+    # The parser mends what it can and goes on; after a fatal error the rest of the page is missing.
     for entry in parser.error_log.filter_from_fatals():
         note("rest", f"damaged page: {entry.message}")
     builder = _Builder(load_image, note, _menus(root))
     mains = root.xpath("//main") or root.xpath("//*[@role='main']")
+    # Of several none is known to be the main one.
     content = mains[0] if len(mains) == 1 else root.find("body")
     title = root.findtext("head/title")
+    # A heading mostly says the title again.
     if title and not root.xpath("//h1|//h2|//h3|//h4"):
         builder.add(f"{' '.join(title.split())}\n\n")
     if content is not None:
@@ -96,6 +102,7 @@ class _Builder:
         self.load_image, self.note, self.menus = load_image, note, menus
         self.parts: list[str | _Alt | Image] = []
         self.numbers: dict[etree._Element, int] = {}
+        # Answers kept by element: without them a page of many pictures takes time by the square.
         self.alone: dict[etree._Element, bool] = {}
         self.letters: dict[int, tuple[str, str]] = {}
 
@@ -117,10 +124,12 @@ class _Builder:
             elif tag == "br":
                 self.add("\n")
             elif tag == "pre":
+                # White space of code has a meaning: stand-ins save it from being tidied.
                 code = element.text_content().strip("\n").expandtabs()
                 self.add("\n\n" + code.replace(" ", _SPACE).replace("\n", _NEWLINE) + "\n\n")
             elif tag == "li":
                 self.list_item(element)
+            # A row on one line; rows that hold blocks are layout, and are read as such.
             elif tag == "tr" and not any(e.tag in BLOCKS or e.tag == "img" for e in element.iterdescendants()):
                 cells = [" ".join(cell.text_content().split()) for cell in element if cell.tag in ("td", "th")]
                 self.add(_LINE + " | ".join(cells) + _LINE)
@@ -129,6 +138,7 @@ class _Builder:
                 self.add(gap)
                 self.children(element)
                 self.add(_LINE if tag == "dt" else gap)
+        # Also after a dropped element: in lxml the text behind an element belongs to it.
         self.words(element.tail)
 
     def dropped(self, element: etree._Element) -> None:
@@ -149,6 +159,7 @@ class _Builder:
         if parent is not None and parent.tag == "ol":
             if parent not in self.numbers:
                 start = parent.get("start", "1").strip()
+                # Anything may stand there, and int() refuses thousands of digits.
                 self.numbers[parent] = int(start) if re.fullmatch(r"-?[0-9]{1,9}", start) else 1
             bullet = f"{self.numbers[parent]}."
             self.numbers[parent] += 1
@@ -161,6 +172,7 @@ class _Builder:
         source = element.get("src") or ""
         if re.fullmatch(r"\[\w+\]", alt):  # the sign beside a note, as DocBook makes it: [Note], [Tip], [Warning]
             return self.note(source, "icon: the sign beside a note")
+        # A data URI is often only a placeholder for the picture in data-src.
         if not source or source.startswith("data:"):
             source = element.get("data-src") or source  # images loaded late by a script
         if source.startswith("data:"):
@@ -176,6 +188,7 @@ class _Builder:
             except ImageError:
                 pass  # kept: preparation lists it as broken
             self.parts.append(image)
+        # An alt text that is a file's name says nothing.
         if alt and not re.search(r"\.(png|jpe?g|gif|svg|webp)$", alt, re.IGNORECASE):
             self.parts.append(_Alt(alt + ("\n\n" if self.is_alone(element) else " ")))
         return None
@@ -217,11 +230,12 @@ class _Builder:
             else:
                 tidy.append(span)
         if tidy and isinstance(tidy[-1], Text):
-            tidy[-1] = Text(text=tidy[-1].text.rstrip())
+            tidy[-1] = Text(text=tidy[-1].text.rstrip())  # <eos> ends the document
         return tuple(tidy)
 
     def _is_repeated(self, index: int) -> bool:
         """Whether the alt text at ``index`` stands in the text just before or after it."""
+        # A bounded number of parts: pages of thousands of pictures would take time by the square.
         alt, near = self._letters(index)[0], range(max(0, index - ALT_PARTS), min(len(self.parts), index + ALT_PARTS))
         before = "".join(self._letters(i)[1] for i in near if i < index)
         after = "".join(self._letters(i)[0] for i in near if i > index)
@@ -238,6 +252,7 @@ class _Builder:
 
 def tidy_text(text: str) -> str:
     """Collapse white space that carries no meaning and restore that of code."""
+    # Before the stand-ins are restored: code keeps its blanks.
     text = re.sub(r"[ \t\r\f\v]+", " ", text.replace("\u00a0", " ").replace("\u200b", ""))
     text = re.sub(rf"{_EAT}[\s{_LINE}]*", " ", text)
     text = re.sub(rf"[ \n{_LINE}]+", _white_space, text)
@@ -263,8 +278,10 @@ def load_data_uri(uri: str) -> Image | None:
 
 def _is_dropped(element: etree._Element, menus: set[etree._Element]) -> bool:
     tag = element.tag
+    # Comments and the like have a function for a tag.
     if not isinstance(tag, str) or tag in DROPPED_TAGS or "hidden" in element.attrib:
         return True
+    # The header of an article is its heading, that of the page its navigation.
     if tag == "header" and not any(e.tag in ("article", "main", "section") for e in element.iterancestors()):
         return True
     if element.get("role") in DROPPED_ROLES or DROPPED_CLASSES & set((element.get("class") or "").lower().split()):
@@ -294,7 +311,7 @@ class _Inside:
 def _menus(root: etree._Element) -> set[etree._Element]:
     """Blocks that are menus: almost all of their letters inside links, and no image. One walk, however they nest."""
     menus: set[etree._Element] = set()
-    open_elements = [_Inside()]
+    open_elements = [_Inside()]  # what is around the root
     for event, element in etree.iterwalk(root, events=("start", "end")):
         if event == "start":
             open_elements.append(_Inside(letters=_num_letters(element.text)))

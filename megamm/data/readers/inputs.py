@@ -72,13 +72,16 @@ def open_inputs(
         else:
             files = _Files(Path(name), prefix)
             found = files.detect() if kind == "auto" else kind
+            # Also of a kind that was asked for: an empty dataset helps nobody.
             if not files.of(found):
                 raise InputError(f"{name}: nothing of kind {found} found; give another folder, file or --kind")
             opened.append(partial(files.tasks, found))
             pictures |= files.pictures(found)
+            # To count records would be to read the tables twice.
             count = None if found in files.tables.values() else sum(1 for _ in files.tasks(found))
         kinds.append(found)
         total = None if total is None or count is None else total + count
+    # Lazily: tasks of tables hold records, and there may be millions.
     tasks = (task for tasks in opened for task in tasks())
     return Inputs(kinds=kinds, tasks=tasks, num_tasks=total, pictures=pictures)
 
@@ -117,6 +120,7 @@ class _Files:
                         raise
                     reason = str(error).removeprefix(f"{self.root / name}: ")
                     self._skip(name, reason if reason.startswith("damaged") else f"table that cannot be used: {reason}")
+        # Whatever nobody reads is told, too: nothing is left out in silence.
         read = (*PAGE_SUFFIXES, *TEXT_SUFFIXES, *IMAGE_SUFFIXES, *VECTOR_SUFFIXES, *tables.SUFFIXES)
         for name in names:
             if not name.lower().endswith(read):
@@ -135,6 +139,7 @@ class _Files:
         Raises:
             InputError: there is nothing to read, or files of several kinds, of which most would be lost.
         """
+        # A .txt beside a picture is its caption, so texts that are not more than pairs are strays.
         texts = self.texts if len(self.texts) > len(self.pairs) else []  # else captions that lost their pictures
         found = {"interleaved": self.pages, "caption": self.of("caption"), "text": texts}
         found["text"] = [*texts, *(name for name, kind in self.tables.items() if kind == "text")]
@@ -159,6 +164,7 @@ class _Files:
 
     def tasks(self, kind: str) -> Iterator[Task]:
         """What is read as ``kind``, then every other file with the reason why it is not."""
+        # Each file comes once: read, or with one reason why it was not.
         used = {entry.id for entry in self.skipped}
         left_out = list(self.skipped)
         if kind == "caption":
@@ -188,7 +194,9 @@ class _Files:
             return {}
         paired = {image for image, _ in self.pairs} if kind == "caption" else ()
         suffixes = IMAGE_SUFFIXES + VECTOR_SUFFIXES
+        # A picture with a caption file of its own is accounted for by its pair.
         names = (name for name in self.names if name.lower().endswith(suffixes) and name not in paired)
+        # Normalised as read_picture does it, since the two are compared.
         return {os.path.normpath(self.root / name): self._id(name) for name in names}
 
     def _task(self, name: str, read: Callable, *arguments) -> Task:
@@ -208,6 +216,7 @@ class _Files:
             for name in (*folders, *files):
                 path = Path(parent, name)
                 relative = path.relative_to(folder).as_posix()
+                # A dot folder is told as one entry: what is in it belongs to tools (.git).
                 if name.startswith("."):
                     self._skip(relative, "hidden file or folder")
                 elif name in folders:
@@ -219,7 +228,9 @@ class _Files:
                     self._skip(relative, "not an ordinary file")
                 else:
                     names.append(relative)
+            # In place: os.walk goes on by this very list. Links to folders it does not follow.
             folders[:] = [name for name in folders if not name.startswith(".")]
+        # os.walk comes in the file system's order, which differs between machines.
         self.skipped.sort(key=lambda entry: entry.id)
         return sorted(names)
 

@@ -48,13 +48,15 @@ def read_page(path: Path, root: Path, id: str) -> Iterator[Document | Skipped]:
         yield Skipped(id=id, reason=str(error))
         return
     is_markdown = path.suffix.lower() in MARKDOWN_SUFFIXES
-    declared = None if is_markdown else _CHARSET.search(content[:2048])
+    declared = None if is_markdown else _CHARSET.search(content[:2048])  # browsers look at the first bytes only, too
     try:
         page = _decode(content, declared.group(1).decode() if declared else "utf-8")
     except (UnicodeError, LookupError):
         yield Skipped(id=id, reason="wrong encoding: not UTF-8 nor what the page declares")
         return
     if is_markdown:
+        # Through HTML: pages of both kinds are read by the same rules. Front matter is for a site generator, not for
+        # readers.
         page = _markdown().render(_FRONT_MATTER.sub("", page.replace("\r\n", "\n")))
     skipped: list[Skipped] = []
 
@@ -66,6 +68,7 @@ def read_page(path: Path, root: Path, id: str) -> Iterator[Document | Skipped]:
     def load_image(source: str) -> Image | None:
         found = _load_image(source, path.parent, root)
         if isinstance(found, Image):
+            # Used, though the page may be left out: such a picture is not one that nothing refers to.
             files.append(found.file)
             return found
         note(source, found)
@@ -80,10 +83,11 @@ def _decode(content: bytes, label: str) -> str:
     """Text by a mark at the start, else by the label of an encoding as a browser understands it."""
     if content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         return decode_text(content)
-    name = codecs.lookup(label).name
+    name = codecs.lookup(label).name  # one name for each of an encoding's many
     name = _SUPERSETS.get(name, name)
     if name.startswith("utf-16"):  # a label that could be read is not UTF-16
         name = "utf-8"
+    # Python also knows codecs that are no encodings of pages (rot13, punycode, zip).
     if not _ENCODINGS.fullmatch(name):
         raise LookupError(label)
     return content.decode(name)
@@ -97,8 +101,10 @@ def _load_image(source: str, folder: Path, root: Path) -> Image | str:
         return "image not found"
     if url.scheme or url.netloc:
         return "remote image"
-    name = unquote(url.path)
+    name = unquote(url.path)  # without ?query and #fragment
+    # A path from the site's root is taken from the folder that was given.
     path = os.path.normpath(root / name.lstrip("/") if name.startswith("/") else folder / name)
+    # For its own reason in the list; read_picture refuses it in any case, links followed.
     if not Path(path).is_relative_to(os.path.normpath(root)):
         return "image outside the input folder"
     if path.lower().endswith((".svg", ".svgz")):

@@ -22,6 +22,7 @@ CAPTION_FIELDS = ("caption", "description")
 
 def pick(fields, names: tuple[str, ...]) -> str | None:
     """The first of ``names`` that is among ``fields``, as it is written there (upper or lower case)."""
+    # Found whatever the case, but looked up as it is written.
     written = {field.lower(): field for field in fields if isinstance(field, str)}
     return next((written[name] for name in names if name in written), None)
 
@@ -40,9 +41,10 @@ def text_of(record: dict) -> str | None:
 
 def pictures(record: dict) -> list:
     """What a record has as pictures: bytes, ``{"bytes": ..., "path": ...}`` or names of files."""
+    # In the order of how surely a field holds a picture.
     for name in IMAGE_FIELDS:
         value = record.get(pick(record, (name,)))
-        if value:
+        if value:  # a null beside another field that has one
             return value if isinstance(value, list) else [value]
     for name in FILE_FIELDS:
         value = record.get(pick(record, (name,)))
@@ -58,7 +60,7 @@ def pictures(record: dict) -> list:
 def json_record(line: bytes) -> dict | Skipped:
     """The record of a line of a JSONL file, or why it is none."""
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"))  # with the mark of the first line
     except UnicodeDecodeError:
         return Skipped(id="", reason="wrong encoding: record is not UTF-8")
     except (ValueError, RecursionError):
@@ -100,7 +102,7 @@ def read_record(record: dict, root: Path, folder: Path, id: str, kind: str) -> I
 
 def _load(value, root: Path, folder: Path) -> Image:
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        value = value.get("bytes") or value.get("path")  # as Hugging Face's datasets store pictures
     if isinstance(value, bytes):
         return Image(data=value)
     if not isinstance(value, str) or not value:
@@ -111,6 +113,7 @@ def _load(value, root: Path, folder: Path) -> Image:
             raise RefusedError("broken image: damaged data URI")
         return image
     try:
+        # Nothing is fetched: a corpus that depends on the network is another one each time.
         remote = "://" in value and bool(urlsplit(value).netloc)
     except ValueError:
         remote = True
@@ -123,4 +126,5 @@ def _load(value, root: Path, folder: Path) -> Image:
 
 def _names_picture(value) -> bool:
     """Whether a value is the path or URL of a picture, by its suffix."""
+    # A URL may have a query behind the suffix.
     return isinstance(value, str) and value.partition("?")[0].lower().endswith((*IMAGE_SUFFIXES, *VECTOR_SUFFIXES))

@@ -39,7 +39,7 @@ def read_rows(file: io.BufferedReader, delimiter: str) -> Iterator[dict[str, str
             elif names is None:
                 names = row
             else:
-                yield dict(zip(names, row, strict=False))
+                yield dict(zip(names, row, strict=False))  # a short row lacks its last fields
 
 
 class _Lines:
@@ -63,17 +63,19 @@ class _Lines:
         return line.rstrip("\r\n") if line else None
 
     def put_back(self, lines: list[str | BadRow]) -> None:
-        self._back.extendleft(reversed(lines))
+        self._back.extendleft(reversed(lines))  # extendleft turns the order round
 
 
 def _read_row(line: str, lines: _Lines, delimiter: str, width: int | None) -> list[str] | BadRow:
     """Fields of the row that starts with ``line``; ``width`` is the number that it may have."""
+    # Most lines have no quote, and are cut by split alone.
     if '"' in line:
         taken: list[str | BadRow] = []
         row = _quoted(line, lines, taken, delimiter, width)
         if row is not None:
             return row
         lines.put_back(taken)
+        # Tab-separated files often have quotes that mean nothing but themselves.
         if delimiter != "\t":
             return BadRow("damaged row: a quote that is not closed, or more fields than the header")
     row = line.split(delimiter)
@@ -86,6 +88,7 @@ def _quoted(line: str, lines: _Lines, taken: list, delimiter: str, width: int | 
     """Fields of a row with quotes, further lines of which go to ``taken``; None if they do not fit."""
     row: list[str] = []
     at, size = 0, 0
+    # More fields than the header: a quote that was taken for the start of a field was none.
     while width is None or len(row) < width:
         if not line.startswith('"', at):
             end = line.find(delimiter, at)
@@ -100,6 +103,7 @@ def _quoted(line: str, lines: _Lines, taken: list, delimiter: str, width: int | 
                     following = lines.next()
                     if following is not None:
                         taken.append(following)
+                    # End of the file, a bad line, or a field without end: the quote is not closed.
                     if not isinstance(following, str) or size > MAX_LINE:
                         return None
                     line, at = following, 0
@@ -113,7 +117,7 @@ def _quoted(line: str, lines: _Lines, taken: list, delimiter: str, width: int | 
             if end + 1 == len(line):
                 return row
             end += 1
-            if not line.startswith(delimiter, end):
+            if not line.startswith(delimiter, end):  # a quote amid a field
                 return None
         if end < 0:
             return row

@@ -51,6 +51,7 @@ def read_file(path: Path, root: Path, what: str = "file", max_bytes: int = MAX_F
         if not inside(path, root):
             raise RefusedError(f"{what} outside the input folder")
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # a pipe would block
+            # Of the open file: between a look at the name and its opening another file could take its place.
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise RefusedError(f"{what} is not an ordinary file")
@@ -74,7 +75,7 @@ def decode_text(content: bytes) -> str:
     Raises:
         UnicodeDecodeError: it is neither.
     """
-    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # without a mark UTF-16 cannot be told from bytes
     return content.decode("utf-16" if utf16 else "utf-8-sig")
 
 
@@ -91,6 +92,7 @@ class Stream(io.RawIOBase):
     def __init__(self, path: Path):
         self.damage: str | None = None
         self._file = open(path, "rb")  # noqa: SIM115 (closed with the stream)
+        # By content, not by name: many files are packed otherwise than they are called.
         head = self._file.read(6)
         self._file.seek(0)
         unpack = next((unpack for magic, unpack in _UNPACK.items() if head.startswith(magic)), None)
@@ -141,12 +143,14 @@ def _unpack(file: BinaryIO, make: Callable) -> Iterator[bytes]:
     """Parts of at most _STEP bytes; files put together of several packed ones are one."""
     pending = b""
     while True:
+        # Tapes and some tools pad packed files with zeros.
         while not (pending := pending.lstrip(b"\0")):
             pending = file.read(_CHUNK)
             if not pending:
                 return
         decoder = make()
         while not decoder.eof:
+            # Amid a packed file: it was cut short.
             if decoder.needs_input and not pending and not (pending := file.read(_CHUNK)):
                 raise EOFError
             data = decoder.decompress(pending, _STEP)
@@ -159,10 +163,11 @@ class _Gzip:
     """zlib's decoder with the interface of those of bz2 and lzma."""
 
     def __init__(self):
-        self._decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        self._decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)  # 16: with gzip's header
         self.needs_input = True
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
+        # zlib hands back what it could not use, where bz2 and lzma keep it.
         out = self._decoder.decompress(self._decoder.unconsumed_tail + data, max_length)
         self.needs_input = not self._decoder.unconsumed_tail and len(out) < max_length
         return out

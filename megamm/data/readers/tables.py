@@ -47,6 +47,7 @@ def table_kind(path: Path) -> str:
     fields: dict[str, None] = {}
     has_text = has_picture = False
     damage = "it has no records"
+    # The first record may lack its picture, so one is not enough.
     for found in islice(_records(path, path.name), PROBE_RECORDS):
         if isinstance(found, Skipped):
             damage = found.reason
@@ -84,7 +85,7 @@ def table_tasks(path: Path, root: Path, id: str, kind: str) -> Iterator[Task]:
 
 def _format(path: Path) -> str:
     suffix = Path(without_compression(path.name)).suffix
-    return {".tgz": ".tar", ".ndjson": ".jsonl"}.get(suffix, suffix)
+    return {".tgz": ".tar", ".ndjson": ".jsonl"}.get(suffix, suffix)  # other names of the same
 
 
 def _records(path: Path, id: str) -> Iterator[tuple[str, dict | bytes] | Skipped]:
@@ -108,9 +109,11 @@ def _lines(file: BinaryIO, id: str) -> Iterator[tuple[str, bytes] | Skipped]:
     number = 0
     while line := file.readline(MAX_LINE):
         if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            # The rest of it is passed over in pieces: a file without line ends must not fill the memory.
             while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
                 pass
             yield Skipped(id=f"{id}:{number}", reason="record over the size limit")
+        # Empty lines count on: a record's number is that of its line.
         elif line.strip():
             yield f"{id}:{number}", line
         number += 1
@@ -121,6 +124,7 @@ def _parquet_records(path: Path, id: str) -> Iterator[tuple[str, dict] | Skipped
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
         names = file.schema_arrow.names
+        # From the file's end, before anything is read: rows keep their numbers if a group before them is damaged.
         counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except Exception as error:  # Arrow raises many kinds on damaged bytes
         yield Skipped(id=id, reason=f"damaged Parquet: {one_line(error)}")
@@ -129,11 +133,13 @@ def _parquet_records(path: Path, id: str) -> Iterator[tuple[str, dict] | Skipped
         if min(counts, default=0) < 0 or sum(counts) != file.metadata.num_rows:
             detail = f"its row groups name {sum(counts)} rows, its end {file.metadata.num_rows}; some may be missing"
             yield Skipped(id=id, reason=f"damaged Parquet: {detail}")
+        # Only what is read: other columns may be large.
         columns = picture_fields(names) or names
         first = 0
         for group, count in enumerate(counts):
             number = first
             try:
+                # Group by group: damage in one costs no other.
                 for batch in file.iter_batches(PARQUET_BATCH, row_groups=[group], columns=columns):
                     for row in _rows(batch):
                         name = f"{id}:{number}"
@@ -151,6 +157,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict | str]:
     """Rows of a batch; a row that is no valid data by itself as the reason."""
     for i in range(len(batch)):
         try:
+            # One row at a time, so that one that is not UTF-8 does not take its batch with it.
             yield batch.slice(i, 1).to_pylist()[0]
         except UnicodeDecodeError:
             yield "wrong encoding: record is not UTF-8"

@@ -70,15 +70,18 @@ def tar_tasks(path: Path, id: str, kind: str) -> Iterator[Task]:
     """
     stream, buffered = open_stream(path)
     with buffered, tempfile.TemporaryFile() as store:
+        # A packed archive can be read once from the front only, while samples are complete at its end: its files wait
+        # in a temporary one.
         content = store if stream.packed else buffered
         samples: dict[str, _Sample] = {}
-        latest: dict[str, str] = {}
+        latest: dict[str, str] = {}  # name of a sample -> its last repeat
         unused: list[Skipped] = []
         for found in _Archive(stream, buffered, store, id).members():
             if isinstance(found, Skipped):
                 unused.append(found)
                 continue
             key = latest.get(found.key, found.key)
+            # Archives that were put together may use names twice: two pictures must not become one sample.
             if any(member.name == found.name for member in samples.get(key, _Sample()).members):
                 number = int(key.rpartition("~")[2]) + 1 if found.key in latest else 2
                 latest[found.key] = key = f"{found.key}~{number}"
@@ -91,11 +94,13 @@ def tar_tasks(path: Path, id: str, kind: str) -> Iterator[Task]:
 
 def _sample_tasks(sample: _Sample, id: str, content: BinaryIO, kind: str) -> Iterator[Task]:
     images, texts, metadata = sample.of(*IMAGE_SUFFIXES), sample.of(*CAPTION_SUFFIXES), sample.of(METADATA_SUFFIX)
-    images.sort(key=lambda member: member.name)
-    own = {text.stem: text for text in reversed(texts)}
+    images.sort(key=lambda member: member.name)  # whatever the order in the archive
+    own = {text.stem: text for text in reversed(texts)}  # reversed: of equal stems the first one holds
+    # Each has its own caption: several documents under one name.
     if len(images) > 1 and len({image.stem for image in images} & own.keys()) == len(images):
         documents = [(f"{id}{image.stem[len(image.key) :]}", [image], own[image.stem]) for image in images]
     else:
+        # A text member is surer to be a caption than a field of metadata.
         documents = [(id, images, (texts or metadata or [None])[0])]
     used = [caption for _, _, caption in documents]
     for name, pictures, caption in documents:
@@ -128,7 +133,9 @@ class _Archive:
     def __init__(self, stream: Stream, file: BinaryIO, store: BinaryIO, id: str):
         self.stream, self.file, self.store, self.id = stream, file, store, id
         self.position = 0
+        # With a size content is jumped over; of a packed archive it is not known and all is read.
         self.size = None if stream.packed else os.fstat(stream.fileno()).st_size
+        # What headers before the next file said of it: a long name, a large size.
         self.extended: dict[str, str] = {}
 
     def members(self) -> Iterator[Member | Skipped]:
@@ -136,9 +143,12 @@ class _Archive:
         try:
             while block := self._read(BLOCK, or_less=True):
                 if not block.strip(b"\0"):
-                    zeros += len(block) == BLOCK
+                    zeros += len(block) == BLOCK  # a block that is cut short is no end mark
                     continue
+                # Two blocks of zeros end an archive, but another one may follow.
                 after_end, zeros = zeros >= 2, 0
+                # After damage the content of a file may pass for a header now and then: the magic word is asked for as
+                # well.
                 header = None if lost and block[257:262] != b"ustar" else _header(block)
                 if header is None:
                     if not lost:
@@ -152,6 +162,7 @@ class _Archive:
                     found = self._member(header, block)
                     if found is not None:
                         yield found
+            # A cut between two members looks like an end otherwise.
             if zeros < 2 and not self.stream.damage:
                 yield self._damaged("cut short, it has no end mark")
         except _CutShortError as cut:
@@ -184,14 +195,18 @@ class _Archive:
         """A file of use, or why it is none; None for a folder."""
         extended, self.extended = self.extended, {}
         name = printable(extended.get("path", header.name))
+        # A header's own field is too small for files above 8 GiB.
         size = int(extended["size"]) if extended.get("size", "").isdecimal() else header.size
         base = name.rpartition("/")[2]
         reason = None
         if header.type in _WITHOUT_CONTENT:
+            # A link's header may name the size of what it leads to; no content follows.
             size = 0
             reason = "link in a tar" if header.type in _LINKS else "member is not an ordinary file"
         elif header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in extended):
             reason = "member is not an ordinary file: sparse"
+            # Further headers of the map of holes follow, while a byte says so; they must be passed to find the next
+            # file.
             more = header.type == tarfile.GNUTYPE_SPARSE and block[482]
             while more:
                 more = self._read(BLOCK)[504]
@@ -207,7 +222,7 @@ class _Archive:
             self._pass_over(size, name, self.store)
         else:
             self._pass_over(size, name)
-        self._pass_over(-size % BLOCK, name)
+        self._pass_over(-size % BLOCK, name)  # content is filled up to whole blocks
         if header.type == tarfile.DIRTYPE:
             return None
         return Skipped(id=f"{self.id}:{name}", reason=reason) if reason else Member(name=name, offset=offset, size=size)
@@ -222,6 +237,7 @@ class _Archive:
     def _pass_over(self, size: int, name: str, store: BinaryIO | None = None) -> None:
         """Go on by ``size`` bytes, which are copied to ``store`` if there is one."""
         if self.size is not None:
+            # Seeking beyond the end raises nothing.
             if self.position + size > self.size:
                 raise _CutShortError(name)
             self.file.seek(size, os.SEEK_CUR)
@@ -246,10 +262,10 @@ class _CutShortError(Exception):
 def _header(block: bytes) -> tarfile.TarInfo | None:
     """What a header block says; None if its checksum or a number in it is wrong."""
     try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # checks the checksum, too
     except (tarfile.HeaderError, ValueError):
         return None
-    return header if header.size >= 0 else None
+    return header if header.size >= 0 else None  # base-256 numbers can be negative
 
 
 def _pax_fields(text: str) -> dict[str, str]:

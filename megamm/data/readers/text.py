@@ -20,6 +20,7 @@ def read_text(path: Path, root: Path, id: str) -> Iterator[Document | Skipped]:
     except RefusedError as error:
         yield Skipped(id=id, reason=str(error))
         return
+    # Not splitlines, which also cuts at form feeds and the like.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     text = "\n".join(line.rstrip(" \t") for line in lines)
     yield Document(id=id, spans=(Text(text=re.sub(r"\n{3,}", "\n\n", text).strip()),))

@@ -63,6 +63,7 @@ def document(kind: Kind, index: int, seed: int, image_size: int) -> Document:
 
 def draw(kind: Kind, index: int, seed: int) -> Sequence[str | Scene]:
     """Make a document's spans with its pictures as scenes, not yet drawn."""
+    # A generator for each document: any one can be made alone, in any process.
     digest = hashlib.blake2b(f"{kind} {seed} {index}".encode(), digest_size=8).digest()
     rng = random.Random(int.from_bytes(digest, "big"))
     return DRAW[kind](rng)

@@ -43,6 +43,7 @@ COUNTS = (2, 3, 4, 5)
 def draw_caption(rng: random.Random) -> list[str | Scene]:
     """Draw a scene and one of its captions."""
     scene = draw_scene(rng)
+    # The order of draws is part of the data: another one gives other documents of the same seed.
     swapped = scene.skill == "relation" and rng.random() < 0.5
     return [scene, caption_of(scene, frame=rng.randrange(len(FRAMES)), swapped=swapped)]
 
@@ -102,6 +103,7 @@ def _cell(rng: random.Random, background: str) -> list[Object]:
 
 
 def _relation(rng: random.Random, background: str) -> list[Object]:
+    # In reading order, first to second.
     line, (low, high) = rng.randrange(GRID), sorted(rng.sample(range(GRID), 2))
     cells = ((line, low), (line, high)) if rng.random() < 0.5 else ((low, line), (high, line))
     return _unlike(rng, background, cells)

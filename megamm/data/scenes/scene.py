@@ -127,7 +127,7 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
     """
     check_image_size(image_size)
     canvas = np.empty((image_size, image_size, 3), np.float32)
-    canvas[:] = COLOURS[scene.background]
+    canvas[:] = COLOURS[scene.background]  # float32: shares of pixels are mixed
     cell = image_size // GRID
     for item in scene.objects:
         y, x, side = item.row * cell, item.column * cell, item.cells * cell
@@ -135,6 +135,7 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
         mask = visible_share(item.shape, side, item.shift, item.scale)[..., None]
         place += mask * (np.array(COLOURS[item.colour], np.float32) - place)
     canvas *= scene.level
+    # Python's generator: numpy does not promise the same numbers in all of its versions.
     bytes_ = np.frombuffer(random.Random(scene.noise).randbytes(canvas.size), np.uint8)
     canvas += (bytes_ % np.uint8(2 * NOISE)).reshape(canvas.shape)
     canvas -= NOISE
@@ -143,13 +144,13 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
 
 def encode_png(image: np.ndarray) -> bytes:
     """Compress RGB uint8 [H, W, 3] to PNG."""
-    return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+    return cv2.imencode(".png", image[..., ::-1])[1].tobytes()  # OpenCV has blue first
 
 
 @lru_cache(maxsize=8192)
 def visible_share(shape: str, side: int, shift: tuple[int, int], scale: float) -> np.ndarray:
     """Share of each pixel that a shape covers: float32 [side, side], edges softened over one pixel."""
-    axis = (2 * np.arange(side, dtype=np.float32) + 1) / side - 1
+    axis = (2 * np.arange(side, dtype=np.float32) + 1) / side - 1  # middles of the pixels, from -1 to 1
     x = ((axis - shift[0] / 16) / scale)[None, :]
     y = ((axis - shift[1] / 16) / scale)[:, None]
     distance = _digit(shape, x, y) if shape in SEGMENTS else DISTANCES[shape](x, y)

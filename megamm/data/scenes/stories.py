@@ -65,9 +65,11 @@ def _tell_change(rng: random.Random) -> list[Step]:
     for _ in range(_draw_num_pictures(rng) - 1):
         scene = steps[-1][0]
         changes = [_move, _turn, _become, _change_background]
+        # Otherwise it would be true already, and say nothing.
         if _facts(scene) != _facts(first):
             changes.append(lambda rng, scene: (first, "all is again as in picture 1."))
         changed, told = rng.choice(changes)(rng, scene)
+        # Drawn anew for each picture, so that equal facts do not have equal pixels.
         item = replace(changed.objects[0], **jitter(rng))
         steps.append((replace(changed, objects=(item,), **look(rng)), told))
     return steps
@@ -128,7 +130,7 @@ def _tell_more(rng: random.Random) -> list[Step]:
 
 def _tell_add(rng: random.Random) -> list[Step]:
     total = rng.randint(0, 9)
-    part = rng.randint(0, total)
+    part = rng.randint(0, total)  # both digits and their sum have one digit
     steps = []
     for digit in (part, total - part, total):
         background = rng.choice(BACKGROUNDS)

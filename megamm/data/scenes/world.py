@@ -63,11 +63,13 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+# By hash: the well-known people must not all be called ana. sorted() and blake2b give the same on every machine.
 _NAMES = sorted((f"{a} {b}" for a in FIRST_NAMES for b in LAST_NAMES), key=_hash)
 
 
 def draw_person(rng: random.Random) -> int:
     """Draw the number of a person, the well-known ones more often."""
+    # hi: rounding must not lead beyond the last person.
     return bisect.bisect(_CUMULATIVE, rng.random() * _CUMULATIVE[-1], hi=NUM_PEOPLE - 1)
 
 
@@ -93,6 +95,7 @@ def fact(person: int, attribute: str) -> str:
     if attribute == "friend":
         return person_name(friend(person))
     values = CHOICES[attribute]
+    # No table and no seed: the world is the same for every series.
     return values[_hash(f"{attribute} {person}") % len(values)]
 
 
