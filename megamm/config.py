@@ -158,6 +158,10 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     norm_eps: float = setting(1e-6, min=1e-30, max=1)
     """Added to the mean square in every RMS norm."""
+    image_mask: Literal["bidirectional", "causal"] = "bidirectional"
+    """Whether the patches of an image see all of it, or only those before them, as in LLaVA."""
+    image_positions: Literal["sequence", "grid"] = "sequence"
+    """Rotary positions of patches: one after the other, or half of each head by row and half by column."""
     per_modality: Literal["none", "feed_forward", "block"] = "none"
     """What text and image positions have a copy of their own of: nothing; the decoder's feed-forward layers (the
     modality-aware baseline of the paper); every weight of its blocks (mixture of transformers)."""

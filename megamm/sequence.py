@@ -148,14 +148,39 @@ def keys_seen(lo: Any, hi: Any) -> Any:
     return (hi - lo + 1).clip(min=0)
 
 
-def pairs_of_documents(size: Any, images: Any, image_patches: int) -> Any:
+def causal_ends(lo: Any, hi: Any, positions: Any) -> Any:
+    """``hi`` of rows whose images see only what came before, like text; all arguments as in :class:`Batch`."""
+    # A document's start and the position in it give the position in the row; padding keeps its empty interval.
+    return hi.clip(max=lo + positions)
+
+
+def grid_positions(lo: Any, hi: Any, positions: Any, is_image: Any, side: int) -> Any:
+    """Rows and columns, two of the shape of ``positions``, for rotary positions on a grid.
+
+    A patch has its place in the image, counted from the position of the first patch; text has its own position as both.
+
+    Args:
+        lo, hi, positions: as in :class:`Batch`: images see all of themselves.
+        is_image: bool; whether a position is a patch.
+        side: patches along an image's edge.
+    """
+    # Distance to the image's end, so that it needs no neighbours: a rank may hold any positions of a row.
+    patch = is_image * (side * side - 1 - (hi - lo - positions))
+    first = positions - patch
+    return first + patch // side, first + patch % side
+
+
+def pairs_of_documents(size: Any, images: Any, image_patches: int, is_causal: bool = False) -> Any:
     """Sum of :func:`keys_seen` over documents: the causal triangle, and in each image the other half of the square.
 
     Args:
         size: positions of each document.
         images: images in each.
         image_patches: patches of an image.
+        is_causal: images see only what came before, so that the triangle is all.
     """
+    if is_causal:
+        return size * (size + 1) / 2
     return size * (size + 1) / 2 + images * image_patches * (image_patches - 1) / 2
 
 

@@ -21,6 +21,7 @@ from megamm.exchange.start import start_from
 from megamm.exchange.weights import model_shapes
 from megamm.extras import check_extras
 from megamm.files import write_json
+from megamm.model.context import ends_seen
 from megamm.model.counts import TokenStats, count_parameters, exact_flops_per_token, flops_weights, paper_flops
 from megamm.parallel.data import clip_gradients
 from megamm.parallel.engine import Engine
@@ -268,10 +269,9 @@ class Trainer:
 
     # ---- logging -------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _count(batch) -> tuple[int, int, int, int, int]:
+    def _count(self, batch) -> tuple[int, int, int, int, int]:
         """What ``totals`` counts, of one micro-batch on the CPU."""
-        width = keys_seen(batch.lo, batch.hi)
+        width = keys_seen(batch.lo, ends_seen(self.config.model, batch))
         return (
             int((width > 0).sum()),
             batch.patches.shape[0],

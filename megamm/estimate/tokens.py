@@ -46,23 +46,27 @@ def stats_of_sources(config: Config) -> TokenStats:
     patches = patches_per_image(config.model.image_size, config.model.patch_size)
     sources = config.data.sources.values()
     lengths = [ShardedDataset(source.path, "train").lengths for source in sources]
-    return stats_of_lengths(lengths, [source.weight for source in sources], patches)
+    is_causal = config.model.image_mask == "causal"
+    return stats_of_lengths(lengths, [source.weight for source in sources], patches, is_causal)
 
 
-def stats_of_lengths(lengths: Sequence[np.ndarray], weights: Sequence[float], image_patches: int) -> TokenStats:
+def stats_of_lengths(
+    lengths: Sequence[np.ndarray], weights: Sequence[float], image_patches: int, is_causal: bool = False
+) -> TokenStats:
     """Statistics of a mixture of prepared datasets, rows taken as full (packing leaves 1 to 3% of padding).
 
     Args:
         lengths: of each dataset int [num_documents, 2], text tokens and image patches of its documents.
         weights: shares of the mixture's tokens, relative.
         image_patches: patches of an image.
+        is_causal: whether a patch sees only earlier ones.
     """
     total = np.zeros(3)
     for pair, weight in zip(lengths, weights, strict=True):
         text, patches = np.asarray(pair, float).T
         size, images = text + patches, patches / image_patches
         labels = labels_of_documents(text, images)
-        sums = np.array([patches.sum(), labels.sum(), pairs_of_documents(size, images, image_patches).sum()])
+        sums = np.array([patches.sum(), labels.sum(), pairs_of_documents(size, images, image_patches, is_causal).sum()])
         total += weight / sum(weights) * sums / size.sum()
     return TokenStats(patches=total[0], labels=total[1], pairs=total[2])
 
@@ -90,5 +94,5 @@ def stated_stats(
     patches = patches_per_image(model.image_size, model.patch_size)
     images = image_share * length / patches
     labels = max((1 - image_share) * length - images - 1, 0.0)
-    pairs = pairs_of_documents(np.array(float(length)), np.array(images), patches)
+    pairs = pairs_of_documents(np.array(float(length)), np.array(images), patches, model.image_mask == "causal")
     return TokenStats(patches=image_share, labels=labels / length, pairs=float(pairs) / length)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megamm.config import ModelConfig
-from megamm.errors import InputError
+from megamm.errors import InputError, warn
 from megamm.exchange.families import read_decoder, refuse_others, whole_of, write_decoder
 from megamm.exchange.names import DECODER, Row, names_of, rows_of
 from megamm.model.pretrained_vision import PIXELS, PretrainedTower
@@ -180,7 +180,7 @@ def read_llava(hf: dict, where: str, names: dict) -> tuple[ModelConfig, list[Row
     given = {key: value for key, value in hf["text_config"].items() if value is not None}
     given.setdefault("tie_word_embeddings", hf.get("tie_word_embeddings", False))
     decoder = read_decoder((LLAMA_SIZES if given.get("model_type", "llama") == "llama" else {}) | given, where)
-    shape = decoder | {"architecture": "late", "vision": vision} | _image_sizes(sizes)
+    shape = decoder | {"architecture": "late", "image_mask": "causal", "vision": vision} | _image_sizes(sizes)
     config = build(ModelConfig, shape, where)
     is_older = any("vision_tower.vision_model." in name for name in names)
     tower = "vision_tower.vision_model." if is_older else "vision_tower."
@@ -216,6 +216,14 @@ def write_llava(model: ModelConfig, length: int, image_token: int) -> tuple[dict
                 f"model.vision.{setting}: {str(value).lower()} has no place in LLaVA's layout (want "
                 f"{' or '.join(str(w).lower() for w in wanted)}); write the model with --to megamm"
             )
+    if model.image_positions != "sequence":
+        raise InputError(
+            f"model.image_positions: {model.image_positions} has no place in LLaVA's layout (want sequence)"
+        )
+    if model.image_mask != "causal":
+        warn(
+            "model.image_mask: bidirectional; transformers lets a patch see only earlier ones, and answers will differ"
+        )
     text = write_decoder(model, length)
     names = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
     vision = {

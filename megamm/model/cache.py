@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from megamm_kernels import interval_attention
 
-from megamm.model.context import BlockContext, position_kinds
+from megamm.model.context import BlockContext, ends_seen, position_kinds, rotary_positions
 from megamm.model.multimodal import MultimodalModel
 from megamm.model.rotary import rotary_table
 from megamm.sequence import Batch
@@ -96,7 +96,9 @@ class KeyValueCache:
     def _context(self, batch: Batch, dtype: torch.dtype) -> BlockContext:
         """As MultimodalModel.context; the mask is over the cache."""
         config = self.model.config
-        cos, sin = rotary_table(batch.positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        cos, sin = rotary_table(
+            rotary_positions(config, batch), config.head_dim, config.rope_theta, config.rope_scaling
+        )
         padding = batch.lo > batch.hi
         # Waits for the device, once for all blocks: attention then reads the filled part of the cache alone.
         num_keys = int(batch.hi.max()) + 1
@@ -104,7 +106,7 @@ class KeyValueCache:
         slots = batch.positions.long().masked_fill(padding, self.capacity)
         # [B, T, K], dense: new positions are few once a document has begun.
         key = torch.arange(num_keys, device=batch.lo.device)
-        visible = (batch.lo[..., None] <= key) & (key <= batch.hi[..., None])
+        visible = (batch.lo[..., None] <= key) & (key <= ends_seen(config, batch)[..., None])
         visible[..., 0] |= padding  # softmax over nothing would be NaN
         # Without a mask torch may take a faster kernel: the case of one new position in each of equally long rows.
         mask: Any = CacheMask(slots=slots, num_keys=num_keys, visible=None if visible.all() else visible[:, None])

@@ -15,7 +15,10 @@ from megamm_kernels import (
 from megamm.config import ModelConfig
 from megamm.errors import InputError
 from megamm.model.rotary import rotary_table
-from megamm.sequence import IMAGE, Batch
+from megamm.sequence import IMAGE, Batch, causal_ends, grid_positions
+
+Positions = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""Integers [B, S], or rows and columns of a grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ class BlockContext:
 
 def make_context(
     config: ModelConfig,
-    positions: torch.Tensor,
+    positions: Positions,
     lo: torch.Tensor,
     hi: torch.Tensor,
     head_dim: int,
@@ -109,7 +112,7 @@ def make_context(
 
     Args:
         config: names the attention backend and the rotary embedding's base and scaling.
-        positions: integers [B or 1, S].
+        positions: integers [B or 1, S]; or rows and columns, from :func:`rotary_positions`.
         lo, hi: int32 [B, S], the interval of keys of each query.
         head_dim: width of a head.
         dtype: of queries and keys.
@@ -121,6 +124,19 @@ def make_context(
     """
     cos, sin = rotary_table(positions, head_dim, config.rope_theta, config.rope_scaling)
     return BlockContext(cos=cos, sin=sin, mask=build_mask(config, lo, hi, dtype, num_keys), **kinds)
+
+
+def rotary_positions(config: ModelConfig, batch: Batch) -> Positions:
+    """A batch's positions, as ``model.image_positions`` has them."""
+    if config.image_positions == "sequence":
+        return batch.positions
+    side = config.image_size // config.patch_size
+    return grid_positions(batch.lo, batch.hi, batch.positions, batch.tokens == IMAGE, side)
+
+
+def ends_seen(config: ModelConfig, batch: Batch) -> torch.Tensor:
+    """``hi`` of a batch, as ``model.image_mask`` has it."""
+    return batch.hi if config.image_mask == "bidirectional" else causal_ends(batch.lo, batch.hi, batch.positions)
 
 
 def position_kinds(config: ModelConfig, batch: Batch) -> dict:

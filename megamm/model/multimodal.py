@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from megamm.config import ModelConfig
-from megamm.model.context import BlockContext, make_context, position_kinds
+from megamm.model.context import BlockContext, ends_seen, make_context, position_kinds, rotary_positions
 from megamm.model.experts import attach_loss, make_block
 from megamm.model.head import Head, LossOutput
 from megamm.model.initial import initialise
@@ -146,8 +146,9 @@ class MultimodalModel(nn.Module):
 
     def context(self, batch: Batch, dtype: torch.dtype) -> BlockContext:
         """What all blocks share of a batch."""
-        kinds = position_kinds(self.config, batch)
-        return make_context(self.config, batch.positions, batch.lo, batch.hi, self.config.head_dim, dtype, **kinds)
+        kinds, config = position_kinds(self.config, batch), self.config
+        positions, hi = rotary_positions(config, batch), ends_seen(config, batch)
+        return make_context(config, positions, batch.lo, hi, config.head_dim, dtype, **kinds)
 
     def logits(self, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Logits [B, S, V] of every position."""

@@ -9,16 +9,23 @@ from megamm.config import RopeScalingConfig
 
 
 def rotary_table(
-    positions: torch.Tensor, head_dim: int, theta: float, scaling: RopeScalingConfig
+    positions: torch.Tensor | tuple[torch.Tensor, torch.Tensor], head_dim: int, theta: float, scaling: RopeScalingConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of the rotation angles, float32 [B, L, 1, D / 2]; as ``rope_table`` where nothing is stretched.
 
     Args:
-        positions: integers [B, L].
+        positions: integers [B, L]; or two of them, rows and columns, which turn every other pair of entries (rotary
+            positions of images as in Qwen2-VL, arXiv 2409.12191, section 2.1, with the wavelengths dealt in turn).
         head_dim: width D of a head.
         theta: base of the geometric series of wavelengths.
         scaling: how they are stretched.
     """
+    if isinstance(positions, tuple):
+        # In turn, not in halves: rows and columns both get long and short wavelengths.
+        by_row, by_column = (rotary_table(one, head_dim, theta, scaling) for one in positions)
+        takes_row = torch.arange(head_dim // 2, device=by_row[0].device) % 2 == 0
+        cos, sin = (torch.where(takes_row, row, column) for row, column in zip(by_row, by_column, strict=True))
+        return cos, sin
     if scaling.kind == "none":
         return rope_table(positions, head_dim, theta)
     angles = positions[..., None, None].float() * frequencies(head_dim, theta, scaling).to(positions.device)

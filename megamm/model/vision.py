@@ -1,5 +1,6 @@
 """What turns image patches into decoder features in late fusion: a ViT."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -57,7 +58,9 @@ class VisionTower(nn.Module):
         # CUDA.
         lo, hi = image_intervals(patches.shape[0] // length, length, patches.device)
         # [1, L], in raster order: all images have the same ones.
-        positions = torch.arange(length, device=patches.device)[None]
+        order = torch.arange(length, device=patches.device)[None]
+        side = math.isqrt(length)
+        positions = (order // side, order % side) if self.config.image_positions == "grid" else order
         context = make_context(self.config, positions, lo, hi, self.config.vision.head_dim, dtype)
         x_blw = self.embed(patches, dtype).unflatten(0, (-1, length))
         for block in self.blocks.values():

@@ -17,7 +17,7 @@ import torch
 from megamm_kernels import AttentionMask, interval_attention
 
 from megamm.config import ModelConfig
-from megamm.model.context import make_context, position_kinds
+from megamm.model.context import ends_seen, make_context, position_kinds, rotary_positions
 from megamm.model.multimodal import MultimodalModel
 from megamm.parallel.collectives import gather, shift
 from megamm.parallel.mesh import Axis, World
@@ -170,10 +170,11 @@ def _cut_context(model: MultimodalModel, batch: CutBatch, dtype: torch.dtype, *,
     """The context of a rank's positions; see model.context.make_context."""
     config = model.config
     kinds = position_kinds(config, batch)
-    make = partial(make_context, config, batch.positions, head_dim=config.head_dim, dtype=dtype, **kinds)
+    positions, ends = rotary_positions(config, batch), ends_seen(config, batch)
+    make = partial(make_context, config, positions, head_dim=config.head_dim, dtype=dtype, **kinds)
     if method == "gather":
         # lo and hi still name positions of the whole row, which are the gathered keys once these are in its order.
-        context = make(lo=batch.lo, hi=batch.hi, num_keys=batch.key_index.shape[1])
+        context = make(lo=batch.lo, hi=ends, num_keys=batch.key_index.shape[1])
         return context.with_mask(_Gathered(context.mask, batch.key_index))
     contexts = []
     for step in range(axis.size):
@@ -182,7 +183,7 @@ def _cut_context(model: MultimodalModel, batch: CutBatch, dtype: torch.dtype, *,
         # That rank's positions increase, so an interval of the row is an interval of them, which may be empty.
         # searchsorted wants both sides of one dtype.
         lo = torch.searchsorted(keys, batch.lo.long(), out_int32=True)
-        hi = torch.searchsorted(keys, batch.hi.long(), right=True, out_int32=True) - 1
+        hi = torch.searchsorted(keys, ends.long(), right=True, out_int32=True) - 1
         # The rotary table, which is for the queries, is the same in all of them: the first one's is used.
         contexts.append(make(lo=lo, hi=hi, num_keys=keys.shape[1]))
     return contexts[0].with_mask(_Ring([context.mask for context in contexts]))

@@ -51,6 +51,8 @@ def train(data: Path, architecture: str, layout: dict, rank: int = 0, size: int 
         "train.batch_rows": 16,
         "train.device": "cpu",
     }
+    if architecture == "grid":
+        settings |= {"model.architecture": "early", "model.image_mask": "causal", "model.image_positions": "grid"}
     if architecture == "muon":
         settings |= {"model.architecture": "early", "optimizer.name": "muon"}
     if architecture in ("moe", "muon"):
@@ -93,7 +95,9 @@ def alone(data) -> dict[str, list]:
     """What one process gives, by architecture."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = {architecture: train(data, architecture, {}) for architecture in ("early", "late", "text", "moe", "muon")}
+    found = {
+        architecture: train(data, architecture, {}) for architecture in ("early", "late", "text", "moe", "muon", "grid")
+    }
     torch.set_num_threads(threads)
     return found
 
@@ -139,6 +143,8 @@ PRODUCTS_OF_FOUR = [
     ("muon", {"expert": 2, "dp_shard": 2, "tensor": 2}),
     ("early", {"context": 4, "train.recompute": "full"}),
     ("late", {"pipeline": 4, "model.depth": 4}),
+    ("grid", {"context": 2, "tensor": 2}),
+    ("grid", {"context": 2, "pipeline": 2, "context_method": "ring"}),
     ("late", {"tensor": 2, "dp_shard": 2, "optimizer.offload": "true"}),
     ("early", {"pipeline": 2, "dp_shard": 2, "pipeline_schedule": "interleaved", "micro_batches": 8}),
     ("late", {"context": 2, "dp_shard": 2, "context_method": "ring", "train.recompute": "per_op"}),

@@ -11,9 +11,11 @@ def rms(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     return x / torch.sqrt((x * x).mean() + eps) * scale
 
 
-def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
+def rotate(x: torch.Tensor, position: tuple[int, int], theta: float) -> torch.Tensor:
+    """``position``: row and column, which turn the pairs of entries in turn; for text both are the same."""
     half = x.shape[0] // 2
-    angles = position * theta ** (-torch.arange(half, dtype=x.dtype) / half)
+    places = torch.tensor([position[i % 2] for i in range(half)], dtype=x.dtype)
+    angles = places * theta ** (-torch.arange(half, dtype=x.dtype) / half)
     a, b = x[:half], x[half:]
     return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()))
 
@@ -62,7 +64,7 @@ class Naive:
             group = self.p[names[s] + "attention.qkv.weight"] @ normed
             group = group.view(self.config.key_heads, -1, dim)
             scale = self.p[names[s] + "attention.qk_norm"]
-            position = int(batch.positions[r, s])
+            position = self.position(batch, r, s)
             queries = [rotate(rms(q, scale[0], eps), position, self.config.rope_theta) for g in group for q in g[:-2]]
             keys = [rotate(rms(g[-2], scale[1], eps), position, self.config.rope_theta) for g in group]
             heads[s] = queries, keys, [g[-1] for g in group]
@@ -70,7 +72,8 @@ class Naive:
         for s in valid:
             attended = []
             for h, q in enumerate(heads[s][0]):
-                seen = range(int(batch.lo[r, s]), int(batch.hi[r, s]) + 1)
+                end = s if self.config.image_mask == "causal" else int(batch.hi[r, s])
+                seen = range(int(batch.lo[r, s]), end + 1)
                 weights = torch.exp(torch.stack([q @ heads[t][1][h // shared] for t in seen]) / dim**0.5)
                 weights = weights / weights.sum()
                 attended.append(sum(w * heads[t][2][h // shared] for w, t in zip(weights, seen, strict=True)))
@@ -82,6 +85,15 @@ class Naive:
         else:
             added = {s: self.dense(names[s], int(batch.tokens[r, s]), x) for s, x in normed.items()}
         return [out[s] + added[s] if s in added else out[s] for s in range(len(out))], extra
+
+    def position(self, batch: Batch, r: int, s: int) -> tuple[int, int]:
+        """Row and column of a position, found by walking back to the image's first patch."""
+        place, patch = int(batch.positions[r, s]), 0
+        if self.config.image_positions == "grid" and batch.tokens[r, s] == IMAGE:
+            while s - patch > 0 and batch.tokens[r, s - patch - 1] == IMAGE:
+                patch += 1
+        side = self.config.image_size // self.config.patch_size
+        return place - patch + patch // side, place - patch + patch % side
 
     def part(self, token: int) -> str:
         if self.config.per_modality != "block":

@@ -31,6 +31,7 @@ VARIANTS = {
     "biased": {"experts": ExpertsConfig(num=3, top_k=2, bias_rate=0.01, balance_weight=0.5)},
     "feed-forward per modality": {"per_modality": "feed_forward"},
     "mixture of transformers": {"per_modality": "block"},
+    "causal images on a grid": {"image_mask": "causal", "image_positions": "grid"},
 }
 LEARNED = [name for name in VARIANTS if "experts" in VARIANTS[name]]
 

@@ -40,6 +40,8 @@ VARIANTS = {
     "experts": ("early", {"experts": ExpertsConfig(num=4, top_k=2, shared_hidden=8)}),
     "feed-forward per modality": ("early", {"per_modality": "feed_forward"}),
     "mixture of transformers": ("late", {"per_modality": "block"}),
+    "images on a grid": ("late", {"image_positions": "grid"}),
+    "causal images": ("early", {"image_mask": "causal", "image_positions": "grid"}),
 }
 
 
@@ -95,7 +97,7 @@ def test_cached_logits_are_those_of_the_whole_row(variant):
     assert model.logits(prompt_batch(rows), torch.float64).isfinite().all()  # the model is as it was
 
 
-@pytest.mark.parametrize("variant", ["early", "late", "mixture of transformers"])
+@pytest.mark.parametrize("variant", ["early", "late", "mixture of transformers", "images on a grid", "causal images"])
 def test_an_image_may_enter_after_text(variant):
     """In pieces at other places than the whole: text, an image, text; positions of the image see each other."""
     model = make_model(variant)
