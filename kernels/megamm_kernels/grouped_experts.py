@@ -85,6 +85,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor)
     if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2] or offsets.shape != weight.shape[:1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, offsets))
         raise ValueError(f"x [m, K], weight [E, N, K] and offsets [E] do not fit: {shapes}")
+    # Cast outside of the op: autograd then casts the gradient back to the weight's own dtype.
     return _grouped_linear(x, weight.to(x.dtype), offsets)
 
 
@@ -104,6 +105,8 @@ def grouped_linear_swiglu(x: torch.Tensor, weight: torch.Tensor, offsets: torch.
     """
     if weight.dim() == 3 and weight.shape[1] % 2:
         raise ValueError(f"weight is {list(weight.shape)}: want [E, 2 * hidden, W]")
+    # A weight that is no stack of matrices goes on to grouped_linear, which refuses it. In 16 bits two products would
+    # give a gradient of x that is the sum of two rounded ones.
     if weight.dim() != 3 or dispatch.use_triton(x) or x.dtype.itemsize < 4:
         return swiglu(grouped_linear(x, weight, offsets))
     gate, up = weight.unflatten(1, (-1, 2)).unbind(2)
@@ -155,9 +158,12 @@ def _wide(dtype):
 
 @torch.library.custom_op("megamm::sort_by_expert", mutates_args=())
 def _sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Stable, so that two runs put equal experts in the same order. int32, as the ids below: searchsorted takes one
+    # dtype.
     sorted_experts, order = experts.flatten().int().sort(stable=True)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     ids = torch.arange(num_experts, dtype=torch.int32, device=order.device)
+    # Not bincount, which on a GPU reads the largest value back and so waits for the device.
     offsets = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)
     return order, places.view(experts.shape), offsets
 
@@ -184,12 +190,14 @@ def _(x, order, places):
 def _sum_copies(
     y: torch.Tensor, places: torch.Tensor, order: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
+    # ``order`` is not read here: the backward needs it, and an op saves what it was given.
     if dispatch.use_triton(y):
         return gpu.sum_copies(y, places, weights)
     wide = _wide(y.dtype)
     copies = y.index_select(0, places.flatten()).view(*places.shape, y.shape[1])
     if weights is None:
         return copies.sum(1, dtype=wide).to(y.dtype)
+    # [n, 1, k] @ [n, k, W]
     return (weights.to(wide)[:, None] @ copies.to(wide)).squeeze(1).to(y.dtype)
 
 
@@ -205,6 +213,7 @@ def _sum_copies_backward(
     if dispatch.use_triton(y):
         return gpu.sum_copies_backward(grad, y, weights, order)
     wide, k = _wide(y.dtype), weights.shape[1]
+    # A tensor of its own, so that it can be scaled in place, after the dot products have read it.
     rows = grad.index_select(0, order // k).to(wide)
     dots = torch.linalg.vecdot(rows, y.to(wide)).to(weights.dtype)
     grad_y = rows.mul_(weights.flatten()[order, None]).to(y.dtype)
@@ -222,11 +231,13 @@ def _gather_copies_context(ctx, inputs, output):
 
 def _gather_copies_backward(ctx, grad):
     order, places = ctx.saved_tensors
+    # A copy's gradient goes back to its token: the other op, without weights.
     return _sum_copies(grad, places, order, None), None, None
 
 
 def _sum_copies_context(ctx, inputs, output):
     y, places, order, weights = inputs
+    # Only the gradient of the weights reads y.
     ctx.save_for_backward(y if weights is not None else None, places, order, weights)
 
 
@@ -286,6 +297,7 @@ def _flops(x_shape, weight_shape, offsets_shape, *_, out_shape=None, **__):
 
 @register_flop_formula(torch.ops.megamm.grouped_linear_backward)
 def _backward_flops(grad_shape, x_shape, weight_shape, offsets_shape, *_, out_shape=None, **__):
+    # Two products, for x and for the weight, each of the forward's size.
     return 4 * x_shape[0] * weight_shape[1] * weight_shape[2]
 
 
@@ -300,6 +312,7 @@ def _rows_product(a, b, offsets):
         return gpu.rows_product(a, b, offsets)
     out = a.new_empty(a.shape[0], b.shape[2])
     for rows, matrix in zip(_groups(offsets), b, strict=True):
+        # Into its place: a list of parts would have to be copied together afterwards.
         torch.mm(a[rows], matrix, out=out[rows])
     return out
 

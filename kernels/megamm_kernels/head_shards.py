@@ -23,13 +23,16 @@ def local_arguments(
 
     arguments = (
         local(x, rows, rows),
+        # Where rows are sharded, a rank's gradient of the head is its own rows' part of the sum.
         local(weight, head, [Partial() if p.is_shard() else q for p, q in zip(rows, head, strict=True)]),
         local(targets, rows),
+        # Without it, the rows with a label are searched for among those that lie here.
         None if Shard(0) in rows else local(label_index, [Replicate()] * mesh.ndim),
         local(group, rows),
     )
     if vocab_axis is None:
         return arguments, {}
+    # As DTensor shards: every rank but the last has the number of rows, divided by the ranks and rounded up.
     start = mesh.get_local_rank(vocab_axis) * -(-weight.shape[0] // mesh.size(vocab_axis))
     process_group = mesh.get_group(vocab_axis)
     return arguments, {"process_group": process_group, "vocab_start": start, "vocab_size": weight.shape[0]}
@@ -50,6 +53,7 @@ def _row_placements(x: DTensor, vocab_axis: int | None) -> list:
 def _vocabulary_axis(weight: DTensor) -> int | None:
     """The innermost mesh axis that shards the rows of a head, unless it leaves a rank without any."""
     for axis in reversed(range(weight.device_mesh.ndim)):
+        # Parts are rounded up, so the ranks before the last may already take all the rows.
         ranks = weight.device_mesh.size(axis)
         if weight.placements[axis] == Shard(0) and -(-weight.shape[0] // ranks) * (ranks - 1) < weight.shape[0]:
             return axis

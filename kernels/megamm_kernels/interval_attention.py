@@ -143,6 +143,7 @@ def interval_attention_reference(
     seen = (keys >= lo[..., None]) & (keys <= hi[..., None])
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    # The softmax of an empty interval is 0 / 0.
     weights = scores.softmax(-1).nan_to_num(0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
     return (out, scores.logsumexp(-1).transpose(1, 2)) if return_lse else out
@@ -162,8 +163,11 @@ def _interval_mask(lo: torch.Tensor, hi: torch.Tensor, num_keys: int) -> Interva
     """Turn the intervals around: key n is seen by the queries from the first with hi >= n to the last with lo <= n."""
     if not dispatch.use_triton(lo):
         raise ValueError(f"attention backend 'interval' runs on CUDA, not on {lo.device}: use backend 'sdpa' there")
+    # The kernels take the intervals as packed rows of int32.
     lo, hi = (x.to(torch.int32).contiguous() for x in (lo, hi))
+    # Not only expanded: searchsorted warns of values that do not lie together.
     keys = torch.arange(num_keys, device=lo.device, dtype=torch.int32).expand(lo.shape[0], -1).contiguous()
+    # No query with an empty interval lies between the two: hi >= n and lo <= n make it one that sees n.
     query_lo = torch.searchsorted(hi, keys, out_int32=True)
     query_hi = torch.searchsorted(lo, keys, out_int32=True, right=True) - 1
     return IntervalMask(lo, hi, query_lo, query_hi)
@@ -180,4 +184,5 @@ def _interval_attend(q, k, v, mask):
     if q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(f"attention backend 'interval' takes heads up to {MAX_HEAD_DIM} wide, not {q.shape[3]}")
     out, lse = interval_attention_gpu(q, k, v, *mask)
+    # The kernels write [B, H, S], where the numbers of a tile of queries lie side by side.
     return out, lse.transpose(1, 2)

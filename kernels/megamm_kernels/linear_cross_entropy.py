@@ -98,9 +98,11 @@ def linear_cross_entropy(
         raise ValueError("a head spread over process_group needs vocab_size, the rows of the whole head")
     if label_index is None:
         label_index = (targets >= 0).nonzero().squeeze(1)
+    # Gradients are computed in the forward, so an evaluation must say that it wants none.
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if chunk_bytes is None:
         chunk_bytes = GPU_CHUNK_BYTES if x.is_cuda else CPU_CHUNK_BYTES
+    # An op cannot be given a process group, only the name that it is registered under.
     name = "" if process_group is None else process_group.group_name
     loss, nll, z, *_ = _linear_cross_entropy(
         x, weight, targets, label_index, z_loss, needs_grad, chunk_bytes, name, vocab_start, vocab_size or 0
@@ -169,6 +171,7 @@ def _linear_cross_entropy(
     vocab_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the loss, each label's own loss, the z-loss, and the gradients of the loss to x and weight."""
+    # Once for all chunks.
     head = weight.to(x.dtype)
     labels = targets.index_select(0, label_index).long() - vocab_start
     num_labels = labels.shape[0]
@@ -176,6 +179,7 @@ def _linear_cross_entropy(
     grad_x = grad_weight = None
     if needs_grad:
         grad_x = torch.empty(num_labels, x.shape[1], dtype=x.dtype, device=x.device)
+        # The first chunk writes over whatever is there (beta 0); without labels there is no chunk.
         make = torch.empty if num_labels else torch.zeros
         grad_weight = make(weight.shape, dtype=_wide(weight.dtype), device=x.device)
     combine, columns, ranks = None, weight.shape[0], None
@@ -186,19 +190,24 @@ def _linear_cross_entropy(
     for start in range(0, num_labels, rows):
         part = slice(start, start + rows)
         if process_group:
+            # Labels count from vocab_start here, so the end of the whole vocabulary does, too.
             combine = partial(_combine, labels[part] < vocab_size - vocab_start, ranks)
         x_part = x.index_select(0, label_index[part])
         logits = x_part @ head.T
         nll[part], lse[part], grad_logits = _chunk_losses(logits, labels[part], z_loss, needs_grad, combine)
+        # The CPU path returns the gradient in a tensor of its own: its logits are not needed for the products.
         del logits
         if needs_grad:
             torch.mm(grad_logits, head, out=grad_x[part])
             _add_product(grad_weight, grad_logits.T, x_part, beta=0 if start == 0 else 1)
         del grad_logits  # or two chunks' logits would be alive
     z = z_loss * lse.square().sum()
+    # An op returns tensors only, never None: empty ones stand for gradients that nobody wants.
     if not needs_grad:
         return nll.sum() + z, nll, z, x.new_empty(0), weight.new_empty(0)
     if process_group:
+        # Each rank has the part that came through its rows of the head. Before rows without a label join: fewer to
+        # send.
         dist.all_reduce(grad_x, group=ranks)
     grad_x = torch.zeros_like(x).index_copy_(0, label_index, grad_x)
     return nll.sum() + z, nll, z, grad_x, grad_weight
@@ -215,11 +224,13 @@ def _(x, weight, targets, label_index, z_loss, needs_grad, chunk_bytes, process_
 
 @register_flop_formula(torch.ops.megamm.linear_cross_entropy)
 def _flops(x_shape, weight_shape, targets_shape, index_shape, z_loss, needs_grad, *_, out_shape=None, **__):
+    # One product for the logits; with a gradient, one more for x and one for the head.
     return 2 * index_shape[0] * weight_shape[0] * weight_shape[1] * (3 if needs_grad else 1)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
+    # The head's stored gradient may be wider than the head.
     ctx.dtypes = [t.dtype for t in inputs[:2]]
     ctx.save_for_backward(*output[3:])
 
@@ -244,11 +255,13 @@ def _scaled(grad, factor, dtype):
     traced = torch._C._len_torch_dispatch_stack() > 0  # by torch.compile, make_fx, fake tensors
     kept = traced or torch._C._autograd._get_current_graph_task_keep_graph()
     out = torch.empty_like(grad, dtype=dtype) if kept or grad.dtype != dtype else grad
+    # A factor of no dimension would have no say in the dtype of the product; one of shape [1] has.
     return torch.mul(grad, factor.view(1), out=out)
 
 
 def _chunk_rows(num_labels, vocab_size, x, chunk_bytes):
     """Rows per chunk: chunks of equal size, so that the last product is not a sliver."""
+    # Plain torch widens the logits to float32, the kernel works on them as they are.
     itemsize = x.dtype.itemsize if dispatch.use_triton(x) else 4
     most = max(16, chunk_bytes // (itemsize * vocab_size))
     num_chunks = max(1, -(-num_labels // most))
@@ -269,21 +282,25 @@ def _chunk_losses(logits, labels, z_loss, needs_grad, combine):
     dtype, label = logits.dtype, labels[:, None]
     if combine:
         inside = (label >= 0) & (label < logits.shape[1])
+        # gather needs an index that exists; what it finds for a label of another rank is not used.
         label = label.clamp(0, logits.shape[1] - 1)
     logits = logits.to(_wide(dtype))
     log_p = F.log_softmax(logits, dim=-1)
     picked = logits.gather(1, label)
     nll = -log_p.gather(1, label)
+    # log_softmax has found it already: no pass of its own over the vocabulary.
     lse = picked + nll
     if combine:
         part_lse, picked = lse, torch.where(inside, picked, 0.0)
         lse, picked = combine(part_lse, picked)
         nll = lse - picked
+        # It was normalised over this rank's part only.
         log_p += part_lse - lse
     if not needs_grad:
         return nll[:, 0], lse[:, 0], None
     grad = log_p.exp_()
     if z_loss:
+        # The derivative of lse + z_loss * lse^2 is the softmax times this.
         grad *= 1 + 2 * z_loss * lse
     grad.scatter_add_(1, label, -inside.to(grad.dtype) if combine else torch.full_like(lse, -1.0))
     return nll[:, 0], lse[:, 0], grad.to(dtype)
@@ -291,6 +308,8 @@ def _chunk_losses(logits, labels, z_loss, needs_grad, combine):
 
 def _combine(exists, group, lse, picked):
     """Log-sum-exp over all parts of the vocabulary, and the label's logit (NaN unless the label exists)."""
+    # A sum that gathers: of each number one rank has it, and all others have zero. Added up in the order of ranks, so
+    # that all of them get the same bits.
     parts = torch.zeros(group.size(), 2, *lse.shape, dtype=lse.dtype, device=lse.device)
     parts[group.rank()] = torch.stack((lse, picked))
     dist.all_reduce(parts, group=group)

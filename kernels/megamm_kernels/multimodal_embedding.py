@@ -42,6 +42,7 @@ def multimodal_embedding(
         raise ValueError(f"features are {list(features.shape)}: want [{len(feature_index)}, {table.shape[1]}]")
     if dispatch.use_triton(table):
         return multimodal_embedding_gpu(tokens, table, features, feature_index, dtype)[0]
+    # Looked up first, then cast: the rows of a batch are fewer than those of the table.
     x_bsw = F.embedding(tokens, table).to(dtype)
     return x_bsw if features is None else _place_features(x_bsw, features.to(dtype), feature_index)
 
@@ -117,6 +118,7 @@ def project_patches(patches: torch.Tensor, projection: torch.Tensor, dtype: torc
 @torch.library.custom_op("megamm::place_features", mutates_args=())
 def _place_features(x: torch.Tensor, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The CPU path: ``x`` [B, S, W] with ``features`` [P, W] over the positions ``index``."""
+    # A copy, since an op that mutates nothing must not return its input either.
     out = x.clone(memory_format=torch.contiguous_format)
     out.flatten(0, 1).index_copy_(0, index, features)
     return out
@@ -133,7 +135,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     (index,) = ctx.saved_tensors
+    # By row and position: a DTensor that is sharded unevenly cannot be flattened.
     grad_features = grad[index // grad.shape[1], index % grad.shape[1]]
+    # What lay under a feature reached no output, so its gradient is zero.
     return _place_features(grad, torch.zeros_like(grad_features), index), grad_features, None
 
 

@@ -33,8 +33,10 @@ def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[to
     axes = 1 if positions.ndim == 2 else positions.shape[2]
     if head_dim % (2 * axes):
         raise ValueError(f"head_dim is {head_dim}: {axes}-dimensional positions need a multiple of {2 * axes}")
+    # Each axis has the whole series of wavelengths on its share of the pairs.
     dim = head_dim // axes
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    # [B, L, 1, 1], or [B, L, 1, 2, 1] for rows and columns; the last dimension becomes the pairs of an axis.
     angles = positions.unflatten(-1, (-1, 1, 1)) if axes == 1 else positions[:, :, None, :, None]
     angles = angles.float() * theta**-exponent
     if axes > 1:

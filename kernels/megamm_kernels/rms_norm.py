@@ -91,7 +91,10 @@ def normalise_backward(
     """Gradients of :func:`normalise` with respect to ``x`` and (not yet summed over rows) ``weight``."""
     unit = x * scale
     grad_unit = grad * weight.to(x.dtype)
+    # The derivative of x * scale is (1 - unit unit^T / W) * scale, with eps as without it, since eps does not depend on
+    # x.
     dot = (grad_unit * unit).mean(-1, keepdim=True)
+    # In this order: the first of the two reads ``unit``, the second writes over it.
     return grad_unit.addcmul_(unit, dot, value=-1).mul_(scale), unit.mul_(grad)
 
 

@@ -61,6 +61,7 @@ def rms_norm_backward_rule(grad, grad_total, x, weight, scale):
 
 def _pair_placements(gate_up) -> list:
     """Placements of [..., 2 * hidden] that keep gate and up of an entry together."""
+    # DTensor cuts 2 * hidden inputs and hidden outputs each for itself: both cuts match only where parts are equal.
     hidden = gate_up.shape[-1] // 2
     return _row_placements(gate_up.ndim) + [Shard(gate_up.ndim - 1)] * (hidden % gate_up.mesh.size() == 0)
 
@@ -158,6 +159,7 @@ def sort_by_expert_rule(experts, num_experts):
 
 def gather_copies_rule(x, order, places):
     """out <- (x, order, places)."""
+    # Copying is linear, so copies of partial sums are partial sums of the copies; so with sums of copies, below.
     return [([p], [p, Replicate(), Replicate()]) for p in (Replicate(), Shard(1), Partial())]
 
 
@@ -207,6 +209,7 @@ _RULES = {
     "grouped_linear": grouped_linear_rule,
     "grouped_linear_backward": grouped_linear_backward_rule,
 }
+# These are defined by modules that import triton, so without it there is nothing to register.
 if dispatch.HAS_TRITON:
     _RULES |= {
         "rms_norm_gpu": rms_norm_rule,

@@ -103,6 +103,7 @@ class Answerer:
             ids.append(token)
             text, ended = self._cut(self.loaded.tokenizer.decode(ids))
             whole = text if ended else self._whole(text)
+            # What is printed cannot be taken back: where a further token changes it, the rest waits for the end.
             if whole.startswith(said):
                 yield whole[len(said) :]
                 said = whole
@@ -174,6 +175,7 @@ def answer_file(answerer: Answerer, arguments: argparse.Namespace) -> None:
     """Answer the prompts of a JSONL, and score the answers."""
     records = read_records(Path(arguments.jsonl))
     check = {"choice": _check_choices, "vqa": _check_references, "caption": _check_references}.get(arguments.task)
+    # All lines are checked, and all images read, before the first answer: that may take hours.
     for one in records if check else ():
         check(one)
     for one in records:

@@ -21,12 +21,14 @@ class Assumptions:
         reserve: bytes per rank for the CUDA context, NCCL and fragmentation.
     """
 
+    # Chosen on one published speed, torchtitan's Llama 3 8B on 8 H100 (docs/estimate.md); the others on none.
     matmul: float = 0.54
     attention: float = 0.35
     memory: float = 0.75
     network: float = 0.75
     overlap: float = 0.9
     ranks_per_node: int = 8
+    # A network card of 400 Gb/s for each GPU.
     node_bandwidth: float = 50e9
     launch: float = 4e-6
     reserve: float = 3e9

@@ -166,6 +166,7 @@ def stage_traffic(
     if model.experts.num:  # to the experts and back; every tensor rank has all positions there
         copies = positions * model.experts.top_k * model.width
         add("expert: positions to their experts and back", "expert", num * 2 * copies, 2 * num)
+    # The amount is that of the whole group: c ranks' positions.
     add("context: keys and values", "context", num * 2 * c * positions * key_width(model) / t, num)
     return found
 
@@ -197,6 +198,7 @@ def latency(group: RankGroup, kind: str, assumptions: Assumptions) -> float:
     ring = (group.size - nodes) * HOP_IN_NODE + (nodes - 1) * HOP_BETWEEN
     if kind == "all-reduce":
         tree = (group.on_node(assumptions.ranks_per_node) - 1) * HOP_IN_NODE + math.ceil(math.log2(nodes)) * TREE_HOP
+        # There and back: numbers are summed, then the sums are spread.
         return START + 2 * min(ring, tree)
     return START + ring
 

@@ -114,6 +114,7 @@ def units_of(model: ModelConfig, layout: Layout, stages: list[Stage]) -> list[Un
     whole = sum(small_parameters(model)) * (2 if model.per_modality == "block" else 1)
     router, experts = model.experts.num * w, expert_parameters(model)
     cut = decoder_block_parameters(model)[0] - whole - router - (experts if layout.expert > 1 else 0)
+    # Expert ranks have each taken whole experts, so that so many fewer ranks share one.
     if layout.expert > 1:  # else the block's
         add("experts", experts / layout.expert / t, num_blocks, layout.shard_ranks // layout.expert)
     if router:
@@ -152,6 +153,7 @@ def _weights_in_use(config: Config, layout: Layout, stages: list[Stage], size: i
         head += config.model.vocab_size * config.model.width / layout.tensor
     whole = sum(unit.size for unit in units)
     blocks = [unit.size for unit in units if unit.name in ("block", "experts")]
+    # Summed in float32, whatever the type of the activations (megamm_kernels.linear_cross_entropy).
     found = {"gradient that the head computes ahead": FLOAT32 * head}
     if layout.world_size == 1:
         # Each matrix is cast where it is used, and the cast kept for the backward; the table of the embedding is not.
@@ -159,6 +161,7 @@ def _weights_in_use(config: Config, layout: Layout, stages: list[Stage], size: i
         return found | {"weights in the type of the activations": size * (whole - table) if size < FLOAT32 else 0}
     piped = layout.pipeline > 1
     if config.parallel.reshards and not piped:
+        # Two blocks, because FSDP gathers the next one while one computes.
         found["gathered weights: head and two blocks"] = size * (head + 2 * max(blocks, default=0.0))
     else:  # a schedule keeps them after a backward
         found["gathered weights"] = size * whole

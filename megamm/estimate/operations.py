@@ -89,6 +89,7 @@ def part_operations(
         Operation(
             name="embedding",
             kind="memory",
+            # Rows are read from the float32 table and written in the type of the activations.
             forward=Work(bytes=positions * w * (FLOAT32 + size) / tensor, kernels=2),
             # The gradient of the table is dense: all of it is written.
             backward=Work(bytes=(positions * w * size + model.vocab_size * w * FLOAT32) / tensor, kernels=2),
@@ -131,6 +132,7 @@ def _block(
     """A transformer block over n positions; ``keys``, ``queries``: width of all of them (queries: w by default)."""
     pairs, t, q = n * pairs_per_position, tensor, queries or w
     moved = n * 2 * (q + keys) * size / t
+    # Forward: two products of 2 FLOPs for each pair and entry. Backward: four, and the scores once more.
     attention = Operation(
         name=f"{prefix}attention",
         kind="attention",
@@ -171,6 +173,7 @@ def _head(v: float, w: int, labels: float, positions: float, size: int) -> list[
     """The head on labelled rows only, v entries wide; its gradients are computed in the forward, chunk by chunk."""
     chunks = max(1.0, labels * v * size / CHUNK_BYTES)
     weight = v * w
+    # The weight's gradient is read and written with every chunk, and only written with the first.
     products = 3 * size * (labels * (v + w) + weight) + (2 * chunks - 1) * FLOAT32 * weight
     return [
         Operation(

@@ -48,6 +48,7 @@ class Timing:
         return 1 - sum(self.busy) / (len(self.busy) * self.time) if self.time else 0.0
 
 
+# A search asks for the same few orders once per layout and rank.
 @functools.lru_cache(maxsize=256)
 def orders(schedule: str, num_ranks: int, micro_batches: int) -> tuple[tuple[Action, ...], ...]:
     """The actions of every rank in the order in which it takes them."""
@@ -56,6 +57,7 @@ def orders(schedule: str, num_ranks: int, micro_batches: int) -> tuple[tuple[Act
 
 
 def _one_forward_one_backward(_: str, num_ranks: int, rank: int, micro_batches: int) -> list[Action]:
+    # A micro-batch comes back after the ranks behind this one: as many forwards fit before the first backward.
     ahead = min(num_ranks - rank, micro_batches)
     found = [Action(rank, "F", m) for m in range(ahead)]
     for m in range(micro_batches):
@@ -119,6 +121,7 @@ def simulate(
                 if kind == "F" and stage:
                     ready = done.get((stage - 1, True, micro))
                 elif kind in "BI":
+                    # The last stage's backward begins with its own loss, the others' with a gradient that is sent.
                     ready = done.get((stage, True, micro)) if stage == last else done.get((stage + 1, False, micro))
                 if ready is None:
                     waiting = True
@@ -133,6 +136,7 @@ def simulate(
                 local = kind == "W" or (kind == "F" and not stage) or (kind in "BI" and stage == last)
                 clock[rank] = max(clock[rank], ready + (0.0 if local else send)) + spent
                 busy[rank] += spent
+                # Nobody waits for the gradients of weights.
                 if kind != "W":
                     done[stage, kind == "F", micro] = clock[rank]
                 position[rank] += 1

@@ -74,6 +74,7 @@ def search(config: Config, world_size: int, gpu: Gpu, stats: TokenStats, assumpt
     assumptions.check()
     if config.train.dtype != "bfloat16":
         raise InputError(f"train.dtype: {config.train.dtype}; GPUs are known by their bfloat16 rate, set bfloat16")
+    # ``rank_memory`` does not count the reserve.
     limit = gpu.memory / gpu.dies - assumptions.reserve
     ranking = Ranking(found=[], tried=0, too_large=0, least_memory=float("inf"))
     for by_recompute in _candidates(config, world_size, assumptions):
@@ -89,6 +90,7 @@ def search(config: Config, world_size: int, gpu: Gpu, stats: TokenStats, assumpt
     if not ranking.tried:
         resolve_layout(config, world_size)  # says what does not fit, where that is the config
         raise InputError(f"--gpus: no layout shares train.batch_rows {config.train.batch_rows} on {world_size} ranks")
+    # Of layouts that take the same time the one with the smaller axes comes first.
     ranking.found.sort(key=lambda one: (one.estimate.step_time, sum(one.estimate.layout.sizes().values())))
     return ranking
 
@@ -146,6 +148,8 @@ def _of_policy(config: Config, world_size: int, rows: list[int]) -> Iterator[lis
         for n in rows
     }
     fitting = {key: one for key, one in made.items() if not layout_problems(one, world_size)}
+    # Smaller micro-batches shrink a pipeline's bubble, so that each size is looked at; without a pipeline the largest
+    # that fits is best.
     if config.parallel.pipeline > 1:
         yield from ([[fitting[how, n] for how in RECOMPUTE if (how, n) in fitting]] for n in rows)
     else:
@@ -187,4 +191,5 @@ def _micro_rows(config: Config, world_size: int, axes: dict[str, int]) -> list[i
     if axes["pipeline"] == 1:
         return found
     few = [n for n in found if axes["pipeline"] <= rows // n <= MOST_ROUNDS * axes["pipeline"]]
+    # Where every size gives more rounds than that: the largest that still fills the pipeline.
     return few or [n for n in found if axes["pipeline"] <= rows // n][-1:]

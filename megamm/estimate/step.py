@@ -159,6 +159,7 @@ def _all_traffic(config: Config, layout: Layout, stages: list[Stage], rank: int,
             )
     found += sums.values()
     if layout.pipeline > 1:
+        # A stage sends its stream on unless it is the last, and a gradient back unless it is the first.
         edges = sum((not stage.inputs) + (not stage.head) for stage in mine) * layout.micro_batches
         found.append(
             Traffic(
@@ -213,12 +214,14 @@ def _stage_work(
     weights = 0.0
     for group in groups:
         ahead, back = _roofline(group, group.forward, gpu, a), _roofline(group, group.backward, gpu, a)
+        # Of the two products of a backward one is the weights'.
         if group.kind == "matmul" and group.backward.flops > group.forward.flops:
             weights += back / 2
         forward[group.name] += ahead
         backward[group.name] += back + ahead * _again(config.train.recompute, group)
     for item in stage_traffic(config, layout, stage, stats):
         forward[f"{item.axis}-parallel collectives"] += seconds(item, gpu, a)
+        # What is computed again gathers its inputs again.
         if config.train.recompute == "full" and "blocks" in item.name:
             backward[f"{item.axis}-parallel collectives"] += seconds(item, gpu, a)
     for item in stage_traffic(config, layout, stage, stats, forward=False):
@@ -271,6 +274,7 @@ def _times(
     times: dict[str, float] = defaultdict(float)
     for work in works:
         for name, spent in _both(work):
+            # The work of all stages shared out: the mean of the pipeline's ranks.
             times[name] += passes * spent / layout.pipeline
     bubble = 0.0
     if layout.pipeline > 1:
@@ -292,6 +296,7 @@ def _times(
         )
         times[WAITING] = run.bubble * run.time
         bubble = run.bubble
+    # A step ends when its slowest rank has ended.
     ends = [_step_ends(config, layout, stages, works, sent, rank, gpu, a) for rank in range(layout.pipeline)]
     return dict(times) | max(ends, key=lambda one: sum(one.values())), bubble
 
@@ -343,6 +348,7 @@ def _step_ends(
 def _exposed(spent: dict[str, float], forward: float, backward: float, passes: int) -> float:
     """Seconds of communication that the forward and backward of a step do not hide."""
     every, last = spent.get("backward", 0.0), spent.get("last backward", 0.0)
+    # What is reduced once a step has only the last pass's backward to hide behind.
     in_last = max(0.0, every / passes + last - backward / passes)
     in_others = (passes - 1) / passes * max(0.0, every - backward)
     return spent.get("exposed", 0.0) + max(0.0, spent.get("forward", 0.0) - forward) + in_others + in_last

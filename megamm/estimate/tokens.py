@@ -64,6 +64,7 @@ def stats_of_lengths(
     total = np.zeros(3)
     for pair, weight in zip(lengths, weights, strict=True):
         text, patches = np.asarray(pair, float).T
+        # Per document; a source counts by its share of tokens, so that its sums are divided by its own positions.
         size, images = text + patches, patches / image_patches
         labels = labels_of_documents(text, images)
         sums = np.array([patches.sum(), labels.sum(), pairs_of_documents(size, images, image_patches, is_causal).sum()])

@@ -57,6 +57,7 @@ def convert(
             family = _write_hf(weights, partial_, family, dtype, shard_bytes)
         else:
             family = _write_own(weights, partial_, family, dtype, shard_bytes)
+        # It is empty, as was checked at the start.
         if out.exists():
             out.rmdir()
         os.rename(partial_, out)
@@ -97,6 +98,7 @@ def _write_hf(weights: Weights, folder: Path, family: str | None, dtype: str, sh
     else:
         config, rows, extra = write_decoder(model, weights.length), rows_of(DECODER, model, model.depth), {}
     special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+    # Newer versions of transformers read ``dtype``, older ones ``torch_dtype``.
     write_json(folder / "config.json", config | special | {"dtype": dtype, "torch_dtype": dtype})
     write_json(folder / "generation_config.json", special)
     groups = [_group(weights, row) for row in rows]

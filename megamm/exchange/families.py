@@ -95,7 +95,9 @@ def _read_rope(hf: dict, where: str) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise InputError(f"{where}: its rotary settings are {rope!r}; want a mapping")
     refuse_others(hf | rope, where, partial_rotary_factor=1.0)
+    # 10000 where the file says nothing: the default of transformers.
     found = {"rope_theta": rope.get("rope_theta", hf.get("rope_theta")) or 10000.0}
+    # Older files call it ``type``.
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return found
@@ -153,6 +155,7 @@ def write_decoder(model: ModelConfig, length: int) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
+        # In both forms, for newer and for older versions: see _read_rope.
         "rope_scaling": None if scaling.kind == "none" else rope,
         "rope_parameters": rope | {"rope_theta": model.rope_theta},
         "max_position_embeddings": length,

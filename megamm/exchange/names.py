@@ -80,6 +80,7 @@ def rows_of(table: tuple[Row, ...], config: ModelConfig, depth: int, prefix: str
         prefix: of their names.
     """
     found = [row for row in table if row.where(config)]
+    # The rows of blocks stand together in a table.
     first = next(i for i, row in enumerate(found) if "{n}" in row.ours)
     last = max(i for i, row in enumerate(found) if "{n}" in row.ours) + 1
     numbered = [(row, str(n)) for n in range(depth) for row in found[first:last]]

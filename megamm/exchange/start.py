@@ -46,6 +46,7 @@ def start_from(model: nn.Module, config: Config, world: World) -> None:
     with world.agree():
         shapes = model_shapes(config.model)
         given: set[str] = set()
+        # The tower first: what it gave is then left out of the model's weights.
         for setting, path in (("start.vision_weights", start.vision_weights), ("start.weights", start.weights)):
             if path is None:
                 continue
@@ -72,6 +73,7 @@ def _fill(model: nn.Module, weights: Weights, names: Iterable[str], first_row: i
             continue
         if name in TABLES:
             rows = weights.shapes[name][0]
+            # The rows that lie here and that the weights have; all others keep their first values.
             start, stop = max(where[0].start, first_row), min(where[0].stop, first_row + rows)
             if start >= stop:
                 continue

@@ -58,6 +58,7 @@ class TensorFolder:
             try:
                 names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 files = sorted(set(names.values()))
+                # Folders of weights are exchanged: what an index says must not lead out of its own.
                 if any(Path(file).name != file for file in files):
                     raise ValueError("it names files outside of its folder")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -135,6 +136,7 @@ def write_tensors(folder: Path, groups: Sequence[TensorGroup], dtype: str, shard
 
 
 def _write_file(path: Path, groups: list[TensorGroup], kind: torch.dtype, code: str) -> None:
+    # transformers looks for this mark of the framework.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for group in groups:
@@ -143,10 +145,12 @@ def _write_file(path: Path, groups: list[TensorGroup], kind: torch.dtype, code: 
             header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [place, place + size]}
             place += size
     text = json.dumps(header).encode()
+    # Spaces after the JSON are allowed, and let the tensors begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for group in groups:
             for shape, tensor in zip(group.shapes.values(), group.make(), strict=True):
                 assert tuple(tensor.shape) == tuple(shape), f"{path}: {list(group.shapes)}"
+                # As bytes, because numpy has no bfloat16.
                 file.write(tensor.detach().to(kind).contiguous().flatten().view(torch.uint8).numpy().data)

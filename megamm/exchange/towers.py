@@ -61,6 +61,7 @@ TOWER = (
     Row("vision.embed.projection.bias", ("embeddings.patch_embedding.bias",), where=lambda c: not _is_clip(c)),
     Row("vision.embed.position", ("embeddings.position_embedding.weight",)),
     Row("vision.embed.class_token", ("embeddings.class_embedding",), where=_is_clip),
+    # Spelled so in transformers.
     *_both("vision.embed.norm", "pre_layrnorm", _is_clip),
     *_both("vision.blocks.{n}.attention_norm", f"{_LAYER}layer_norm1"),
     *(
@@ -102,6 +103,7 @@ _OTHER_PARTS = r"text_model\.|visual_projection\.|text_projection\.|logit_|(visi
 
 def is_left_out(name: str, hf: dict) -> bool:
     """Whether a tensor belongs to a part that gives no features of patches, or repeats another one."""
+    # Buffers that older versions of transformers saved; they follow from the settings.
     if name.endswith(("rotary_emb.inv_freq", "position_ids")):
         return True
     if is_tower(hf):
@@ -161,6 +163,7 @@ def _depth(hf: dict, where: str) -> int:
     layer = hf.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise InputError(f"{where}: vision_feature_layer is {layer!r}; only one layer can be read")
+    # Counted over the embedding's output and that of each block: one more than there are blocks.
     return layer if layer >= 0 else layers + 1 + layer
 
 
@@ -174,6 +177,7 @@ def read_llava(hf: dict, where: str, names: dict) -> tuple[ModelConfig, list[Row
         raise InputError(f"{where}: vision_config.model_type is {found!r}; want clip or siglip")
     kind, sizes = _tower_sizes(hf["vision_config"])
     refuse_others(hf, where, projector_hidden_act="gelu", multimodal_projector_bias=True)
+    # "default" drops the class token, which SigLIP does not have.
     refuse_others(hf, where, vision_feature_select_strategy="default" if kind == "clip" else "full")
     vision = read_tower(hf["vision_config"], where)
     vision |= {"final_norm": False, "projector": "mlp", "depth": _depth(hf, where)}
@@ -249,6 +253,7 @@ def write_llava(model: ModelConfig, length: int, image_token: int) -> tuple[dict
         "image_seq_length": patches_per_image(model.image_size, model.patch_size),
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
+        # Only blocks up to the layer whose features are taken are written, so that it is the last one.
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default" if v.kind == "clip" else "full",
         "tie_word_embeddings": model.tied_embeddings,
@@ -272,6 +277,7 @@ def preprocessor(model: ModelConfig) -> dict[str, Any]:
         "image_processor_type": name,
         "do_resize": True,
         "size": size,
+        # Bicubic, in the numbers of Pillow.
         "resample": 3,
         "do_center_crop": False,
         "do_rescale": True,

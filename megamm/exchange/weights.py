@@ -53,6 +53,7 @@ class SpecialIds:
         for name, keys in SPECIAL_KEYS.items():
             value = next((part[key] for part in (hf, text) for key in keys if part.get(key) is not None), None)
             value = value[0] if isinstance(value, list) and value else value
+            # Not isinstance, which takes true for a number.
             found[name] = value if type(value) is int and value >= 0 else None
         return cls(**found)
 
@@ -201,6 +202,7 @@ class HuggingFaceWeights(Weights):
 
     def read(self, name: str, part: Part | None = None) -> torch.Tensor:
         row, layout = self._rows[name], self._layouts[name]
+        # Only a tensor that is taken as it is can be read in part: the others are made of several.
         if layout.is_same:
             return self._tensors.read(row.theirs[0], part)
         whole = layout.join([self._tensors.read(one) for one in row.theirs])

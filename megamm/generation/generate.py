@@ -55,8 +55,11 @@ def stream(
         else:
             rows = [p.with_text([int(t)]) if on else p for p, t, on in zip(rows, tokens, active, strict=True)]
             batch = prompt_batch(rows)
+        # Before rows end: the token that ends a row is still one of its positions.
         lengths += active
         active &= ~torch.isin(tokens, torch.tensor(list(stop), dtype=torch.int64)) & (lengths < max_length)
+        # The batch was made before it was known which rows end with these tokens; an empty interval makes theirs
+        # padding.
         if memory:
             batch.hi.masked_fill_(~active[:, None], -1)
 
@@ -82,6 +85,7 @@ def log_likelihood(
     logits = model.logits(prompt_batch(rows).to(device), dtype)
     found = []
     for row, answer in zip(logits, answers, strict=True):
+        # The logits of a position are those of the token after it.
         at = slice(prompt.length - 1, prompt.length - 1 + len(answer))
         scores = row[at].double().log_softmax(-1).cpu()
         found.append(scores[torch.arange(len(answer)), torch.tensor(list(answer), dtype=torch.int64)].sum())
@@ -89,6 +93,7 @@ def log_likelihood(
 
 
 def _last_logits(model: MultimodalModel, batch, dtype: torch.dtype) -> torch.Tensor:
+    # Padding, at the end of a row, has an empty interval.
     last = (batch.lo <= batch.hi).sum(1) - 1
     x_b1w = model.residual_stream(batch, dtype)[torch.arange(len(last), device=last.device), last][:, None]
     return model.head.logits(x_b1w, model.tied_table)[:, 0]

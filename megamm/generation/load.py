@@ -70,6 +70,7 @@ def load_for_generation(
         model = MultimodalModel(config)
     model.to_empty(device=device)
     with torch.no_grad():
+        # Weights are all read below; buffers are not, and to_empty leaves whatever was in memory.
         for buffer in model.buffers():
             buffer.zero_()
         for name, parameter in model.named_parameters():
@@ -111,6 +112,7 @@ class _TrainingData:
         found: dict[images.Fit, str] = {}
         for name, fingerprints in self._fingerprints.items():
             info = self._infos.get(name)
+            # Data that are not at hand are taken to have images.
             has_images = info is None or any(split["num_images"] for split in info["splits"].values())
             if has_images and fingerprints["preprocessing"] in digests:
                 found.setdefault(digests[fingerprints["preprocessing"]], name)

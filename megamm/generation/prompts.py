@@ -74,6 +74,7 @@ class PromptMaker:
         for number, part in enumerate(parts):
             if number:
                 patches.append(self._patches(Path(files[number - 1])))
+                # Only the layout is needed here; the pixels go beside it.
                 piece.add_image(b"", patches_per_image(self.image_size, self.patch_size))
             try:
                 piece.add_text(self.tokenizer.encode(part).tolist())
@@ -89,6 +90,7 @@ class PromptMaker:
             raise InputError(f"{path}: cannot be read ({error.strerror}); name an image file") from error
         except images.ImageError as error:
             raise InputError(f"{path}: {error}") from error
+        # Through the stored form, so that the pixels are those that training would have read.
         stored = images.decode(images.encode(images.resize(pixels, self.image_size, self.fit)))
         return images.patchify(stored, self.patch_size)
 
@@ -129,6 +131,7 @@ def token_batch(tokens: torch.Tensor, lengths: torch.Tensor, active: torch.Tenso
         targets=torch.full_like(ids, FIELDS["targets"][1]),
         source=nothing.to(torch.uint8),
         label_kind=nothing.to(torch.uint8),
+        # A row is one document, of which text sees all from its start.
         lo=nothing,
         hi=position.masked_fill(~active[:, None], -1),
         patches=torch.zeros(0, patch_dim, dtype=torch.uint8),

@@ -47,20 +47,24 @@ class Sampler:
         self.sampling = sampling
         self._generators = []
         for number in numbers:
+            # 7 bytes, which as a signed 64-bit seed stay above zero.
             digest = hashlib.blake2b(f"{sampling.seed} {number}".encode(), digest_size=7).digest()
             self._generators.append(torch.Generator().manual_seed(int.from_bytes(digest, "little")))
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """int64 [B] on the CPU, from logits [B, V]."""
+        # The generators are the CPU's, so that draws do not depend on the device.
         logits = logits.float().cpu()
         logits[:, list(NEVER)] = -torch.inf
         if self.sampling.temperature == 0:
             return logits.argmax(1)
         probabilities, order = (logits / self.sampling.temperature).softmax(1).sort(dim=1, descending=True, stable=True)
+        # What comes before a token decides: the one that crosses top_p is kept, and so there is always one.
         before = probabilities.double().cumsum(1) - probabilities
         kept = probabilities.double().masked_fill(before >= self.sampling.top_p, 0.0)
         ends = kept.cumsum(1)
         draws = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators])
+        # Times the last end: what is kept does not sum up to 1.
         drawn = torch.searchsorted(ends, (draws * ends[:, -1])[:, None], right=True)
         last = (kept > 0).sum(1, keepdim=True) - 1  # a draw next to 1 must not leave the kept ones
         return order.gather(1, drawn.minimum(last))[:, 0]

@@ -146,6 +146,7 @@ def read_fits(path: Path | str, loss_column: str = "loss") -> tuple[list[Fitted]
 
 def measured(value: float, draws: np.ndarray) -> dict[str, Any]:
     """A number with its 95% percentile interval over draws; an infinite end is None."""
+    # Between a number and infinity there is nothing to interpolate: it would give NaN.
     low, high = np.percentile(draws, [2.5, 97.5], method="linear" if np.isfinite(draws).all() else "nearest")
     return {"value": _finite(value), "interval": [_finite(low), _finite(high)]}
 

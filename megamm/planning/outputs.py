@@ -42,6 +42,7 @@ def write_plan(folder: Path | str, plan: dict[str, Any], request: PlanRequest, b
         config.unlink(missing_ok=True)
     else:
         values = train_values(plan, model, request, base)
+        # Only to check it, before anything is written.
         build(Config, values, where="train.yaml")
         size = f"{plan['model']['params']:,} parameters, {plan['model']['tokens']:.4g} tokens"
         header = f"# {size}; written by plan_training.py\n"
@@ -82,6 +83,7 @@ def train_values(plan: dict[str, Any], model: Buildable, request: PlanRequest, b
     if request.tensor_parallel > 1:
         values["parallel"] = {"tensor": request.tensor_parallel}
     result = copy.deepcopy(base)
+    # The plan says how long to train, in tokens: the base's own steps must not stand beside them.
     (result.get("train") or {}).pop("steps", None)
     return merge(result, values)
 

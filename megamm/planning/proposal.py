@@ -55,6 +55,7 @@ def make_plan(request: PlanRequest, fits: list[Fitted]) -> dict[str, Any]:
     # Where unique tokens are short, somewhat fewer parameters and more epochs are better than N*.
     wanted = repeated["best_split"]["params"]["value"] if repeated and repeated["short"] else float(best[0][0])
     model = nearest_model(wanted, request.model or default_model(law.name), request.tensor_parallel)
+    # The model that can be built is not exactly N*; the tokens make up for it, so that the budget holds.
     tokens = flops / (6 * law.kappa * model.params)
     plan: dict[str, Any] = {
         "budget": _budget(request, flops),
@@ -139,7 +140,9 @@ def budget_flops(request: PlanRequest, law: Law) -> float:
         return request.flops
     rate = request.gpus[0].peak_flops * request.efficiency.mfu * 3600
     most = request.gpu_hours * rate if request.money is None else request.money / request.prices[0] * rate
+    # A hair below, where rounding cannot make a mid run due.
     jump = law.flops_range[1] / MID_SHARE * (1 - 1e-9)
+    # Zero and infinity FLOPs: the share of the stages without a mid run, and with one.
     without = _affordable(request, law, most, rate, stages_share(law, 0.0, request.pilot_share))
     if without <= jump:
         return without
@@ -165,6 +168,7 @@ def _affordable(request: PlanRequest, law: Law, most: float, rate: float, share:
             f"--money: {request.money:g} is used up by the preparation of the tokens at --cpu-price "
             f"{request.cpu_price:g} and --prep-rate {request.prep_rate:g}; give more, or leave --cpu-price out"
         )
+    # At the top the run alone takes the whole budget; a little above, or rounding could hide the change of sign.
     return float(np.exp(brentq(left, top - 30, top + 1e-9)))
 
 
@@ -312,10 +316,12 @@ def _warnings(chosen: Fitted, plan: dict[str, Any], request: PlanRequest) -> lis
     best, built = plan["optimum"]["params"]["value"], plan["model"]["params"]
     repeated = plan["repeated_data"]
     if repeated and repeated["short"]:
+        # That is then the size which the model was chosen for.
         best = repeated["best_split"]["params"]["value"]
     if not 0.9 < built / best < 1.1:
         found.append(f"the nearest buildable model has {built / best:.2f} times the optimal parameters")
     total, given = plan["total"], plan["budget"]["given"]
+    # A thousandth over is no news: the model is not exactly N*.
     if given != "flops" and total["share_of_budget"] > 1.001:
         found.append(f"over the budget: all stages with the preparation take {total['share_of_budget']:.3g} times it")
     found += _model_warnings(plan["model"])

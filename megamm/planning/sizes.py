@@ -62,6 +62,7 @@ def nearest_model(params: float, template: ModelConfig, tensor_parallel: int = 1
 
 
 def _build(template: ModelConfig, width: int, step: int, share: float) -> Buildable:
+    # ``resolve_model`` fills in what is left open, in place.
     config = copy.deepcopy(template)
     config.width = width
     config.vision.width = step * max(1, round(width * share / step))

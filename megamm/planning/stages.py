@@ -59,6 +59,7 @@ def price(request: PlanRequest, flops: float) -> dict[str, Any]:
     if not request.gpus:
         return dict.fromkeys(names)
     per_hour = request.prices[0] if request.prices else None
+    # Of the bill only hours and money are taken, which depend on neither parameters nor the number of GPUs.
     found = bill(request.gpus[0], request.efficiency, flops, 0.0, num_gpus=1, price=per_hour, pue=request.pue)
     return {name: getattr(found, name) for name in names}
 

@@ -19,6 +19,7 @@ def tokens_for_loss(parameters: np.ndarray, params: np.ndarray, loss: np.ndarray
     E, A, alpha, B, beta = np.moveaxis(np.asarray(parameters, float), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         excess = loss - E - A * np.asarray(params, float) ** -alpha
+        # Both sides are computed everywhere, so the power must not meet a number below zero.
         return np.where(excess > 0, (B / np.where(excess > 0, excess, 1.0)) ** (1 / beta), np.inf)
 
 

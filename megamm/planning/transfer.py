@@ -106,6 +106,7 @@ def fit_transfer(
         mean_log_d=float(log_d.mean()),
         n_runs=len(table),
     )
+    # Sizes within 1% of each other count as one.
     free = 3 if np.ptp(log_n) > 0.01 else 2
     if free == 2:
         result.warnings.append("one size of LLM-initialised model: b is held at 0")
@@ -118,6 +119,7 @@ def fit_transfer(
             return (np.log(E + A * n**-alpha + B * (d + np.exp(log_worth)) ** -beta) - np.log(y))[rows]
 
         bounds = [-30.0, -2.0, -2.0][:free], [60.0, 2.0, 2.0][:free]
+        # Residuals count in squares up to the delta of the law's own fit (inputs.HUBER_DELTA).
         found = least_squares(residuals, start[:free], bounds=bounds, loss="soft_l1", f_scale=1e-3)
         return np.append(found.x, np.zeros(3 - free))
 
@@ -181,6 +183,7 @@ def break_even(
 
 
 def _entry(value: float, draws: list[float], native_ahead: str) -> dict:
+    # Draws may be infinite, which cannot be interpolated.
     low, high = np.percentile(draws, [2.5, 97.5], method="nearest")
     where = _range(value)
     return {
@@ -199,6 +202,7 @@ def _worth_reaches(transfer: Transfer, parameters: np.ndarray, params: float, to
     log_k, a, b = parameters
     excess = np.log(tokens) - log_k - b * (np.log(params) - transfer.mean_log_n)
     with np.errstate(divide="ignore", over="ignore"):
+        # With a = 0 the worth never changes. Beyond e^600 exp would overflow, and all of it lies outside of SPAN.
         return float(np.exp(np.clip(transfer.mean_log_d + excess / (a or 1e-12), -600, 600)))
 
 

@@ -57,6 +57,7 @@ def render_report(study_dir: Path | str, out: Path | str | None = None) -> tuple
         ],
     }
     out.mkdir(parents=True, exist_ok=True)
+    # Drawn beside their places and then moved there, so that no plot is ever half-written.
     with tempfile.TemporaryDirectory(dir=out) as name:
         for chart, png in pngs.items():
             (Path(name) / f"{chart}.png").write_bytes(png)
@@ -65,6 +66,7 @@ def render_report(study_dir: Path | str, out: Path | str | None = None) -> tuple
         for file in sorted(Path(name).iterdir()):
             shutil.move(file, out / file.name)
     write_json(out / "summary.json", summary)
+    # Last: a page that is there has its plots and its summary beside it.
     write_text(out / "index.html", page)
     return out / "index.html", sentences[0]
 

@@ -99,6 +99,7 @@ def frontiers_by_source(study: StudyResults) -> list[Chart]:
 
 def _frontier_panel(study: StudyResults, column: str, title: str) -> Panel:
     series = []
+    # The blind baseline is no competitor, unless the study has nothing else.
     seeing = [g for g in study.groups if g != BLIND] or study.groups
     for group in seeing:
         table, colour = study.rows_of(group), colour_of(study, group)
@@ -202,6 +203,7 @@ def training(study: StudyResults) -> list[Chart]:
                     hover=[f"{run.path.name}\n{count(r['tokens'])} tokens, loss {r['loss']:.3f}" for r in records],
                 )
             )
+        # Branches stand for themselves where no trunk of theirs is shown.
         if not any(s.legend for s in series):
             for s in series:
                 s.legend = True

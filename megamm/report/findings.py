@@ -103,6 +103,7 @@ def headline(study: StudyResults, found: list[Finding]) -> list[str]:
     top = power(comparison.flops[-1])
     sentences = [main.verdict]
     ratio, (low, high) = comparison.gain[-1], comparison.gain_interval[:, -1]
+    # Said of the one that needs more, whichever that is; the ends of the interval change places with it.
     if ratio >= 1:
         needs, other = second, first
     else:

@@ -15,6 +15,7 @@ def to_plotly(panel: Panel, height: int) -> go.Figure:
     figure = go.Figure()
     for series in panel.series:
         if series.band is not None:
+            # First, so that the line lies over it.
             figure.add_trace(_plotly_band(series))
         figure.add_trace(_plotly_trace(series))
     if panel.baseline is not None:
@@ -70,6 +71,7 @@ def _plotly_trace(series: Series) -> go.Scatter:
 def _plotly_band(series: Series) -> go.Scatter:
     x, (low, high) = np.asarray(series.x, float), series.band
     return go.Scatter(
+        # Along the upper edge and back along the lower one: a closed outline to be filled.
         x=_floats([*x, *x[::-1]]),
         y=_floats([*high, *low[::-1]]),
         fill="toself",

@@ -27,6 +27,7 @@ def sample_rows(study: StudyResults, number: int = 3) -> tuple[dict[int, Image.I
     """
     run = next((r for r in study.runs if r.architecture != BLIND), study.runs[0])
     config = build(Config, run.config, where=str(run.path / "config.yaml"))
+    # So few rows need no processes of their own.
     config.data.workers = 0
     try:
         datasets = open_sources(config.data, "train")

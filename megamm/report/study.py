@@ -199,10 +199,12 @@ def read_results(folder: Path | str) -> StudyResults:
 def _read_runs(folder: Path) -> list[TrainedRun]:
     found, aside = [], folders_set_aside(folder)
     for place, subfolders, files in os.walk(folder):
+        # The order of os.walk is that of the file system.
         subfolders.sort()
         if Path(place).resolve() in aside:
             subfolders.clear()
         elif {"config.yaml", "run.json"} <= set(files):
+            # A run holds no other runs.
             subfolders.clear()
             found.append(_read_run(Path(place)))
     return found

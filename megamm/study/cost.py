@@ -50,6 +50,7 @@ def ladder_costs(study: Study, gpu: Gpu, num_gpus: int) -> dict[str, LadderCost]
     """
     costs, assumptions = {}, Assumptions()
     for name, runs in study.ladders.items():
+        # A step costs the same in all runs of a ladder: they have one model, batch and mixture.
         config, stats, _ = resolve_for_estimate(runs[-1].config)
         ranking = search(config, num_gpus * gpu.dies, gpu, stats, assumptions)
         if not ranking.found:

@@ -82,6 +82,7 @@ def _take_up_branch(run: Run, trunk: Run | None) -> None:
 
 def _kept_steps(trunk: Run) -> list[int]:
     """Steps of the checkpoints of a trunk, in order."""
+    # Those that are half-written or set aside do not end, or begin, so.
     folders = (Path(trunk.config.train.run_dir) / "checkpoints").glob("step-*[0-9]")
     return sorted(int(folder.name.removeprefix("step-")) for folder in folders if (folder / MANIFEST).exists())
 
@@ -94,6 +95,7 @@ def _begun(run: Run) -> dict | None:
 
 def _change(run: Run, section: str, **values: Any) -> None:
     for key, value in values.items():
+        # In both: ``values`` is written for the process that trains, ``config`` is what is read here.
         setattr(getattr(run.config, section), key, value)
     merge(run.values, {section: values})
 

@@ -237,6 +237,7 @@ def _ladder(cell: _Cell, config: StudyConfig, base: dict, out: Path) -> list[Run
         ProblemsError: with every problem.
     """
     shared = _shared_settings(cell, config, base)
+    # Any length will do: only batch and schedule are read of it.
     typed = build(Config, merge(copy.deepcopy(shared), {"train": {"steps": 1}}))
     steps = sorted(-(-int(tokens) // _step_tokens(typed)) for tokens in cell.budgets)
     starts = [cooldown_start(typed.schedule, n) for n in steps]
@@ -264,6 +265,7 @@ def _ladder(cell: _Cell, config: StudyConfig, base: dict, out: Path) -> list[Run
         return [make(labels[0], 0, {"train": {"steps": steps[0]}})]
     # The trunk's last step is the branch point of the longest branch.
     branch_points = {"checkpoint": {"steps": starts, "final": True}}
+    # A trunk's losses are compared with nothing, so that swapped images need not be evaluated.
     constant = {"schedule": {"cooldown": "none"}, "eval": {"swap_images": False}}
     trunk = make(TRUNK, 0, {"train": {"steps": starts[-1]}, **branch_points, **constant})
     branches = [
@@ -279,6 +281,7 @@ def _shared_settings(cell: _Cell, config: StudyConfig, base: dict) -> dict:
     chosen: list[tuple[Any, int | str]] = [(config.widths, cell.width), (config.architectures, cell.architecture)]
     for options, key in chosen:
         if isinstance(options, dict):
+            # Right behind the base: the architecture, put there last, comes before the width.
             layers.insert(1, options.get(key) or {})
     given = [
         f"{s}.{k}" for layer in layers for s, section in layer.items() if isinstance(section, dict) for k in section

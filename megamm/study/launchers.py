@@ -40,12 +40,15 @@ class LocalLauncher:
     def __init__(self, jobs: int):
         self.jobs = jobs
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        # What the caller has set in the environment wins.
         self._environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ}
 
     def start(self, configs: list[Path], log: Path) -> Job:
         """Train ``configs``, appending what is printed to ``log``."""
         command = [sys.executable, "-m", "megamm.study.child", "--config", *map(str, configs)]
         with log.open("ab") as file:
+            # The child ends when the pipe at its standard input closes (child.py). A session of its own: Ctrl-C in the
+            # terminal reaches only this process, which lets the child save; and ``kill`` can end all of the group.
             return _ProcessGroup(
                 command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=self._environment, start_new_session=True
             )
@@ -83,8 +86,10 @@ class SlurmLauncher:
         self.jobs = sys.maxsize  # the queue decides how many run at a time
         self._ranks = int(parameters.get("gpus_per_node") or 1)
         setup = [SRUN_CPUS, *(parameters.get("slurm_setup") or [])]
+        # The signal comes 300 s before the time is up, for the step under way and the checkpoint.
         parameters = {"timeout_min": 24 * 60, "name": "megamm", "slurm_signal_delay_s": 300, **parameters}
         try:
+            # A job may be queued again that often; submitit's own default is 3.
             self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=1000)
             self._executor.update_parameters(**parameters, slurm_setup=setup)
         except (RuntimeError, ValueError, TypeError, NameError) as error:
@@ -106,6 +111,7 @@ class _SubmittedJob:
         if self._job.exception():
             return 1
         codes = self._job.results()  # one per node
+        # Told to stop comes before all other codes: such a job goes on in another one.
         return next((code for code in (EXIT_CODE, *codes) if code and code in codes), 0)
 
     def kill(self) -> None:

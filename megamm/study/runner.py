@@ -43,6 +43,7 @@ def resolve_study(study: Study) -> dict[str, float]:
         resolve_config(run.config)
         share = 0.0
         for source in sources:
+            # Runs share their data: each dataset is opened once.
             if source.path not in infos:
                 infos[source.path] = read_dataset_info(source.path)["splits"]["train"]
             patches, text = infos[source.path]["num_patches"], infos[source.path]["num_text_tokens"]
@@ -139,6 +140,7 @@ class StudyRunner:
         overall = progress.add_task(f"[bold]{self.study.name}", total=total, completed=int(self._done_flops()), info="")
         bars = {}
         queue = [ladder for ladder in self.study.ladders if self._pending(ladder)]
+        # The costliest is at the end, where pop takes it: begun last, it would train alone when all others are done.
         queue.sort(key=lambda ladder: sum(self.flops[s.run.name] for s in self._pending(ladder)))
         while queue or self._jobs:
             while queue and len(self._jobs) < self.launcher.jobs:
@@ -149,6 +151,8 @@ class StudyRunner:
             if self.stop.raised:
                 raise Stopped(f"{self.out}: told to stop; start it again to go on")
             for ladder, (job, log_start) in list(self._jobs.items()):
+                # Asked before results are read: a job that ends in between would seem to have left its last run
+                # unfinished.
                 code = job.poll()
                 self._collect(ladder)
                 progress.update(bars[ladder], completed=self._done_flops(ladder), info=self._describe(ladder))
@@ -157,6 +161,7 @@ class StudyRunner:
                 del self._jobs[ladder]
                 progress.remove_task(bars.pop(ladder))
                 self._settle(ladder, code, log_start)
+                # What comes after a run that broke the process down, or was told to stop, gets another job.
                 if self._pending(ladder):
                     queue.append(ladder)
             progress.update(overall, completed=self._done_flops())
@@ -169,6 +174,7 @@ class StudyRunner:
             write_text(configs[-1], dump_yaml(status.run.values))
         log = folder / "log.txt"
         log.touch()
+        # Where this job's lines begin: errors of earlier ones must not be taken for its own.
         return self.launcher.start(configs, log), log.stat().st_size
 
     def _collect(self, ladder: str) -> None:
@@ -177,6 +183,8 @@ class StudyRunner:
             result = finished_result(status.run)
             if result:
                 status.state, status.result = "finished", result
+                # Without jobs this is the first look, at what earlier calls have finished: run() writes study.json once
+                # after it.
                 if self._jobs:
                     self._write_study()
                     self._say(f"finished {status.run.name}: loss {status.result['loss']:.4f}")
@@ -289,6 +297,8 @@ def _last_logged(run: Run) -> tuple[int, float | None]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            # A tail may begin in the middle of a line; after the last line break stands nothing, or a line that is
+            # being written.
             lines = file.read().split(b"\n")[1 if file.tell() > TAIL_BYTES else 0 : -1]
     except FileNotFoundError:
         return 0, None

@@ -33,6 +33,7 @@ def make_mask(lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: 
         ImportError: flash-attn is not installed.
         ValueError: these rows or this dtype are beyond flash-attn.
     """
+    # A missing package is reported here, not by the first layer.
     _varlen_function()
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"attention backend 'flash' takes float16 and bfloat16, not {dtype}; use 'interval' or 'sdpa'")
@@ -42,6 +43,7 @@ def make_mask(lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: 
     position = torch.arange(length, device=lo.device, dtype=lo.dtype)
     empty = hi < lo
     is_start = empty | (lo == position)
+    # The last start at or before each position: that of its document.
     start = torch.where(is_start, position, -1).cummax(1).values
     if bool((~empty & (lo != start)).any()):
         raise ValueError("attention backend 'flash' needs queries to see from the start of their document on")
@@ -50,6 +52,7 @@ def make_mask(lo: torch.Tensor, hi: torch.Tensor, dtype: torch.dtype, num_keys: 
     starts = flat.flatten().nonzero().flatten()
     starts = torch.cat([starts, starts.new_tensor([batch * length])])
     lengths = starts.diff()
+    # Starts count over all rows, hi within its own row.
     last = (starts[1:].repeat_interleave(lengths).view(batch, length) - 1) % length
     causal = bool((empty | (hi == position)).all())
     if not causal and not bool((empty | (hi == last)).all()):
@@ -77,6 +80,7 @@ def attend(
     out = (result[0] if return_lse else result).view(q.shape).masked_fill(mask.empty[..., None, None], 0.0)
     if not return_lse:
         return out, None
+    # flash-attn gives [H, B * S].
     lse = result[1].detach().T.unflatten(0, q.shape[:2])
     return out, lse.masked_fill(mask.empty[..., None], -torch.inf)
 

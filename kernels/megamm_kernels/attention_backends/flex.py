@@ -52,6 +52,7 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: FlexMask, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     run: Callable = flex_attention
+    # In a model that is compiled itself, FlexAttention is compiled with it.
     if q.is_cuda and not torch.compiler.is_compiling():
         run = _compiled()
     out, aux = run(

@@ -47,8 +47,10 @@ def make_mask(
     for start in range(0, length, block):
         end = min(start + block, length)
         lo_b, hi_b, empty_b = lo[:, start:end], hi[:, start:end], empty[:, start:end]
+        # Blocks of nothing but padding are left out: the output starts as zeros.
         if not bool(empty_b.all()):
             last = int(hi_b.masked_fill(empty_b, -1).max())
+            # One range for all rows of the batch, which go through one call together.
             first = int(lo_b.masked_fill(empty_b, last).min())
             ranges.append((start, end, first, last + 1))
     stored = batch * sum((end - start) * (stop - first) for start, end, first, stop in ranges) <= max_stored
@@ -77,6 +79,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     group = q.shape[2] // k.shape[2]
     if group > 1:
+        # Before the operator, so that autograd adds up the gradients of the heads of a group.
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     if q.device.type == "cpu":
         return _attention(q, k, v, *mask)
@@ -93,6 +96,7 @@ def attend_in_blocks(
         q_b, k_b, v_b, bias_b = _block_inputs(q, k, v, mask, row)
         out[:, row[0] : row[1]] = F.scaled_dot_product_attention(q_b, k_b, v_b, attn_mask=bias_b).transpose(1, 2)
         if return_lse:
+            # SDPA keeps its own to itself.
             scores = (q_b @ k_b.transpose(-1, -2)).to(lse.dtype) * q.shape[-1] ** -0.5
             scores = scores if bias_b is None else scores + bias_b
             lse[:, row[0] : row[1]] = scores.logsumexp(-1).transpose(1, 2)
@@ -150,6 +154,7 @@ def _attention(
     lse = torch.full(q.shape[:3], -torch.inf, dtype=_lse_dtype(q))
     for row in blocks.tolist():
         q_b, k_b, v_b, bias_b = _block_inputs(q, k, v, mask, row)
+        # The public function does not return the log-sum-exp, which the backward needs.
         out_b, lse_b = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_b, k_b, v_b, 0.0, False, attn_mask=bias_b
         )
@@ -178,6 +183,7 @@ def _attention_backward(
     mask = SdpaMask(blocks, bias, lo, hi, empty)
     if empty is not None:
         grad = grad.masked_fill(empty[..., None, None], 0.0)
+        # exp(score + inf) times a gradient of zero would be NaN.
         lse = lse.masked_fill(empty[..., None], 0.0)
     grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for row in blocks.tolist():
@@ -196,6 +202,7 @@ def _attention_backward(
             attn_mask=bias_b,
         )
         grad_q[:, part] = d_q.transpose(1, 2)
+        # Ranges of keys overlap from block to block; blocks of queries do not.
         grad_k[:, first:stop] += d_k.transpose(1, 2)
         grad_v[:, first:stop] += d_v.transpose(1, 2)
     return grad_q, grad_k, grad_v

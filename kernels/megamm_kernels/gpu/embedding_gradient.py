@@ -36,9 +36,11 @@ def _chunk_kernel(
     inside = (column < WIDTH)[None, :]
     key = tl.load(keys_ptr + row, row < num_rows, other=vocabulary)
     source = tl.load(order_ptr + row, row < num_rows, other=0)
+    # Rows that count nowhere are not read: zero times what is not finite would spoil the others' sums.
     grad = tl.load(grad_ptr + source[:, None] * WIDTH + column[None, :], (key < vocabulary)[:, None] & inside, other=0)
     # Entry (i, j) is 1 where row j belongs to the run of row i; it is used where row i is the first of its run.
     same = (key[:, None] == key[None, :]).to(DOT)
+    # "ieee", whatever torch's setting: TF32 would round float32 gradients before they are added.
     total = tl.dot(same, grad.to(DOT), input_precision="ieee", out_dtype=DTYPE)
     previous = tl.load(keys_ptr + row - 1, (row > 0) & (row < num_rows), other=-1)
     begins = ((row % CHUNK == 0) | (previous != key)) & (key < vocabulary)
@@ -47,8 +49,10 @@ def _chunk_kernel(
     continues = key == tl.load(keys_ptr + next_row, next_row < num_rows, other=-1)
     out = table_ptr + key.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(out, total.to(table_ptr.dtype.element_ty), (begins & ~continued & ~continues)[:, None] & inside)
+    # As tall as ``total``, to be stored with the same shape: at most one row of each mask is set.
     carry = chunk * WIDTH + column[None, :] + tl.zeros((CHUNK, 1), tl.int64)
     tl.store(first_ptr + carry, total, (begins & continued)[:, None] & inside)
+    # A chunk that is all of one run counts as a first piece only.
     tl.store(last_ptr + carry, total, (begins & continues & ~continued)[:, None] & inside)
 
 
@@ -72,6 +76,7 @@ def _carry_kernel(
     key = tl.load(keys_ptr + next_row - 1, next_row < num_rows, other=vocabulary)
     after = tl.load(keys_ptr + next_row, next_row < num_rows, other=-1)
     before = tl.load(keys_ptr + chunk * CHUNK - 1, chunk > 0, other=-1)
+    # One program per run: that of the chunk where it begins, as the key before the chunk tells.
     if (key < vocabulary) & (key == after) & (key != before):
         total = tl.load(last_ptr + chunk * WIDTH + column, column < WIDTH, other=0.0)
         start = chunk + 1
@@ -88,12 +93,15 @@ def _carry_kernel(
 def table_gradient(grad: torch.Tensor, keys: torch.Tensor, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
     """[V, W] in ``dtype``: sums of the rows of ``grad`` [n, W] by ``keys`` int32 [n]; key V counts nowhere."""
     num_rows, width = grad.shape
+    # Zeros: the kernels write the rows of tokens that occur, no others.
     table = torch.zeros(vocabulary, width, dtype=dtype, device=grad.device)
+    # Stable, or positions of a token would be added in another order from run to run.
     keys, order = torch.sort(keys, stable=True)
     chunk, block = (32, 128) if grad.is_cuda else (16, 16)
     chunks = triton.cdiv(num_rows, chunk)
     first, last = (torch.empty(chunks, width, dtype=partial_dtype(grad.dtype), device=grad.device) for _ in range(2))
     grid = (chunks, triton.cdiv(width, block))
+    # Triton's interpreter multiplies 16-bit operands wrongly.
     half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16} if grad.is_cuda else {}
     launch(
         _chunk_kernel,

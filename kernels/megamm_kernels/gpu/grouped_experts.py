@@ -19,6 +19,7 @@ def gather_copies(x: torch.Tensor, order: torch.Tensor, k: int) -> torch.Tensor:
     """x[order // k]: [n, W] -> [m, W]."""
     x = x.contiguous()
     out = torch.empty(order.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
+    # Without weights the kernel reads none of the three tensors after ``order``: any pointer will do.
     _launch_rows(_gather_copies, order.shape[0], x, out, order, x, x, out, k, WEIGHTED=False)
     return out
 
@@ -41,6 +42,7 @@ def sum_copies(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | No
     num_tokens, k = places.shape
     out = torch.empty(num_tokens, y.shape[1], dtype=y.dtype, device=y.device)
     given = weights is not None
+    # Never read if there are none: any pointer will do.
     weights = weights.contiguous() if given else y
     _launch_rows(_sum_copies, num_tokens, y, out, places, weights, K=k, WEIGHTED=given)
     return out
@@ -137,6 +139,7 @@ def rows_product(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> tor
         width,
         *a.stride(),
         *b.stride(),
+        # tl.arange counts to powers of 2 only.
         EXPERTS=triton.next_power_of_2(num_experts),
         **meta,
     )
@@ -210,8 +213,10 @@ def _rows_product(
     starts = tl.load(offsets_ptr + ids - 1, mask=(ids > 0) & (ids < num_experts), other=0)
     tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
     tile_ends = tl.cumsum(tiles, 0)
+    # Entries past num_experts have no tiles, so that a program beyond the last tile counts all EXPERTS and leaves.
     expert = tl.sum((tile_ends <= row_tile).to(tl.int32), 0)
     if expert < num_experts:
+        # Sums pick the one entry: a vector in registers cannot be indexed.
         ours = ids == expert
         first_tile = tl.sum(tl.where(ours, tile_ends - tiles, 0), 0)
         start = tl.sum(tl.where(ours, starts, 0), 0)
@@ -261,6 +266,7 @@ def _weight_gradient(
     grad_ptrs = grad_ptr + r[None, :] * grad_row + m[:, None] * grad_col
     x_ptrs = x_ptr + r[:, None] * x_row + n[None, :] * x_col
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    # An expert without rows goes round no loop and stores its zeros.
     for done in range(0, end - start, BLOCK_K):
         left = tl.arange(0, BLOCK_K) < end - start - done
         grad = tl.load(grad_ptrs, mask=(m < height)[:, None] & left[None, :], other=0.0)

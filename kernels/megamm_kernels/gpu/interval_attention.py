@@ -47,6 +47,7 @@ MAX_HEAD_DIM = 256
 
 def parts(head_dim: int) -> tuple[int, int]:
     """Powers of 2 of at least 16 whose sum is the least that holds a head; the second may be 0."""
+    # Triton's tiles are powers of 2, and its products take no side below 16.
     whole = max(16, triton.next_power_of_2(head_dim))
     main = whole // 2
     rest = max(16, triton.next_power_of_2(max(1, head_dim - main)))
@@ -56,6 +57,7 @@ def parts(head_dim: int) -> tuple[int, int]:
 def shared_bytes(kernel: str, tiles: Tiles, width: int, itemsize: int) -> int:
     """Shared memory of a program: what stays for the whole loop, and what streams through the pipeline."""
     m, n = tiles.block_m, tiles.block_n
+    # Forward: q stays, k and v stream. Queries' gradient: q and do, k and v. Keys' gradient: k and v, q and do.
     stays, streams = {"forward": (m, 2 * n), "query": (2 * m, 2 * n), "key": (2 * n, 2 * m)}[kernel]
     return (stays + tiles.num_stages * streams) * width * itemsize + 2048
 
@@ -114,10 +116,12 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 def _grid(x: torch.Tensor, block: int) -> tuple[int, int, int]:
     """Tiles, heads, rows of [B, S, H, D]."""
+    # Tiles come first because CUDA limits the other two axes to 65535.
     return triton.cdiv(x.shape[1], block), x.shape[2], x.shape[0]
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    # Packed even where x is a slice of a fused product, whose strides empty_like would imitate.
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -162,6 +166,7 @@ def interval_attention_backward_gpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v."""
     grad, q, k, v = (_rows_contiguous(x) for x in (grad, q, k, v))
+    # Queries first: their kernel fills delta, which the keys' kernel reads.
     delta = _empty_stats(q)
     grad_q = query_gradient(grad, grad_lse, q, k, v, out, lse, delta, lo, hi)
     return grad_q, *key_gradient(grad, q, k, v, lse, delta, query_lo, query_hi)
@@ -169,6 +174,7 @@ def interval_attention_backward_gpu(
 
 def query_gradient(grad, grad_lse, q, k, v, out, lse, delta, lo, hi) -> torch.Tensor:
     """Gradient of q; also fills ``delta``."""
+    # The kernel reads grad_lse as a packed [B, H, S]; callers see lse transposed, and its gradient comes back so.
     grad_q, grad_lse = _empty_like(q), None if grad_lse is None else grad_lse.contiguous()
     constants = _constants("query", q, k)
     args = (
@@ -225,12 +231,14 @@ def _(grad, grad_lse, q, k, v, out, lse, lo, hi, query_lo, query_hi):
 
 
 def _setup_context(ctx, inputs, output):
+    # Without this an lse that nobody used would come back as zeros, and be read.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
 
 
 def _backward(ctx, grad, grad_lse):
     q, k, v, out, lse, *intervals = ctx.saved_tensors
+    # Only the log-sum-exp was used.
     grad = torch.zeros_like(out) if grad is None else grad
     grads = interval_attention_backward_gpu(grad, grad_lse, q, k, v, out, lse, *intervals)
     return *grads, None, None, None, None

@@ -36,6 +36,7 @@ def _forward_step(acc, max_m, sum_m, q, lo, hi, k_head, v_head, start_n, end_n, 
     s_mn = product(q, k, C)
     if MASKED:
         s_mn = tl.where(seen(start_n + tl.arange(0, C.BLOCK_N), lo, hi), s_mn, float("-inf"))
+    # The scale is positive, so it may come after the maximum: once per query, and below fused with the subtraction.
     new_max_m = tl.maximum(max_m, tl.max(s_mn, 1) * (C.SCALE * LOG2E))
     shift_m = new_max_m
     if MASKED:  # a query that has seen nothing yet keeps exp2(-inf - 0) = 0 instead of NaN
@@ -75,6 +76,7 @@ def forward_kernel(
     """One program: a tile of queries of one head. The last tiles, in causal rows the longest, start first."""
     BLOCK_M: tl.constexpr = C.BLOCK_M
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    # In 64 bits, because offsets of rows and heads may pass 2^31.
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     q_head = head_of((q_ptr, q_stride_b, q_stride_s, q_stride_h), row, head)
     k_head = head_of((k_ptr, k_stride_b, k_stride_s, k_stride_h), row, head // C.GROUP)
@@ -86,6 +88,7 @@ def forward_kernel(
     acc = zeros(BLOCK_M, C)
     max_m = tl.full([BLOCK_M], float("-inf"), C.ACC)
     sum_m = tl.zeros([BLOCK_M], C.ACC)
+    # Queries with an empty interval take part in whole tiles, too; what they gather is dropped when it is stored.
     for i in range(full):
         start_n = inner + i * C.BLOCK_N
         acc, max_m, sum_m = _forward_step(acc, max_m, sum_m, q, lo, hi, k_head, v_head, start_n, end, C, False)
@@ -93,7 +96,9 @@ def forward_kernel(
         start_n = edge_start(i, first, before, outer, C.BLOCK_N)
         acc, max_m, sum_m = _forward_step(acc, max_m, sum_m, q, lo, hi, k_head, v_head, start_n, end, C, True)
     some = lo <= hi
+    # It is divided by: zero for an empty interval.
     sum_m = tl.where(some, sum_m, 1.0)
+    # Back from units of log2 to natural ones.
     lse_m = tl.where(some, (max_m + tl.math.log2(sum_m)) * LN2, float("-inf"))
     out_head = head_of((out_ptr, out_stride_b, out_stride_s, out_stride_h), row, head)
     store_head(acc, 1.0 / sum_m, some, out_head, start_m, num_queries, BLOCK_M, C)
@@ -110,6 +115,7 @@ def _query_step(
     s_mn = product(q, k, C)
     dp_mn = product(do, v, C)
     p_mn = tl.math.exp2(s_mn * (C.SCALE * LOG2E) - lse_m[:, None])
+    # Dropped, not multiplied by zero: hidden scores are in no log-sum-exp, so that exp2 of them may be infinite.
     if MASKED:
         p_mn = tl.where(seen(start_n + tl.arange(0, C.BLOCK_N), lo, hi), p_mn, 0.0)
     return add_product(dq, p_mn * (dp_mn - delta_m[:, None]), k, C)
@@ -167,6 +173,7 @@ def query_gradient_kernel(
     delta_m = tl.where(some, row_sums(do, out, C), 0.0)
     stats = (row * tl.num_programs(1) + head) * num_queries + m
     if HAS_DLSE:
+        # d lse / d s = p, so that ds = p * (dp - delta + dlse).
         delta_m -= tl.load(dlse_ptr + stats, mask=some, other=0.0)
     tl.store(delta_ptr + stats, delta_m, mask=m < num_queries)
     # An infinite log-sum-exp makes all weights of an empty query zero.
@@ -178,7 +185,9 @@ def query_gradient_kernel(
     for i in range(edges):
         start_n = edge_start(i, first, before, outer, C.BLOCK_N)
         dq = _query_step(dq, q, do, lse_m, delta_m, lo, hi, k_head, v_head, start_n, end, C, True)
+    # dq and out are both packed tensors of one shape.
     dq_head = head_of((dq_ptr, out_stride_b, out_stride_s, out_stride_h), row, head)
+    # The scale of scores, once per entry here instead of once per score in the loop.
     scale_m = tl.full([BLOCK_M], C.SCALE, C.ACC)
     store_head(dq, scale_m, some, dq_head, start_m, num_queries, BLOCK_M, C)
 
@@ -241,6 +250,7 @@ def key_gradient_kernel(
     """One program: a tile of keys of one key head, over the queries of all heads of its group, in order."""
     BLOCK_N: tl.constexpr = C.BLOCK_N
     GROUP: tl.constexpr = C.GROUP
+    # From the front: in causal rows the first keys are seen by the most queries.
     start_n = tl.program_id(0) * BLOCK_N
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     n = start_n + tl.arange(0, BLOCK_N)
@@ -252,10 +262,12 @@ def key_gradient_kernel(
     v = load_head(v_head, start_n, num_keys, BLOCK_N, C, True)
     dk = zeros(BLOCK_N, C)
     dv = zeros(BLOCK_N, C)
+    # The sum over a group's heads stays in registers: no other program writes these keys.
     for g in range(GROUP):
         query_head = head * GROUP + g
         q_head = head_of((q_ptr, q_stride_b, q_stride_s, q_stride_h), row, query_head)
         do_head = head_of((do_ptr, do_stride_b, do_stride_s, do_stride_h), row, query_head)
+        # Programs count key heads; statistics lie by query head.
         stats = (row * tl.num_programs(1) * GROUP + query_head) * num_queries
         lse, delta = lse_ptr + stats, delta_ptr + stats
         for i in range(full):
@@ -266,6 +278,7 @@ def key_gradient_kernel(
             dk, dv = _key_step(dk, dv, k, v, lo, hi, q_head, do_head, lse, delta, start_m, end, C, True)
     some = lo <= hi
     dk_head = head_of((dk_ptr, dk_stride_b, dk_stride_s, dk_stride_h), row, head)
+    # dk and dv are both packed tensors of one shape.
     dv_head = head_of((dv_ptr, dk_stride_b, dk_stride_s, dk_stride_h), row, head)
     scale_n, one_n = tl.full([BLOCK_N], C.SCALE, C.ACC), tl.full([BLOCK_N], 1.0, C.ACC)
     store_head(dk, scale_n, some, dk_head, start_n, num_keys, BLOCK_N, C)

@@ -50,6 +50,7 @@ def split(lo, hi, length, BLOCK: tl.constexpr):
     ``inner`` on are seen whole by all; the ``edges`` others need the mask, ``before`` of them from ``first`` on,
     the rest from ``outer`` on; ``end`` is the end of the range.
     """
+    # Where an interval is empty, the neutral value of each reduction: if all are, the range is empty, too.
     some = lo <= hi
     first = tl.min(tl.where(some, lo, length), 0)
     first_common = tl.max(tl.where(some, lo, 0), 0)
@@ -82,6 +83,7 @@ def _load_part(
     """[BLOCK, WIDTH] in the dtype of products, of which USED columns exist; zeros outside."""
     rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
     ptrs = ptr + (rows * stride + columns)
+    # Decided when compiled, so that whole tiles of whole heads are loaded without a mask.
     if MASKED and USED < WIDTH:
         x = tl.load(ptrs, mask=(rows < rows_left) & (columns < USED), other=0.0)
     elif MASKED:
@@ -112,6 +114,7 @@ def load_head(x, start, end, BLOCK: tl.constexpr, C: tl.constexpr, MASKED: tl.co
 @triton.jit
 def _store_part(x, factor, some, ptr, stride, rows_left, BLOCK: tl.constexpr, WIDTH: tl.constexpr, USED: tl.constexpr):
     rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
+    # Not times zero: the scores of a key that no query sees are in no log-sum-exp, so that its weights may overflow.
     x = tl.where(some[:, None], x * factor[:, None], 0.0).to(ptr.dtype.element_ty)
     tl.store(ptr + (rows * stride + columns), x, mask=(rows < rows_left) & (columns < USED))
 
@@ -168,6 +171,7 @@ def product(x, y, C: tl.constexpr):
 @triton.jit
 def add_product(acc, p, x, C: tl.constexpr):
     """[tile, d] plus [tile, other tile] times [other tile, d]."""
+    # Both operands of a product have one dtype; the sum stays wide.
     p = p.to(x[0].dtype)
     main = tl.dot(p, x[0], acc[0], input_precision=C.PRECISION, out_dtype=C.ACC)
     if C.REST == 0:

@@ -10,6 +10,7 @@ import triton.language as tl
 def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
     """Run ``kernel`` on the device of its first argument, a tensor; an empty grid launches nothing."""
     if all(grid):
+        # Triton launches on the current device, wherever the tensors lie.
         with torch.cuda.device_of(args[0]):
             # The default up to Triton 3.9; 3.10 would round each product before it is added.
             kernel[grid](*args, **meta, enable_fp_fusion=True)

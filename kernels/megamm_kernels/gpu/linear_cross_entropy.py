@@ -33,6 +33,7 @@ def softmax_gradient(
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     lse, picked = torch.empty(2, num_rows, dtype=wide, device=logits.device)
 
+    # Narrow under the interpreter, so that tests go round the loop more than once.
     block = 128 if dispatch.interpret else min(8192, triton.next_power_of_2(vocab_size))
 
     def sweep(find_lse: bool, write_grad: bool) -> None:
@@ -57,6 +58,7 @@ def softmax_gradient(
         sweep(True, needs_grad)
     else:
         sweep(True, False)
+        # ``sweep`` sees these: the second sweep divides by the sum over the whole vocabulary.
         lse, picked = combine(lse, picked)
         if needs_grad:
             sweep(False, True)
@@ -78,12 +80,14 @@ def _softmax_gradient(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    # In 64 bits: rows times vocabulary may pass 2^31.
     logits_ptr += row.to(tl.int64) * stride
     wide: tl.constexpr = lse_ptr.dtype.element_ty
     label = tl.load(labels_ptr + row)
     cols = tl.arange(0, BLOCK)
     if FIND_LSE:
         top = tl.full([], -float("inf"), wide)
+        # A sum per lane, added up after the loop: inside it, only the maximum is a reduction.
         sums = tl.zeros([BLOCK], wide)
         for start in range(0, vocab_size, BLOCK):
             x = tl.load(logits_ptr + start + cols, mask=start + cols < vocab_size, other=-float("inf")).to(wide)
@@ -92,6 +96,8 @@ def _softmax_gradient(
             top = new_top
         lse = top + tl.log(tl.sum(sums, 0))
         inside = (label >= 0) & (label < vocab_size)
+        # A label of another rank must add nothing to the sum over ranks; one beyond the vocabulary must not go
+        # unnoticed.
         picked = tl.load(logits_ptr + label, mask=inside, other=0.0 if SHARDED else float("nan")).to(wide)
         tl.store(lse_ptr + row, lse)
         tl.store(picked_ptr + row, picked)
@@ -99,6 +105,7 @@ def _softmax_gradient(
         lse = tl.load(lse_ptr + row)
     if WRITE_GRAD:
         tl.debug_barrier()  # all have read the label's logit before one overwrites it
+        # The derivative of lse + z_loss * lse^2 is the softmax times this.
         scale = 1 + 2 * z_loss * lse
         for start in range(0, vocab_size, BLOCK):
             mask = start + cols < vocab_size

@@ -44,6 +44,7 @@ def _load_centred(patches_ptr, patch, channel, num_patches, CHANNELS: tl.constex
     """Pixels - 128 of some patches; lanes outside hold anything finite."""
     mask = (patch < num_patches)[:, None] & (channel < CHANNELS)[None, :]
     pixel = tl.load(patches_ptr + patch.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask, other=0)
+    # As uint8, pixels below 128 would wrap around.
     return (pixel.to(tl.float32) - 128).to(DOT)
 
 
@@ -218,6 +219,7 @@ def embedding_table_backward_gpu(
     grad: torch.Tensor, tokens: torch.Tensor, slot: torch.Tensor, vocabulary: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Gradient of the table: the sum of ``grad`` over the text positions of each token."""
+    # Positions of images hold a placeholder token, which gets no gradient from them: key V counts nowhere.
     keys = torch.where(slot < 0, tokens, vocabulary).flatten().int()
     return table_gradient(grad.flatten(0, 1).contiguous(), keys, vocabulary, dtype)
 
@@ -272,6 +274,7 @@ def _(grad, patches, projection, patch_index):
 def _save_features(ctx, inputs, output):
     tokens, table, features, feature_index, _ = inputs
     ctx.save_for_backward(tokens, output[1], feature_index)
+    # Not the table itself, which the backward does not read.
     ctx.table = table.shape[0], table.dtype
     ctx.features_dtype = None if features is None else features.dtype
 

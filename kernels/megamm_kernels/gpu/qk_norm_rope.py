@@ -78,6 +78,7 @@ def _load_angles(table, position, valid, T: tl.constexpr):
     """Cosines and sines of a tile's positions."""
     column = tl.arange(0, T.BLOCK)[None, :]
     mask = valid[:, None] & (column < T.HALF)
+    # Positions count over the whole batch; a table of one row serves all its rows.
     offset = (position % table[2])[:, None] * T.HALF + column
     cos, sin = tl.load(table[0] + offset, mask, other=0.0), tl.load(table[1] + offset, mask, other=0.0)
     return cos.to(T.DTYPE), sin.to(T.DTYPE)
@@ -148,6 +149,7 @@ def _backward_part(
 ):
     ROWS: tl.constexpr = T.ROWS  # Triton 3.6 takes no attribute inside of a shape
     BLOCK: tl.constexpr = T.BLOCK
+    # Of every row of a tile a sum of its own: the rows are reduced once, after the loop.
     grad_w1, grad_w2 = tl.zeros((ROWS, BLOCK), T.DTYPE), tl.zeros((ROWS, BLOCK), T.DTYPE)
     w1, w2 = _load_weight(weight_ptr, T)
     for tile in range(tl.program_id(0), tl.cdiv(num_positions * T.GROUPS * HEADS, T.ROWS), tl.num_programs(0)):
@@ -157,6 +159,7 @@ def _backward_part(
         x1, x2 = _load_halves(x[0], _offsets(x, position, group, FIRST + head), valid, T)
         cos, sin = _load_angles(table, position, valid, T)
         scale = tl.load(scale_ptr + at_group * (T.QUERIES + 1) + FIRST + head, valid, other=0.0)[:, None]
+        # Rotated back: the transpose of a rotation is its inverse.
         n1, n2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
         u1, u2 = x1 * scale, x2 * scale
         grad_w1 += n1 * u1
@@ -199,6 +202,7 @@ def _backward_kernel(
     T: tl.constexpr,
 ):
     x, table = (x_ptr, x_position, x_group, x_head), (cos_ptr, sin_ptr, table_rows)
+    # [2, D] of each program, for queries and keys.
     partial_ptr += tl.program_id(0) * (4 * T.HALF)
     key_weight, key_partial = weight_ptr + 2 * T.HALF, partial_ptr + 2 * T.HALF
     if tl.program_id(1) == 0:
@@ -216,6 +220,7 @@ def _backward_kernel(
 def _strided(qkv: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """``qkv``, copied only where its positions are not evenly spaced or heads not packed; and its strides."""
     batch, length = qkv.shape[:2]
+    # Kernels count positions over the whole batch, so one stride has to serve them all.
     even = batch == 1 or length == 1 or qkv.stride(0) == length * qkv.stride(1)
     qkv = qkv if even and qkv.stride(4) == 1 else qkv.contiguous()
     return qkv, (qkv.stride(0) if length == 1 else qkv.stride(1), qkv.stride(2), qkv.stride(3))
@@ -250,6 +255,7 @@ def qk_norm_rope_gpu(
     table = cos.contiguous(), sin.contiguous(), cos.shape[0] * cos.shape[1]
     num_positions = x.shape[0] * x.shape[1]
     args = x, *strides, weight.contiguous(), *table, q, k, scale, num_positions, eps
+    # Keys have no more tiles than queries; programs past their end store nothing.
     launch(_forward_kernel, (tiles, 2), *args, T=tile, num_warps=num_warps)
     return q, k, scale
 

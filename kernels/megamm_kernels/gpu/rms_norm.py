@@ -65,6 +65,7 @@ def _backward_kernel(
 ):
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, column < WIDTH, other=0.0).to(DTYPE)
+    # Of every row of a tile a sum of its own: the rows are reduced once, after the loop.
     grad_weight = tl.zeros((ROWS, BLOCK), DTYPE)
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
@@ -77,6 +78,7 @@ def _backward_kernel(
         grad_unit = grad * weight[None, :]
         dot = tl.sum(grad_unit * unit, 1)[:, None] / WIDTH
         grad_x = (grad_unit - unit * dot) * scale
+        # The sum also went on along the residual stream; its gradient from there joins here, without another pass.
         if ADD:
             grad_x += tl.load(grad_total_ptr + offset, mask, other=0.0).to(DTYPE)
         tl.store(grad_x_ptr + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
@@ -98,6 +100,7 @@ def _empty(x: torch.Tensor) -> torch.Tensor:
 def _launch_forward(x, residual, weight, eps):
     x = x.contiguous()
     width, num_rows = x.shape[-1], x.numel() // x.shape[-1]
+    # Without an addition the kernel neither reads ``residual`` nor writes ``total``: any pointer will do.
     out, total = _empty(x), x if residual is None else _empty(x)
     scale = torch.empty(x.shape[:-1], dtype=partial_dtype(x.dtype), device=x.device)
     tile = _tile(x, 2048)
@@ -123,6 +126,7 @@ def _launch_forward(x, residual, weight, eps):
 @torch.library.custom_op("megamm::rms_norm_gpu", mutates_args=())
 def rms_norm_gpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the normalised ``x`` and the reciprocal norm of each row."""
+    # The third is x itself, which an op must not return.
     out, _, scale = _launch_forward(x, None, weight, eps)
     return out, scale
 
@@ -197,6 +201,7 @@ def _norm_backward(ctx, grad, _):
 
 def _add_norm_backward(ctx, grad, grad_total, _):
     grad_x, grad_weight = rms_norm_backward_gpu(grad, grad_total, *ctx.saved_tensors)
+    # x and residual enter as a sum, so that both have the same gradient.
     return grad_x, grad_x, grad_weight, None
 
 

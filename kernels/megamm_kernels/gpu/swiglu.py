@@ -35,6 +35,7 @@ def _backward_kernel(grad_ptr, gate_up_ptr, out_ptr, HIDDEN: tl.constexpr, BLOCK
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr + row * HIDDEN + column, column < HIDDEN, other=0.0).to(DTYPE)
     silu = gate * sigmoid
+    # silu' = sigmoid + silu * (1 - sigmoid)
     pairs = tl.join(grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu).reshape(2 * BLOCK)
     entry = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
     tl.store(out_ptr + row * (2 * HIDDEN) + entry, pairs.to(out_ptr.dtype.element_ty), entry < 2 * HIDDEN)
