@@ -68,8 +68,8 @@ def _envelope_entry(fit: Fit) -> dict[str, Any]:
     clusters = cluster_labels(table)
     count = int(clusters.max()) + 1
     rng = np.random.default_rng(fit.seed)
+    # How often a unit was drawn is of no account: a run that counts twice leaves the envelope as it is.
     drawn = (
-        # How often a unit was drawn is of no account: a run that counts twice leaves the envelope as it is.
         _slope(table, fit.loss_column, np.isin(clusters, rng.integers(count, size=count))) for _ in range(RESAMPLES)
     )
     draws = [draw for draw in drawn if draw is not None]
