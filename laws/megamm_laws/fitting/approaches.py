@@ -53,6 +53,7 @@ def disagreement(entries: list[dict[str, Any]]) -> list[str]:
 
 def envelope(flops: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """Indices of the runs whose loss no run of equal or less compute reaches, by compute."""
+    # The last key counts first: by compute, and by loss among equals, of which only the lowest can then be on it.
     order = np.lexsort((loss, flops))
     lowest = np.minimum.accumulate(np.concatenate([[np.inf], loss[order]]))
     return order[loss[order] < lowest[:-1]]
@@ -67,6 +68,7 @@ def _envelope_entry(fit: Fit) -> dict[str, Any]:
     clusters = cluster_labels(table)
     count = int(clusters.max()) + 1
     rng = np.random.default_rng(fit.seed)
+    # How often a unit was drawn is of no account: a run that counts twice leaves the envelope as it is.
     drawn = (
         _slope(table, fit.loss_column, np.isin(clusters, rng.integers(count, size=count))) for _ in range(RESAMPLES)
     )
@@ -82,6 +84,7 @@ def _slope(table: RunTable, column: str, keep: np.ndarray) -> float | None:
     params, flops, loss = (table.numbers(c)[keep] for c in ("params", "flops", column))
     chosen = envelope(flops, loss)
     log_c = np.log(flops[chosen])
+    # Within a factor of two in compute the sizes tried decide the slope, not the law.
     if len(chosen) < MIN_ENVELOPE or np.ptp(log_c) < np.log(2):
         return None
     return float(np.polyfit(log_c, np.log(params[chosen]), 1)[0])
@@ -90,6 +93,7 @@ def _slope(table: RunTable, column: str, keep: np.ndarray) -> float | None:
 def _isoflop_entry(fit: Fit) -> dict[str, Any]:
     # Runs scatter about the law by at least their noise; the intervals should not be narrower than that says.
     spread = 1.4826 * float(np.median(np.abs(fit.residuals - np.median(fit.residuals))))
+    # From log loss into nats, and well below the 1 nat that fit_isoflops refuses.
     noise = min(0.5, max(NOISE, spread * float(np.median(fit.table.numbers(fit.loss_column)))))
     try:
         found = fit_isoflops(

@@ -45,6 +45,7 @@ def examine(fit: Fit) -> None:
 
 def hold_outs(fit: Fit) -> list[dict[str, Any]]:
     """Hold-outs of more and more of the largest runs, as far as enough are left: whether error and drift grow."""
+    # The usual share is at hand already: each hold-out costs a fit from all starts.
     found = [(share, fit.holdout if share == HOLDOUT_SHARE else hold_out(fit, share)) for share in HOLDOUT_SHARES]
     keys = ("n", "compute_ratio", "relative_error_loss", "a_without", "a_drift", "a_drift_in_half_widths")
     return [{"share": share, **{key: x[key] for key in keys}} for share, x in found if "skipped" not in x]
@@ -140,6 +141,7 @@ def _starts(fit: Fit, shared: bool) -> list[str]:
     for term, exponent, column in ((1, 2, "params"), (3, 4, "tokens")):
         values[:, term] = np.log(values[:, term]) - values[:, exponent] * np.log(fit.table.numbers(column)).mean()
     spread = values.std(axis=0) > 1e-9 * np.abs(values).max(axis=0)
+    # A constant that never moved, at a bound, has no correlation: dividing by its spread gives NaN.
     if spread.sum() < 2:
         return found
     correlation = np.corrcoef(values[:, spread].T)
@@ -156,6 +158,7 @@ def shared_errors(fit: Fit) -> list[str]:
     if error is None:
         return found
     (low, high), (below, above) = fit.intervals["a"], fit.noise_intervals["a"]
+    # Both intervals, since a reader must see how much of the width is the form's.
     if error.bend.probability > LIKELY:
         found.append(
             f"neighbouring runs err together: the surface departs from the form by {error.bend.sd:.2%} of the loss "
@@ -163,6 +166,7 @@ def shared_errors(fit: Fit) -> list[str]:
             f"by noise alone {below:.3f} to {above:.3f}"
         )
     if error.offsets and error.offsets.probability > LIKELY:
+        # As in the fit: runs of one trunk share an offset where trunks are the units, else those of one size.
         unit = "size" if fit.clusters == len(fit.table) else "trunk"
         found.append(
             f"the runs of one {unit} err together, by {error.offsets.sd:.2%} of the loss (probability "
@@ -178,6 +182,7 @@ def _stability(fit: Fit) -> list[str]:
             f"held out: a is {fit.holdout['a_without']:.3f} without the runs of largest FLOPs and "
             f"{fit.holdout['a_with']:.3f} with them, apart by more than the half-width of its interval by noise alone"
         )
+    # Not the wider intervals: a profile likelihood knows of no error of the form either.
     resampled = fit.noise_intervals
     for name, (low, high) in fit.checks.get("profile_intervals", {}).items():
         width = resampled[name][1] - resampled[name][0]
@@ -231,6 +236,7 @@ def bootstrap(fit: Fit | FormFit) -> list[str]:
     """Resamples that make intervals rough or too narrow."""
     found = []
     trunks = [row["trunk"] for row in fit.table.rows if row.get("trunk")]
+    # Trunks with several runs, yet as many units as runs: cluster_labels found too few trunks to resample.
     if len(trunks) > len(set(trunks)) and fit.clusters == len(fit.table):
         found.append(
             f"only {len(set(trunks))} trunks: runs were resampled as if independent, so that intervals are too narrow "
@@ -251,9 +257,11 @@ def outliers(fit: Fit | FormFit) -> list[str]:
     residuals = fit.residuals
     middle = np.median(residuals)
     # Below 1e-4 a residual is beyond what any run can measure, however well the others agree.
+    # 1.4826 makes the median deviation of a normal distribution its standard deviation, which outliers do not move.
     spread = max(1.4826 * float(np.median(np.abs(residuals - middle))), 1e-4)
     distance = (residuals - middle) / spread
     order = np.argsort(-np.abs(distance))
+    # Residuals are prediction over loss, hence the turned signs below: people ask how far the loss is off.
     order = order[np.abs(distance[order]) > OUTLIER_MADS]
     names = fit.table.places
     found = [

@@ -161,6 +161,7 @@ def fit_form(
     clusters = cluster_labels(table)
     rng = np.random.default_rng([seed, zlib.crc32(group.encode())])
     weights, redrawn = resample(table, clusters, resamples, rng)
+    # Many parameters leave flat valleys: the starts end all along them, and so must the draws.
     near = ends[objectives <= objective * 1.01 + AGREE_ABSOLUTE]
     draws, _ = solver.minimise(problem, near[rng.integers(len(near), size=resamples)], weights)
     fit = FormFit(
@@ -211,6 +212,7 @@ def descend_all(problem: FormProblem, starts: np.ndarray | None = None) -> tuple
     one = np.ones((1, len(problem.y)))
     theta, objective = solver.minimise(problem, starts, one)
     leaders = np.argsort(objective, kind="stable")[:POLISHED]
+    # At the final delta at once: the wide stages would lead theta away from where it has come to.
     again = solver.minimise(replace(problem, continuation=()), theta[leaders], one)
     theta[leaders], objective[leaders] = again
     order = np.argsort(objective, kind="stable")
@@ -224,9 +226,11 @@ def hold_out(fit: FormFit) -> dict[str, Any]:
     if len(rest) < len(fit.names) + SPARE_RUNS:
         return {"skipped": f"{len(rest)} runs would be left for {len(fit.names)} parameters"}
     part = FormProblem.of(fit.form, rest, fit.loss_column)
+    # Parameters depend on the columns, and the runs left may lack a domain.
     if part.names != fit.names:
         return {"skipped": "the runs left do not have all parameters of the form"}
     parameters = part.to_parameters(descend_all(part)[0][0])
+    # By way of params and tokens: theta of the rest is in the units of its own means.
     theta = fit.problem.to_theta(parameters)[None]
     error = np.expm1(fit.problem.log_prediction(theta)[0] - fit.problem.y)[held]
     law = fit.law_of(parameters)

@@ -26,10 +26,12 @@ def _identification(fit: FormFit) -> list[str]:
         )
     if len(fit.table) < FEW_PER_PARAMETER * len(fit.names):
         found.append(f"{len(fit.table)} runs for {len(fit.names)} parameters: intervals are too narrow")
+    # In theta, where an amplitude has its bounds as a logarithm: a share of the range means the same at both ends.
     theta = fit.problem.to_theta(fit.parameters)
     low, high = fit.problem.bounds
     for i, name in enumerate(fit.names):
         if min(theta[i] - low[i], high[i] - theta[i]) < 1e-3 * (high[i] - low[i]):
+            # The lower end of an amplitude is a term that is gone, the upper one is a bound like any other.
             what = "vanishes" if fit.problem.declared[i].amplitude and theta[i] < high[i] - 1 else "is at its bound"
             found.append(f"{name} = {fit.parameters[i]:.3g} {what}: the runs do not need or do not determine it")
     return found

@@ -170,6 +170,8 @@ def fit_isoflops(
     measured = ~np.isnan(table.numbers(loss_column))
     warnings = [f"{place} has no {loss_column} and was left out" for place in table.select(~measured).places]
     table = table.select(measured)
+    # By the group's name, so that a group has the same draws whichever others are in the table; by a checksum, since
+    # Python's hash of a text differs from process to process.
     profiles, left_out = _profiles(table, loss_column, noise, draws, [seed, zlib.crc32(group.encode())])
     warnings += left_out
     used = [profile for profile in profiles if profile.problem is None]
@@ -189,6 +191,7 @@ def fit_isoflops(
         profiles=profiles,
         exponents=dict(zip(EXPONENTS, slopes[0].tolist())),
         coefficients=dict(zip(QUANTITIES, np.exp(intercepts[0]).tolist())),
+        # In a draw that leaves fewer than two budgets a minimum there is no slope.
         exponent_draws=drawn[np.isfinite(drawn).all(-1)],
         parabola_a=_parabola_exponent(used),
         noise=noise,
@@ -223,6 +226,7 @@ def budgets(table: RunTable) -> list[RunTable]:
     flops = table.numbers("flops")
     labels, label, first = np.empty(len(flops), int), -1, 0.0
     for i in np.argsort(flops, kind="stable"):
+        # The first is zero at the start, so that the smallest run begins a budget, too.
         if flops[i] > first * (1 + SAME_BUDGET):
             label, first = label + 1, flops[i]
         labels[i] = label
@@ -235,10 +239,12 @@ def profile_of(table: RunTable, column: str, noise: float, draws: int, rng: np.r
     params, tokens, loss = (table.numbers(c)[order] for c in ("params", "tokens", column))
     x = np.log(params)
     grid = np.geomspace(params[0], params[-1], (len(params) - 1) * GRID_PER_RUN)
+    # In logarithms: at equal compute tokens go with one over the size, a straight line there.
     log_tokens = np.interp(np.log(grid), x, np.log(tokens))
     # A draw must stay positive whatever the noise asked for.
     noisy = np.maximum(loss + noise * rng.standard_normal((draws, len(loss))), 0.1 * loss)
     curve = Akima1DInterpolator(x, np.log(loss))(np.log(grid))
+    # One spline for all draws: it runs along the first axis, so that each draw is a column.
     curves = Akima1DInterpolator(x, np.log(noisy).T)(np.log(grid))
     lowest = curves.argmin(axis=0)
     inside = (lowest > 0) & (lowest < len(grid) - 1)
@@ -259,10 +265,12 @@ def profile_of(table: RunTable, column: str, noise: float, draws: int, rng: np.r
     )
     edge = {0: "smallest", len(grid) - 1: "largest"}.get(int(curve.argmin()))
     if edge:
+        # "small" or "larg" is left, for "smaller" or "larger".
         profile.problem = f"the minimum lies at the edge, the {edge} size: add {edge[:-3]}er ones"
     elif inside.mean() < 0.5:
         profile.problem = f"under noise the minimum lies at an edge in {1 - inside.mean():.0%} of draws"
     else:
+        # The logarithm of a loss moves by the noise over the loss.
         floors = [FLOOR * np.ptp(v) / (len(params) - 1) for v in (x, np.log(tokens))] + [FLOOR * noise / loss.min()]
         profile.spread = np.maximum(np.nanstd(found, axis=0), floors) / inside.mean()
     return profile
@@ -290,6 +298,7 @@ def fit_isoflop_table(
         for column in columns:
             progress(f"fitting {group}, {column}")
             fit = fit_isoflops(runs, group=group, loss_column=column, noise=noise, draws=draws, seed=seed)
+            # First of all: which runs the law is about, before what is wrong with it.
             fit.warnings[:0] = initialised[group]
             fits.append(fit)
     return fits
@@ -312,6 +321,7 @@ def _lines(profiles: list[Profile], values: np.ndarray) -> tuple[np.ndarray, np.
     x = np.log([p.flops for p in profiles])[None, :, None]
     weights = np.broadcast_to(np.stack([p.spread for p in profiles]) ** -2.0, values.shape)
     weights = np.where(np.isnan(values), 0.0, weights)
+    # A weight of zero is not enough: zero times NaN is NaN.
     y = np.nan_to_num(values)
     total = weights.sum(1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -326,6 +336,7 @@ def _parabola(x: np.ndarray, y: np.ndarray) -> float:
     part = slice(max(0, i - 2), i + 3)
     if len(x[part]) < 3:
         return float("nan")
+    # About the lowest run: squares of log N, of about 20, would be ill-conditioned beside their small differences.
     second, first, _ = np.polyfit(x[part] - x[i], y[part], 2)
     return float(np.exp(x[i] - first / (2 * second))) if second > 0 else float("nan")
 
@@ -356,6 +367,7 @@ def _warnings(fit: IsoFlopFit) -> list[str]:
         rise = np.diff(profile.loss)
         steps = np.sign(rise) * (np.abs(rise) > 4 * fit.noise)  # smaller steps may be noise
         steps = steps[steps != 0]
+        # A fall after a rise: beyond one minimum the loss goes down to another.
         if (np.diff(steps) < 0).any():
             found.append(f"{name}: more than one minimum; some runs may be spoilt")
         edge = np.isnan(profile.draws[:, 0]).mean()

@@ -34,6 +34,7 @@ def group_of(law: Law, runs: RunTable, loss_column: str, fit: dict[str, Any], *,
     held_out = exponents = None
     if "relative_errors" in held:
         by_name = dict(zip(runs.names, runs.numbers("flops")))
+        # fits.json holds names and errors, the FLOPs are in the table.
         known = [(by_name[run], error) for run, error in zip(held["runs"], held["relative_errors"]) if run in by_name]
         held_out = tuple(np.array(known).T) if known else None
         exponents = held["a_with"], held["a_without"]
@@ -76,6 +77,7 @@ def fitted_group(fit: Fit | FormFit, colour: str) -> PlotGroup:
         tokens=runs.numbers("tokens"),
         flops=runs.numbers("flops"),
         losses=losses,
+        # A residual is log prediction - log loss.
         predicted=losses * np.exp(fit.residuals),
         grid=np.zeros(0),
         frontier=np.zeros(0),
@@ -87,6 +89,7 @@ def isoflop_chart(fit: IsoFlopFit, name: str, title: str | None = None) -> Chart
     """The profiles of an isoFLOP fit and the line through their minima; ``title`` is the group as people call it."""
     budgets = []
     for profile in fit.profiles:
+        # A profile without a minimum is drawn all the same: it shows which sizes are missing.
         optimum, interval = None, None
         if profile.problem is None:
             n, _, loss = np.exp(profile.optimum)

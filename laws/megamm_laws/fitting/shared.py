@@ -55,6 +55,7 @@ class SharedExponents(Form):
 
     def terms(self, at: Point, data: Data) -> list[Term]:
         groups = data.columns["group"]
+        # Zero where a run is of another group, whose amplitudes then do not touch it: one term serves all groups.
         members = {g: (groups == g).astype(float) for g in range(int(groups.max()) + 1)}
         return [
             at.linear({f"E_{g}": member for g, member in members.items()}),
@@ -83,8 +84,11 @@ def fit_shared(
     best = int(objectives.argmin())
     objective = float(objectives[best])
     _, gradient, _, reweighted = problem.evaluate(theta[best][None], np.ones((1, len(whole))), solver.DELTA)
+    # Each group is resampled by itself, from a seed of its own, as in a fit of that group alone: it keeps its number of
+    # runs and its draws.
     seeds = [np.random.default_rng([seed, zlib.crc32(name.encode())]) for name in groups]
     drawn = [resample(table, cluster_labels(table), resamples, rng) for table, rng in zip(tables, seeds)]
+    # Row r of every group goes into one fit, so that the draws of two groups have exponents in common.
     weights = np.concatenate([w for w, _ in drawn], axis=1)
     draws, _ = solver.minimise(problem, np.repeat(theta[best][None], resamples, axis=0), weights)
     values, draws = (problem.to_parameters(x) for x in (theta[best], draws))
@@ -187,8 +191,10 @@ def _sharing(
     """Rise of the objective by sharing, and the p-value of the robust likelihood-ratio test."""
     free = sum(float(optima(fit_problem(table, column))[1][0]) for table in tables)
     residuals = problem.log_prediction(theta[None])[0] - problem.y
+    # Sharing ties two exponents of every group after the first; separate fits have five parameters each.
     extra, number = 2 * (len(tables) - 1), 5 * len(tables)
     spare = max(1, len(residuals) - number)
+    # Separate fits cannot be worse, but a search may stop a little short.
     statistic = 2 * max(0.0, objective - free) / deviance_scale(residuals, number)
     return {
         "objective_shared": objective,

@@ -44,6 +44,7 @@ def drop_plan(table: RunTable, loss_column: str, least: int) -> list[tuple[str, 
         for k in STEPS:
             weights = np.ones(n)
             weights[order[:k]] = 0.0
+            # No larger k can pass where this one does not.
             if k > max(2, DROP_SHARE * n) or n - k < least or not _spans(table, weights > 0):
                 break
             plan.append((dropped, k, weights))
@@ -72,6 +73,7 @@ def drop_rows(
                 "n_runs": len(table) - k,
                 **here,
                 "objective": float(objective[i]),
+                # An optimum may lie outside its own percentiles, which says nothing of stability.
                 "outside": outside if k else [],
             }
         )
@@ -111,6 +113,7 @@ def _refit(fit: Fit, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def refit(problem: Any, starts: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The best of all ``starts`` (s, P) for each row of ``weights`` (m, n): theta (m, P) and objective (m,)."""
     m, s = len(weights), len(starts)
+    # All starts with the first row of weights, then all with the second: the order that the reshapes below take apart.
     theta, objective = solver.minimise(problem, np.tile(starts, (m, 1)), np.repeat(weights, s, axis=0))
     objective = objective.reshape(m, s)
     best = objective.argmin(axis=1)

@@ -19,6 +19,7 @@ EXPONENTS = ("a", "b", "c", "d")
 
 def predict(parameters: np.ndarray, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Loss in nats at each run: (..., 5) parameters and (n,) params and tokens give (..., n)."""
+    # The new last axis is that of the runs, so that the parameters' is the last but one.
     E, A, alpha, B, beta = np.moveaxis(np.asarray(parameters, float)[..., None], -2, 0)
     return E + A * np.asarray(params, float) ** -alpha + B * np.asarray(tokens, float) ** -beta
 
@@ -64,6 +65,7 @@ def frontier_power_law(parameters: np.ndarray, kappa: float | np.ndarray = 1.0) 
     E, A, alpha, B, beta = np.moveaxis(np.asarray(parameters, float), -1, 0)
     log_g = log_size_factor(parameters)
     g = alpha * beta / (alpha + beta)
+    # Each product as a logarithm: A, B and powers of G leave the range of floats one by one, their products do not.
     terms = np.exp(np.log(A) - alpha * log_g) + np.exp(np.log(B) + beta * log_g)
     return E, terms * (6.0 * np.asarray(kappa, float)) ** g, g
 
@@ -84,6 +86,8 @@ def frontier_flops(parameters: np.ndarray, loss: np.ndarray, kappa: float = 1.0)
     """FLOPs at which the frontier reaches ``loss``, infinite where ``loss`` <= E; leading axes broadcast."""
     E, K, g = frontier_power_law(parameters, kappa)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        # np.where computes both branches, hence the 1.0 inside: a negative number has no such power. An overflow to
+        # infinity is right: that loss is out of reach.
         excess = np.asarray(loss, float) - E
         return np.where(excess > 0, (K / np.where(excess > 0, excess, 1.0)) ** (1 / g), np.inf)
 
@@ -97,6 +101,7 @@ def optimum(parameters: np.ndarray, flops: np.ndarray, kappa: float = 1.0) -> tu
     log_g = log_size_factor(parameters)[..., None]
     log_product = np.log(np.asarray(flops, float) / (6.0 * kappa))
     logs = log_g + log_product * beta / (alpha + beta), log_product * alpha / (alpha + beta) - log_g
+    # exp overflows at 709: this leaves room for the factors that callers put to N* and D*.
     params, tokens = (np.exp(np.clip(x, -690.0, 690.0)) for x in logs)
     return params, tokens
 
@@ -115,5 +120,6 @@ def exponents(parameters: np.ndarray, flops_range: tuple[float, float], kappa: f
         low, high = low / 1.01, high * 1.01
     grid = np.geomspace(low, high, 64)
     x = np.log(grid) - np.log(grid).mean()
+    # x has mean zero, so that log L* need not be centred.
     c = np.log(frontier_loss(parameters, grid, kappa)) @ x / (x @ x)
     return {"a": beta / (alpha + beta), "b": alpha / (alpha + beta), "c": c, "d": alpha / beta}

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+# That of Hoffmann et al. 2022.
 DELTA = 1e-3
 CONTINUATION = (3e-2, 5e-3)
 EXPONENT_BOUNDS = (0.01, 3.0)
@@ -64,6 +65,8 @@ class Problem:
         middle = float(np.median(self.y))
         low, high = EXPONENT_BOUNDS
         return (
+            # A term of e^-16 of the loss is 1e-7 of it, far below delta: as good as none, and its logarithm stays
+            # finite.
             np.array([0.0, middle - 16, low, middle - 16, low]),
             np.array([np.exp(self.y.max()), middle + 3, high, middle + 3, high]),
         )
@@ -99,6 +102,7 @@ def evaluate(
     residual = -np.log(inverse) - problem.y
     size = np.abs(residual)
     psi = np.clip(residual, -delta, delta)
+    # The derivative of the Huber function, with which each run pulls at the parameters.
     pull = weights * psi
     J = np.empty((len(theta), 5, len(u)))
     J[:, 0] = inverse
@@ -110,11 +114,15 @@ def evaluate(
     transposed = J.transpose(0, 2, 1)
     # Second derivatives of log p are p''/p - J J^T; p'' is zero but for the two blocks below.
     hessian = (J * (weights * (size <= delta) - pull)[:, None]) @ transposed
+    # A term differentiated by its own logarithm is the term again, so that these sums over the runs are those of the
+    # gradient, already at hand.
     hessian[:, [1, 3], [1, 3]] += gradient[:, [1, 3]]
     hessian[:, [1, 2, 3, 4], [2, 1, 4, 3]] += gradient[:, [2, 2, 4, 4]]
     hessian[:, 2, 2] += ((J[:, 1] * pull) @ (u * u)[:, None])[:, 0]
     hessian[:, 4, 4] += ((J[:, 3] * pull) @ (v * v)[:, None])[:, 0]
+    # psi(r)/r, which is 1 within delta: written so that no residual of zero is divided by.
     reweighted = (J * (weights * (delta / np.maximum(size, delta)))[:, None]) @ transposed
+    # Both branches at once: r^2/2 within delta, delta (|r| - delta/2) beyond.
     objective = (pull * (residual - 0.5 * psi)).sum(-1)
     return objective, gradient, hessian, reweighted
 
@@ -134,6 +142,7 @@ def starts(problem: Problem, per_axis: int = 6) -> np.ndarray:
     best_residual = np.full(len(alpha), np.inf)
     for subset in ([0, 1, 2], [1, 2], [0, 1], [0, 2], [0], [1], [2]):  # the active sets of three variables
         X = columns[:, subset]
+        # Runs of one size make the columns of E and A parallel; the ridge keeps that solvable.
         gram = X @ X.transpose(0, 2, 1) + 1e-12 * len(scale) * np.eye(len(subset))
         solution = np.linalg.solve(gram, X.sum(-1)[:, :, None])[:, :, 0]
         residual = ((np.einsum("bk,bkn->bn", solution, X) - 1.0) ** 2).sum(-1)
@@ -157,6 +166,7 @@ def minimise(
     # A view: one row of weights may stand for a thousand starts.
     weights = np.broadcast_to(weights, (len(theta), len(problem.y)))
     objective = np.empty(len(theta))
+    # Chunks outside, stages inside: a chunk goes through all stages while its arrays are in the cache.
     for begin in range(0, len(theta), CHUNK):
         part = slice(begin, begin + CHUNK)
         for stage in (*(d for d in problem.continuation if d > delta), delta):
@@ -171,6 +181,7 @@ def minimise(
 def projected_gradient(problem: Solvable, theta: np.ndarray, gradient: np.ndarray) -> np.ndarray:
     """The gradient (b, 5) without the components that push theta against a bound."""
     low, high = problem.bounds
+    # Exact comparisons will do: np.clip puts what runs into a bound on the bound itself.
     blocked = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
     blocked[:, list(problem.held)] = True
     return np.where(blocked, 0.0, gradient)
@@ -179,6 +190,8 @@ def projected_gradient(problem: Solvable, theta: np.ndarray, gradient: np.ndarra
 def condition_number(matrix: np.ndarray) -> float:
     """Condition number of a positive semidefinite matrix (p, p) scaled to a unit diagonal; at most 1e16."""
     scale = np.sqrt(np.maximum(np.diag(matrix), 1e-300))
+    # Scaled, or the number would be about the units of theta. The least eigenvalue may come out as zero or below by
+    # rounding.
     values = np.linalg.eigvalsh(matrix / np.outer(scale, scale))
     return float(min(1e16, values[-1] / max(values[0], 1e-300)))
 
@@ -198,6 +211,7 @@ def _descend(
     for _ in range(steps):
         trial = np.clip(x + _step(problem, x, gradient, hessian, reweighted, damping), low, high)
         new = problem.evaluate(trial, w, delta)
+        # Also false for NaN: a trial that overflowed is turned away.
         better = new[0] < value
         move = np.abs(trial - x).max(-1)
         pick = better[:, None]
@@ -206,6 +220,8 @@ def _descend(
         gradient = np.where(pick, new[1], gradient)
         hessian = np.where(pick[:, None], new[2], hessian)
         reweighted = np.where(pick[:, None], new[3], reweighted)
+        # From 1e-6 on: many good steps take the damping to nearly nothing, from where a few bad ones must bring it
+        # back.
         damping = np.where(better, damping * 0.1, np.maximum(damping, 1e-6) * 8.0)
         # A rejected step may only mean too little damping: then it must be tiny, or damped to nothing, to
         # stop.
@@ -231,6 +247,8 @@ def _step(
 ) -> np.ndarray:
     """Solve (hessian + damping * reweighted) step = -gradient over the components free to move: (b, 5)."""
     projected = projected_gradient(problem, theta, gradient)
+    # What a bound blocks is where the projection took something away; a gradient that is zero by itself may still move
+    # with the others.
     free = ~((projected == 0) & (gradient != 0))
     free[:, list(problem.held)] = False
     identity = np.eye(theta.shape[1])
@@ -238,6 +256,7 @@ def _step(
     # Where runs leave a parameter free the matrix is singular; a ridge picks the shortest of all steps there.
     ridge = 1e-12 * diagonal.max(-1, keepdims=True) + damping[:, None] * (1e-3 * diagonal) + 1e-30
     matrix = hessian + damping[:, None, None] * reweighted + ridge[:, :, None] * identity
+    # Rows of the identity keep one shape for the whole batch; their right-hand side is zero, so that they do not move.
     matrix = np.where(free[:, :, None] & free[:, None, :], matrix, identity)
     try:
         return -np.linalg.solve(matrix, projected[:, :, None])[:, :, 0]
@@ -247,6 +266,7 @@ def _step(
 
 def sensitivities(problem: Problem, theta: np.ndarray, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Gradient of log L in theta (R, 5) at each of (m,) runs: (R, m, 5)."""
+    # By the means of the problem's own runs, whatever runs are asked about: theta is in these units.
     u, v = np.log(params) - problem.mean_log_n, np.log(tokens) - problem.mean_log_d
     term_n = np.exp(theta[:, 1:2] - theta[:, 2:3] * u)
     term_d = np.exp(theta[:, 3:4] - theta[:, 4:5] * v)

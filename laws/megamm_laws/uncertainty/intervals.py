@@ -33,6 +33,7 @@ def simultaneous(center: np.ndarray, draws: np.ndarray, level: float = LEVEL) ->
     """
     tail = 50 * (1 - level)
     low, high = np.percentile(draws, [tail, 100 - tail], axis=0)
+    # At a bound all draws are equal, and a width of zero would be divided by below.
     floor = 1e-12 * np.abs(draws).max(axis=0) + 1e-300
     below, above = np.maximum(center - low, floor), np.maximum(high - center, floor)
     excess = np.maximum((draws - center) / above, (center - draws) / below).max(axis=1)
@@ -50,6 +51,7 @@ def joint_intervals(fit: Fit) -> dict[str, Any]:
     low, high = simultaneous(np.array([values[n] for n in JOINT]), np.stack([draws[n] for n in JOINT], axis=1))
     logs = np.stack([draws["E"], np.log(draws["A"]), draws["alpha"], np.log(draws["B"]), draws["beta"]])
     spread = logs.std(axis=1)
+    # What does not move has no correlation: NaN, which JSON does not take.
     moving = spread > 1e-12 * np.abs(logs).max(axis=1)
     correlation = np.eye(len(logs))
     if moving.sum() > 1:
@@ -74,6 +76,7 @@ def optimum_intervals(fit: Fit, flops: np.ndarray | None = None) -> list[dict[st
     for i, c in enumerate(flops):
         entry: dict[str, Any] = {"flops": float(c), "times_largest": float(c / fit.flops_range[1])}
         pointwise = np.exp(np.percentile(draws[:, i], [tail, 100 - tail], axis=0))
+        # Stretched in logarithms, so that no end falls below zero; one may overflow, though.
         joint = np.exp(np.clip(simultaneous(center[i], draws[:, i]), -690.0, 690.0))
         for j, name in enumerate(names):
             entry[name] = float(np.exp(center[i, j]))
@@ -98,6 +101,7 @@ def profile_intervals(fit: Fit) -> dict[str, list[float | None]]:
         grid = _grid(theta[index], intervals[name], problem.bounds[0][index], problem.bounds[1][index], POINTS)
         rise = _profile(problem, theta, (index,), grid[:, None]) - fit.objective
         found[name] = _ends(grid, rise, allowed)
+    # a = beta/(alpha + beta), so that alpha = (1 - a) sum and beta = a sum.
     ratio = theta[4] / (theta[2] + theta[4])
     grid = _grid(ratio, intervals["a"], 0.01, 0.99, POINTS)
     sums = fit.resampled[:, 2] + fit.resampled[:, 4]
@@ -145,6 +149,7 @@ def _grid(center: float, interval: Any, lowest: float, highest: float, points: i
     below, above = (REACH * max(x, least) for x in (center - interval[0], interval[1] - center))
     half = points // 2 + 1
     low, high = max(lowest, center - below), min(highest, center + above)
+    # center ends one half and begins the other; where it is at a bound, a half is that point many times.
     return np.unique(np.concatenate([np.linspace(low, center, half), np.linspace(center, high, half)]))
 
 
@@ -161,6 +166,7 @@ def _ends(grid: np.ndarray, rise: np.ndarray, allowed: float) -> list[float | No
     Between grid points by a chord of the square root, which is straight for a quadratic.
     """
     middle = int(rise.argmin())
+    # A search with a component held may end a hair below the optimum of the fit.
     rise, allowed = np.sqrt(np.maximum(rise, 0.0)), np.sqrt(allowed)
     ends: list[float | None] = []
     for step, stop in ((-1, -1), (1, len(grid))):

@@ -80,6 +80,7 @@ class Point:
         names = list(features)
         columns = np.broadcast_arrays(*(np.asarray(features[name], float) for name in names), np.asarray(offset, float))
         stacked = np.stack(columns[:-1])
+        # Where all features are plain numbers, n is 1 here: one column for all runs, which broadcasts.
         dz = stacked.reshape(1, len(names), -1)
         indices = [self.index[name] for name in names]
         return Term(indices=indices, z=columns[-1].reshape(1, -1) + self.theta[:, indices] @ dz[0], dz=dz)
@@ -94,11 +95,13 @@ class Point:
         top = z.max(axis=1)
         parts = np.exp(z - top[:, None])
         total = parts.sum(axis=1)
+        # The largest was taken off before exp, which overflows otherwise.
         log_sum, share = top + np.log(total), parts / total[:, None]
         indices = [i for term in inner for i in term.indices]
         blocks = [np.broadcast_to(t.dz, (len(self.theta), t.dz.shape[1], n)) for t in inner]
         m = np.concatenate([share[:, i, None] * block for i, block in enumerate(blocks)], axis=1)
         p = m.shape[1]
+        # Second derivatives of a log-sum-exp. Inner terms are linear, so that they add none of their own.
         second = -m[:, :, None] * m[:, None]
         at = 0
         for i, block in enumerate(blocks):
@@ -111,6 +114,7 @@ class Point:
             s = self[power][:, :, None]
             grown = np.zeros((len(m), p + 1, p + 1, n))
             grown[:, :p, :p] = s[..., None] * second
+            # z is linear in the power, so that the corner stays zero.
             grown[:, :p, p] = grown[:, p, :p] = m
             dz = np.concatenate([s * m, log_sum[:, None]], axis=1)
             term = Term(indices=[*indices, self.index[power]], z=s[:, 0] * log_sum, dz=dz, d2z=grown)
@@ -121,6 +125,7 @@ class Point:
         b, p, n = one.dz.shape
         q = other.dz.shape[1]
         d2z = np.zeros((b, p + q, p + q, n))
+        # The other term is linear and shares no parameter: all further second derivatives are zero.
         d2z[:, :p, :p] = one.d2z
         dz = np.concatenate([one.dz, np.broadcast_to(other.dz, (b, q, n))], axis=1)
         return Term(indices=[*one.indices, *other.indices], z=one.z + other.z, dz=dz, d2z=d2z)
@@ -198,7 +203,9 @@ class Form:
         declared = self.parameters(read)
         arrays = np.broadcast_arrays(*(np.asarray(values[p.name], float) for p in declared))
         with np.errstate(divide="ignore"):
+            # An amplitude of zero is a term that is not there: -inf now, and zero again after exp.
             theta = np.stack([np.log(a) if p.amplitude else a for a, p in zip(arrays, declared)], axis=-1)
+        # Not centred, unlike in a fit: the parameters given are in units of params and tokens.
         data = Data(u=np.log(np.atleast_1d(params)), v=np.log(np.atleast_1d(tokens)), columns=read)
         point = Point(theta=np.atleast_2d(theta), index={p.name: i for i, p in enumerate(declared)})
         loss = sum(np.exp(term.z) for term in self.terms(point, data))
@@ -235,6 +242,7 @@ def column_numbers(table: RunTable, column: str, low: float, high: float, hint: 
             value = float(row[column])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{table.path}: {place}: column {column}: {row.get(column)!r} is not a number") from error
+        # Put this way round, NaN is turned away, too.
         if not low <= value < high:
             raise InputError(f"{table.path}: {place}: column {column}: {value:g} is not from {low:g} to {high:g}")
         values.append(value)
@@ -278,6 +286,7 @@ class FormProblem:
     def starts(self, number: int = 48) -> np.ndarray:
         """theta (number, P): evenly filling points of the start ranges (an additive recurrence, no randomness)."""
         ratio = 2.0
+        # By repeated insertion, which gains a digit or so each time.
         for _ in range(40):  # the root of x^(P+1) = x + 1 (Roberts 2018)
             ratio = (1 + ratio) ** (1 / (len(self.declared) + 1))
         steps = ratio ** -np.arange(1.0, len(self.declared) + 1)
@@ -338,10 +347,13 @@ class FormProblem:
         for k, term in enumerate(terms):
             rows = np.array(term.indices)
             J[:, rows] += share[:, k, None] * term.dz
+            # The part of d2 log L that is a sum over terms, see above; the rest follows after the loop.
             force = pull * share[:, k]
+            # A term of plain numbers has one column for all runs: arithmetic broadcasts it, a matrix product would not.
             block = (force[:, None] * term.dz) @ np.broadcast_to(term.dz, J[:, rows].shape).transpose(0, 2, 1)
             if term.d2z is not None:
                 block += np.einsum("bijn,bn->bij", term.d2z, force)
+            # numpy adds once to an index that comes twice: the reason that a term's parameters must be distinct.
             hessian[:, rows[:, None], rows] += block
         gradient = (J @ pull[:, :, None])[:, :, 0]
         transposed = J.transpose(0, 2, 1)

@@ -35,6 +35,7 @@ class MixtureForm(Form):
     def law(self, values, columns) -> tuple[np.ndarray, dict]:
         """The law at the runs' mean mixture: all its terms that do not depend on N or D are one constant."""
         at = mean_shares(columns)
+        # So large that A/N^alpha and B/D^beta are as good as gone, and the rest is left.
         far = {"params": np.array([1e300]), "tokens": np.array([1e300])}
         one = {name: np.array([share]) for name, share in at.items()}
         E = self.predict(values, **far, **one)[..., 0]
@@ -48,6 +49,7 @@ class MixtureForm(Form):
         return values["A"], values["B"]
 
     def warnings(self, columns: dict[str, np.ndarray]) -> list[str]:
+        # Rounded, as shares divided by their sum differ in the last digits.
         table = np.stack([columns[PREFIX + name] for name in domains(columns)], axis=1).round(4)
         number, needed = len(np.unique(table, axis=0)), 2 * table.shape[1]
         if number >= needed:

@@ -40,6 +40,8 @@ class MoeSparsity(Form):
         if "sparsity" in table.columns:
             return {"sparsity": column_numbers(table, "sparsity", 0.0, 1.0, "the share of idle experts")}
         active = column_numbers(table, "params_active", 1.0, np.inf, "or give sparsity, the share of idle experts")
+        # Below 1: the logarithm of the active share must be finite. Not below 0, where active parameters count more
+        # than all do.
         return {"sparsity": np.clip(1 - active / table.numbers("params"), 0.0, 1 - 1e-9)}
 
     def parameters(self, columns: dict[str, np.ndarray]) -> list[Parameter]:

@@ -35,6 +35,7 @@ def compute_optimum(
         rows = np.arange(len(loss))
         left, middle, right = loss[rows, i - 1], loss[rows, i], loss[rows, i + 1]
         curve = left - 2 * middle + right
+        # No shift where the three are level, or bend downwards at the end of the grid.
         shift = 0.5 * (left - right) / np.where(curve > 0, curve, np.inf)
         inside = (middle <= left) & (middle <= right)
         best = np.where(inside, log_n[i] + shift * (log_n[1] - log_n[0]), np.nan)
@@ -51,6 +52,8 @@ def optima_by_sparsity(fit: Any) -> dict[str, Any]:
 
     FLOPs are those that the runs counted: kappa is their median of flops/(6*params*tokens) at that sparsity.
     """
+    # Rounded, or runs of one design would be taken apart: a sparsity read off parameter counts differs a little from
+    # size to size.
     table, sparsity = fit.table, fit.problem.data.columns["sparsity"].round(3)
     ratio = table.numbers("flops") / (6 * table.numbers("params") * table.numbers("tokens"))
     low, high = fit.flops_range
@@ -73,11 +76,13 @@ def optima_by_sparsity(fit: Any) -> dict[str, Any]:
 
 def _slope(flops: np.ndarray, params: np.ndarray) -> np.ndarray:
     """Slope of log N* on log C, (...) from (..., m)."""
+    # NaN where any budget has no optimum: a slope through the others would be of another range.
     x = np.log(flops) - np.log(flops).mean()
     return np.log(params) @ x / (x @ x)
 
 
 def _number(value: Any) -> float | None:
+    # JSON has no NaN.
     return float(value) if np.isfinite(value) else None
 
 

@@ -45,16 +45,20 @@ class RepeatedData(Form):
 
     def terms(self, at: Point, data: Data) -> list[Term]:
         log_u = data.v + data.columns["log_unique"]
+        # A ratio of tokens: the unit of the fit cancels.
         repeats_d = np.expm1(data.v - log_u)
 
         def log_data(B, beta, R_D):
             return B - beta * (log_u + np.log1p(R_D * (1 - np.exp(-repeats_d / R_D))))
 
         def log_size(A, alpha, B, beta, R_N):
+            # A and B are logarithms in the units of the fit, and so is G: compared with data.u and log_u only.
             log_g = (np.log(alpha) + A - np.log(beta) - B) / (alpha + beta)
             fitting = (beta / alpha) * (log_u + log_g) + log_g
+            # np.real: derivatives are taken by complex steps, and complex numbers have no order.
             log_un = np.where(np.real(fitting) < data.u, fitting, data.u + 0 * fitting)
             gap = data.u - log_un
+            # exp overflows beyond; there the saturated exponential below is zero anyway.
             excess = np.exp(np.where(np.real(gap) < 500, gap, 500.0)) - 1
             return A - alpha * (log_un + np.log1p(R_N * (1 - np.exp(-excess / R_N))))
 

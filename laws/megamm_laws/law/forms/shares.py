@@ -11,6 +11,7 @@ from megamm_laws.runs.table import RunTable
 PREFIX = "share_"
 DOMAINS = ("caption", "interleaved", "text")
 """Domains of a ``mixture`` column of three numbers."""
+# Not minus infinity, which times a zero is NaN in the derivatives; by the least power of a share, 0.03, still e^-30.
 ABSENT = -1000.0
 
 
@@ -22,6 +23,7 @@ def read_shares(table: RunTable) -> dict[str, np.ndarray]:
     """
     names = [c for c in table.columns if c.startswith(PREFIX)]
     if names:
+        # A run on one domain alone has a share of 1, and column_numbers wants less than the upper end.
         shares = {name: column_numbers(table, name, 0.0, 1.0 + 1e-9, "a share") for name in names}
     else:
         parsed = [_parse(table.path, place, row.get("mixture")) for row, place in zip(table.rows, table.places)]
@@ -32,6 +34,7 @@ def read_shares(table: RunTable) -> dict[str, np.ndarray]:
             raise InputError(f"{table.path}: {place}: shares {', '.join(shares)} sum to {value:.3g}, not 1")
     if len(shares) < 2:
         raise InputError(f"{table.path}: one domain only ({', '.join(shares)}): there is no mixture to fit")
+    # Tables round them; the exponential law can do without a constant factor only where they sum to one.
     return {name: column / total for name, column in shares.items()}
 
 
@@ -39,6 +42,7 @@ def _parse(path: str, place: str, text: Any) -> list[float]:
     try:
         values = [float(part) for part in str(text).split("-")]
         total = sum(values)
+        # ``not`` before the two sums, not their opposites: NaN, which float() reads, fails both.
         if len(values) != len(DOMAINS) or min(values) < 0 or not (abs(total - 1) <= 0.01 or abs(total - 100) <= 1):
             raise ValueError
     except ValueError as error:
@@ -57,6 +61,7 @@ def domains(columns: dict[str, np.ndarray]) -> list[str]:
 def log_share(columns: dict[str, np.ndarray], domain: str) -> np.ndarray:
     """log of a share (n,), with ABSENT for zero."""
     share = columns[PREFIX + domain]
+    # np.where computes both branches: the logarithm of zero would warn.
     return np.where(share > 0, np.log(np.maximum(share, 1e-300)), ABSENT)
 
 

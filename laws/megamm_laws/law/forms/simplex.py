@@ -26,6 +26,7 @@ FLOOR = 1e-9
 def simplex_grid(parts: int, points: int = POINTS) -> np.ndarray:
     """(m, parts): all shares in equal steps, as fine as ``points`` allow."""
     steps = 1
+    # The number of points that one step more would give. Two domains would allow thousands of steps: 0.1% is enough.
     while comb(steps + parts, parts - 1) <= points and steps < 1000:
         steps += 1
     rows = np.zeros((1, 0), int)
@@ -58,6 +59,7 @@ def optimal_mixture(
         method="SLSQP",
         bounds=[(FLOOR, 1.0)] * len(names),
         constraints={"type": "eq", "fun": lambda h: h.sum() - 1},
+        # The loss is flat at its lowest: shares are good to about the square root of the tolerance.
         options={"ftol": 1e-12, "maxiter": 200},
     )
     end = np.maximum(found.x, FLOOR)
@@ -70,6 +72,7 @@ def optimal_mixture_draws(
 ) -> np.ndarray:
     """(R, M): the best grid point for each draw; the parameters of ``losses`` are (R,)."""
     grid = simplex_grid(len(names))
+    # The losses may have been fitted with different numbers of draws.
     number = min(len(column) for _, values in losses for column in values.values())
     best = []
     for begin in range(0, number, CHUNK):
