@@ -66,7 +66,8 @@ def main() -> None:
         warnings=out / "fit-warnings.txt",
     )
     console.print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes.")
-    print(" ".join(summary["sentences"][:2]))
+    # Without a comparison the first sentence says only that there is none.
+    print(" ".join(summary["sentences"][:2] if summary["comparisons"] else summary["sentences"][-2:]))
     print(f"Report: {out / 'report' / 'index.html'}")
 
 
