@@ -266,7 +266,7 @@ def agreed(arguments: argparse.Namespace, out: Path) -> bool:
     runs = [run for run in expand(read_study(path), out / "study", where=str(path)).runs if not run.trunk]
     plan = _record(out).get("plan") or {}
     same = plan.get("sha256") == _digest(path.read_text(encoding="utf-8"))
-    time_ = f"about {plan['minutes']:.0f} minutes" if same else "in a time that nobody has foretold: it was edited"
+    time_ = f"about {plan['minutes']:.1f} minutes" if same else "in a time that nobody has foretold: it was edited"
     if arguments.yes:
         console.print(f"  {len(runs)} models, {time_}")
         return True
