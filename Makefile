@@ -14,7 +14,7 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/laws:$(PYTHONPATH)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test faults lint format bench bench-kernels compiled gpu docker laws-alone install install-test install-bench browser \
+.PHONY: help demo demo-real own test faults lint format bench bench-kernels compiled gpu docker laws-alone install install-test install-bench browser \
 	clean distclean
 
 help:  ## print this list
@@ -26,6 +26,12 @@ demo: install  ## built-in data, 33 small models, fits, report: about ten minute
 demo-real: install  ## the same on documentation and clip art of Debian packages
 	PYTHON=$(PYTHON) sh examples/real_data.sh demo-real/data
 	$(PYTHON) examples/demo.py --real
+
+# MINUTES= is the time for training.
+own: MINUTES ?= 10
+own: install  ## the same on your own pages, captions or text: make own DATA="DIR..." ends in own/report/index.html
+	@test -n "$(DATA)" || { echo 'make own: name your folders, as in make own DATA="pages captions"' >&2; exit 2; }
+	$(PYTHON) tools/start.py $(DATA) --out own --minutes $(MINUTES) --yes
 
 test: install-test browser  ## the whole test suite
 	$(PYTHON) -m pytest -n $(PYTEST_JOBS) --dist loadfile  # a file has its fixtures once
@@ -105,5 +111,5 @@ clean:  ## remove what can be built again; results stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean  ## also remove .venv and results: demo, demo-real, runs
-	rm -rf $(VENV) demo demo-real runs
+distclean: clean  ## also remove .venv and results: demo, demo-real, own, runs
+	rm -rf $(VENV) demo demo-real own runs

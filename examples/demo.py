@@ -5,22 +5,18 @@
     python examples/demo.py --study moe_vs_dense
                                        a study of examples/studies at its smoke size, on the built-in scenes
 
-Each step is one of the commands in tools/, printed before it runs; finished steps are skipped.
+Each step is one command, printed before it runs; finished steps are skipped. For your own pages: megamm-start.
 """
 
 import argparse
-import json
 import os
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from megamm_laws.arguments import ArgumentParser
-from rich.console import Console
 
-from megamm.errors import RunError, exit_on_error
+from megamm.commands.steps import console, step, study_steps
+from megamm.training.signals import exit_when_stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"caption": 30000, "interleaved": 10000, "text": 10000}
@@ -28,20 +24,6 @@ KINDS = {"caption": 30000, "interleaved": 10000, "text": 10000}
 JOBS = max(1, min(2, os.cpu_count() or 1))
 STUDIES = ("early_vs_late", "mixture", "moe_vs_dense", "resolution")
 """Files of examples/studies that have a size called smoke."""
-console = Console(stderr=True, highlight=False)
-
-
-def step(title: str, *command: object, produces: Path | None = None) -> None:
-    """Run one tool, unless what it produces is there."""
-    if produces is not None and produces.exists():
-        console.print(f"[bold]{title}[/]: done before")
-        return
-    console.print(f"[bold]{title}[/]\n  [dim]{shlex.join(map(str, command))}[/]")
-    started = time.monotonic()
-    status = subprocess.run([sys.executable, *map(str, command)]).returncode
-    if status:
-        raise RunError(f"{title}: the command above ended with exit code {status}; run it again to go on")
-    console.print(f"  [dim]{time.monotonic() - started:.0f} s[/]")
 
 
 def prepare_scenes(folder: Path, name: str = "data", patch_size: int = 8) -> None:
@@ -50,7 +32,7 @@ def prepare_scenes(folder: Path, name: str = "data", patch_size: int = 8) -> Non
     inputs = [f"scenes:{kind}" for kind in KINDS]
     step(
         "Tokenizer",
-        "tools/train_tokenizer.py",
+        "megamm-tokenizer",
         *inputs,
         "--num-documents",
         2000,
@@ -58,13 +40,13 @@ def prepare_scenes(folder: Path, name: str = "data", patch_size: int = 8) -> Non
         640,
         "--out",
         tokenizer,
-        produces=tokenizer,
+        done=tokenizer.exists(),
     )
     for kind, count in KINDS.items():
         out = folder / name / kind
         step(
             f"Data: {name}/{kind}",
-            "tools/prepare_data.py",
+            "megamm-prepare",
             f"scenes:{kind}",
             "--num-documents",
             count,
@@ -82,7 +64,7 @@ def prepare_scenes(folder: Path, name: str = "data", patch_size: int = 8) -> Non
             0.05,
             "--workers",
             JOBS,
-            produces=out / "dataset.json",
+            done=(out / "dataset.json").exists(),
         )
 
 
@@ -102,26 +84,17 @@ def main() -> None:
     if name == "resolution":
         for patch_size in (4, 16):
             prepare_scenes(Path("demo"), f"data-32-{patch_size}", patch_size)
-    study = folder / "study"
-    size = ("--size", "smoke") if args.study else ()
-    step("Study", "tools/run_study.py", f"examples/studies/{name}.yaml", *size, "--out", study, "--jobs", args.jobs)
-    step("Run table", "tools/collect_runs.py", study, "--out", study / "runs.csv")
-    step(
-        "Scaling laws",
-        "tools/fit_scaling_laws.py",
-        study / "runs.csv",
-        "--out",
-        study / "fits",
-        "--group-by",
-        "mixture" if name == "mixture" else "architecture",
-        "--losses",
-        "all",
+    summary = study_steps(
+        Path("examples", "studies", f"{name}.yaml"),
+        folder / "study",
+        folder / "report",
+        jobs=args.jobs,
+        size="smoke" if args.study else None,
+        group_by="mixture" if name == "mixture" else "architecture",
     )
-    step("Report", "tools/render_report.py", study, "--out", folder / "report")
-    summary = json.loads((folder / "report" / "summary.json").read_text())
     console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
     print(f"Report: {folder / 'report' / 'index.html'}\nVerdict: {summary['verdict']}")
 
 
 if __name__ == "__main__":
-    exit_on_error(main)
+    exit_when_stopped(main)

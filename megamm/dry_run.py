@@ -11,6 +11,19 @@ from megamm.model.sizes import num_heads
 from megamm.parallel.layout import resolve_layout
 from megamm.resolve import remarks, resolve_config
 
+GIB = 2**30
+
+
+def run_memory(config: Config) -> float:
+    """Bytes that a run holds on one device at the fullest moment of a step, in place resolved; PyTorch itself, some
+    hundred MiB, not counted.
+
+    Raises:
+        InputError: as :func:`describe_run`.
+    """
+    config = resolve_config(config)
+    return sum(rank_memory(config, resolve_layout(config, 1), stats_of_sources(config)).values())
+
 
 def describe_run(config: Config) -> str:
     """A text of a line per quantity. Reads at most the headers of the data.
@@ -62,4 +75,4 @@ def _tower(config: Config) -> str:
 
 
 def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / GIB:.2f} GiB"

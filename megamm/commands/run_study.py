@@ -2,13 +2,12 @@
 
 import argparse
 import shutil
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 from megamm_laws.arguments import ArgumentParser
 
-from megamm.errors import InputError, RunError, exit_on_error
+from megamm.errors import InputError, RunError
 from megamm.estimate.hardware import GPUS, find_gpu
 from megamm.files import check_out, write_text
 from megamm.study.cost import ladder_costs, resolve_without_data
@@ -17,7 +16,7 @@ from megamm.study.ladders import Study, expand, read_study
 from megamm.study.launchers import LocalLauncher, SlurmLauncher
 from megamm.study.runner import StudyRunner, resolve_study
 from megamm.study.tables import cost_table, grid_table, result_table, saving_line
-from megamm.training.signals import EXIT_CODE, Stopped
+from megamm.training.signals import exit_when_stopped
 from megamm.yaml_text import dump_yaml, parse_yaml
 
 
@@ -123,8 +122,4 @@ def parse_parameter(text: str) -> tuple[str, object]:
 
 def command() -> None:
     """The console script: :func:`main` under the exit-code contract, and 75 where a signal stopped it."""
-    try:
-        exit_on_error(main)
-    except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+    exit_when_stopped(main)

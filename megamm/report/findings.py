@@ -96,7 +96,8 @@ def headline(study: StudyResults, found: list[Finding]) -> list[str]:
     """The verdict in one to three sentences."""
     if not found:
         groups = ", ".join(title_of(g) for g in study.groups)
-        return [f"No verdict: a comparison needs the fits of two architectures, and this study has {groups}."]
+        first = f"No verdict: a comparison needs the fits of two architectures, and this study has {groups}."
+        return [first, *_alone(study)]
     main = found[0]
     comparison = main.comparison
     first, second = title_of(comparison.first), title_of(comparison.second)
@@ -126,6 +127,24 @@ def headline(study: StudyResults, found: list[Finding]) -> list[str]:
             f"{' '.join(uncounted.crossover).strip()}."
         )
     return sentences
+
+
+def _alone(study: StudyResults) -> list[str]:
+    """What a study of one architecture says: its best model, and whether size or data would lower the loss more."""
+    group = study.groups[0]
+    law = study.laws.get("loss", {}).get(group)
+    runs = [run for run in study.cooled if study.group_column != "architecture" or run.architecture == group]
+    if len(study.groups) != 1 or law is None or not runs:
+        return []
+    best = min(runs, key=lambda run: run.result["loss"])
+    tokens = float(best.result["tokens"])
+    _, a, alpha, b, beta = law.parameters
+    size, data = (x * n**-power * (1 - 2**-power) for x, n, power in ((a, best.params, alpha), (b, tokens, beta)))
+    return [
+        f"The best of {len(runs)} models has width {best.width} and {best.params:,.0f} parameters; trained on "
+        f"{tokens:,.0f} tokens it reaches a loss of {best.result['loss']:.3f} on data it has not seen.",
+        f"By the fitted law twice the parameters would lower it by {size:.3f}, and twice the tokens by {data:.3f}.",
+    ]
 
 
 def cautions(study: StudyResults) -> list[tuple[str, str]]:

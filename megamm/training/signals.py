@@ -5,9 +5,12 @@ rank or all; the flag that it sets travels in the sum of each step's counts, so 
 """
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from megamm.errors import exit_on_error
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again."""
@@ -41,3 +44,12 @@ class StopFlag:
     def _note(self, number: int, frame) -> None:
         # Nothing more: a signal may come amid a collective or a write, from which nothing can be saved.
         self.raised = True
+
+
+def exit_when_stopped(main: Callable[[], None]) -> None:
+    """Run a command-line ``main`` under the exit-code contract, which gives 75 where a signal stopped it."""
+    try:
+        exit_on_error(main)
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        sys.exit(EXIT_CODE)

@@ -244,9 +244,15 @@ def test_one_architecture_has_no_verdict(copy):
     (copy / "fits" / "fits.json").write_text(json.dumps(fits))
     study = read_results(copy)
     assert study.pair is None and findings(study) == []
-    assert headline(study, []) == [
-        "No verdict: a comparison needs the fits of two architectures, and this study has early fusion."
-    ]
+    none, best, more = headline(study, [])
+    assert none == "No verdict: a comparison needs the fits of two architectures, and this study has early fusion."
+    runs = [run for run in study.cooled if run.architecture == "early"]
+    least = min(run.result["loss"] for run in runs)
+    assert f"The best of {len(runs)} models" in best and f"a loss of {least:.3f} on data" in best
+    _, a, alpha, b, beta = study.laws["loss"]["early"].parameters
+    run = next(run for run in runs if run.result["loss"] == least)
+    gains = [x * (n**-p - (2 * n) ** -p) for x, n, p in ((a, run.params, alpha), (b, run.result["tokens"], beta))]
+    assert f"lower it by {gains[0]:.3f}, and twice the tokens by {gains[1]:.3f}" in more
     assert "lead" not in all_charts(study, None)
 
 
