@@ -53,9 +53,10 @@ def main() -> None:
         print(f"note: {note}", file=sys.stderr)
     for text in report.warnings:
         print(f"warning {text}", file=sys.stderr)
+    print(f"matched runs: {report.pairing_sentence}")
     for one in report.accounted:
         print(f"{COUNTED[one.counting]}:")
-        sentences = [verdict(one.comparison), crossover_sentence(one.comparison)]
+        sentences = [verdict(one.comparison, report.at), crossover_sentence(one.comparison)]
         for sentence in [*sentences, *(gain.sentence for gain in report.gains[one.counting])]:
             print(f"  {sentence}")
     print(f"-> {', '.join(str(path) for path in written)}")

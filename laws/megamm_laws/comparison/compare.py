@@ -2,16 +2,18 @@
 
 Each group's frontier is L*(C) = min of L(N, D) over all N, D with C = 6 kappa (N/N0)^growth N D. C counts what the
 runs' ``flops`` counted (for late fusion its encoder too), through the group's kappa and growth; see
-``recounted.recount`` for other counts. Bands come from the bootstrap draws of both fits, paired at random since the
-groups were resampled independently; those of fits with shared exponents belong together row by row.
+``recounted.recount`` for other counts. Bands come from draws of both fits: where runs of the two groups match, from
+those that were drawn together (uncertainty.pairing), so that what matched runs err by in common cancels; else paired
+at random, since the groups were drawn independently. Those of shared exponents belong together row by row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megamm_laws.errors import InputError
-from megamm_laws.law.fitted import SHARED, Law
+from megamm_laws.law.fitted import SHARED, Law, Pairing
 from megamm_laws.law.percentiles import LEVEL, percentile_band
 
 POINTS = 256
@@ -80,6 +82,19 @@ class Comparison:
     """Share of the resamples in which the lead changes within the range."""
     extrapolated: bool
     """Whether the range leaves that of either group's runs."""
+    loss: np.ndarray
+    """(m,): L* halfway between the two frontiers, nats."""
+    pairing: Pairing | None = None
+    """What matched runs of the two groups have in common; None where the groups were drawn independently."""
+
+    def smallest_gap(self, flops: float) -> float:
+        """The least difference in loss, as a share of it, that would be seen at ``flops`` within the range.
+
+        Half the width of the simultaneous band there: that of the verdict.
+        """
+        x = np.log(self.flops)
+        width = np.interp(np.log(flops), x, self.simultaneous[1] - self.simultaneous[0])
+        return float(0.5 * width / np.interp(np.log(flops), x, self.loss))
 
 
 def compare(first: Law, second: Law, flops_range: tuple[float, float] | None = None) -> Comparison:
@@ -97,7 +112,8 @@ def compare(first: Law, second: Law, flops_range: tuple[float, float] | None = N
         raise InputError(f"flops range {low:.3g} to {high:.3g} is empty; give two FLOPs, the lower one first")
     flops = np.geomspace(low, high, POINTS)
     draws = _pairs(first, second)
-    difference = first.frontier(flops) - second.frontier(flops)
+    frontiers = first.frontier(flops), second.frontier(flops)
+    difference = frontiers[0] - frontiers[1]
     resampled = first.frontier(flops, draws[0]) - second.frontier(flops, draws[1])
     pointwise = percentile_band(resampled)
     return Comparison(
@@ -112,6 +128,8 @@ def compare(first: Law, second: Law, flops_range: tuple[float, float] | None = N
         crossover=_crossover(flops, difference, resampled),
         crossing_share=float((np.diff(np.sign(resampled), axis=1) != 0).any(axis=1).mean()),
         extrapolated=low < both[0] * (1 - 1e-9) or high > both[1] * (1 + 1e-9),
+        loss=0.5 * (frontiers[0] + frontiers[1]),
+        pairing=pairing_of(first, second),
     )
 
 
@@ -126,6 +144,13 @@ def common_range(first: Law, second: Law) -> tuple[float, float]:
     """Compute at which both have runs: the higher lower end and the lower upper end, not always in order."""
     ranges = (first.flops_range, second.flops_range)
     return max(r[0] for r in ranges), min(r[1] for r in ranges)
+
+
+def pairing_of(first: Law, second: Law) -> Pairing | None:
+    """The draws of both laws together, where both come from one fit and their runs match."""
+    pairing = first.pairings.get(second.name)
+    # The same object on both sides: laws of two files may have the same names.
+    return pairing if pairing is not None and pairing is second.pairings.get(first.name) else None
 
 
 def gain_at(first: Law, second: Law, flops: float) -> Gain:
@@ -154,8 +179,12 @@ def crossover_sentence(comparison: Comparison) -> str:
     return f"crossover: {crossing.flops:.2g} FLOPs [{ends[0]}, {ends[1]}]{again}"
 
 
-def verdict(comparison: Comparison) -> str:
-    """One sentence: who is ahead at which compute at 95% (simultaneous band), or that it cannot be said."""
+def verdict(comparison: Comparison, at: Sequence[float] = ()) -> str:
+    """One sentence: who is ahead at which compute at 95% (simultaneous band), or that it cannot be said.
+
+    Where nothing separates, it says the smallest gap that would have been seen ``at`` these FLOPs; those beyond the
+    range are left out, and without any it is the upper end of the range.
+    """
     first, second, flops = comparison.first, comparison.second, comparison.flops
     low, high = comparison.simultaneous
     parts = []
@@ -165,12 +194,23 @@ def verdict(comparison: Comparison) -> str:
     parts.sort()
     note = " (extrapolated beyond the runs)" if comparison.extrapolated else ""
     if not parts:
-        return f"{first} and {second} are {NOT_SEPARABLE} from {flops[0]:.2g} to {flops[-1]:.2g} FLOPs{note}."
+        seen = " and ".join(f"{gap:.2g}% of the loss at {c:.2g}" for c, gap in gaps(comparison, at))
+        return (
+            f"{first} and {second} are {NOT_SEPARABLE} from {flops[0]:.2g} to {flops[-1]:.2g} FLOPs{note}; "
+            f"the smallest gap that would have been seen is {seen} FLOPs."
+        )
     covered = sum(end - begin + 1 for begin, end, _ in parts)
     rest = "" if covered == len(flops) else f"; elsewhere up to {flops[-1]:.2g} they are {NOT_SEPARABLE}"
     if rest and parts[0][0] > 0:
         rest = f"; elsewhere from {flops[0]:.2g} to {flops[-1]:.2g} they are {NOT_SEPARABLE}"
     return "; ".join(text for *_, text in parts) + f" FLOPs at 95% (simultaneous band){rest}{note}."
+
+
+def gaps(comparison: Comparison, at: Sequence[float] = ()) -> list[tuple[float, float]]:
+    """FLOPs, and the smallest gap in % of the loss that would have been seen there: ``at`` as for verdict."""
+    low, high = comparison.flops[[0, -1]]
+    points = [float(c) for c in at if low * (1 - 1e-9) <= c <= high * (1 + 1e-9)] or [float(high)]
+    return [(c, 100 * comparison.smallest_gap(c)) for c in points]
 
 
 def _simultaneous(center: np.ndarray, draws: np.ndarray, pointwise: np.ndarray) -> np.ndarray:
@@ -187,7 +227,10 @@ def _simultaneous(center: np.ndarray, draws: np.ndarray, pointwise: np.ndarray) 
 
 
 def _pairs(first: Law, second: Law) -> tuple[np.ndarray, np.ndarray]:
-    """Draws of both laws, (R, 5) each, paired at random, or row by row where one refit gave both."""
+    """Draws of both laws, (R, 5) each: drawn together, or row by row where one refit gave both, or paired at random."""
+    pairing = pairing_of(first, second)
+    if pairing is not None:
+        return pairing.draws[first.name], pairing.draws[second.name]
     pairs = min(len(first.draws), len(second.draws))
     if first.form == second.form == SHARED:
         return first.draws[:pairs], second.draws[:pairs]

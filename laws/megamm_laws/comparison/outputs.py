@@ -16,12 +16,14 @@ from megamm_laws.comparison.compare import (
     common_range,
     crossover_sentence,
     gain_at,
+    gaps,
     verdict,
 )
 from megamm_laws.comparison.recounted import COUNTED, Recounted, compare_under_conventions, group_column, runs_of
 from megamm_laws.errors import InputError
 from megamm_laws.files import atomic_path, write_text
 from megamm_laws.fitting.fits_file import FitEntry, check_runs, read_plain_fits
+from megamm_laws.law.fitted import Pairing
 from megamm_laws.pictures.charts import Chart, ChartAxis, Panel, Series, to_pdf, to_png
 from megamm_laws.pictures.units import power
 from megamm_laws.runs.table import RunTable
@@ -39,10 +41,27 @@ class Report:
     accounted: list[Recounted]
     gains: dict[str, list[Gain]]
     """By count of FLOPs."""
+    at: list[float]
+    """FLOPs that were asked for; empty where none were."""
     notes: list[str]
     """On counts of FLOPs."""
     warnings: list[str]
     """Those of both fits: a verdict at 95% is worth no more than their intervals."""
+
+    @property
+    def pairing(self) -> Pairing | None:
+        """What matched runs of the two groups have in common."""
+        return self.accounted[0].comparison.pairing
+
+    @property
+    def pairing_sentence(self) -> str:
+        """How the errors of the two fits hang together."""
+        if self.pairing is None:
+            return "errors of the two fits are taken for independent: the fit matched too few of their runs"
+        return (
+            f"{self.pairing.matched} pairs of runs match, and their errors have a correlation of "
+            f"{self.pairing.correlation:.2f}: what they share cancels"
+        )
 
 
 def compare_fits(
@@ -87,6 +106,7 @@ def compare_fits(
         loss_column=loss_column,
         accounted=accounted,
         gains=gains,
+        at=list(at),
         notes=notes,
         warnings=[f"from the fit of {law.name}: {text}" for law in (first, second) for text in law.warnings],
     )
@@ -141,7 +161,8 @@ def to_json(report: Report) -> dict[str, Any]:
             {
                 "counting": one.counting,
                 "explained": COUNTED[one.counting],
-                "verdict": verdict(comparison),
+                "verdict": verdict(comparison, report.at),
+                "smallest_gaps": [{"flops": c, "percent_of_loss": gap} for c, gap in gaps(comparison, report.at)],
                 "extrapolated": comparison.extrapolated,
                 "cost": {
                     law.name: {"kappa": c.kappa, "growth": c.growth, "reference": c.reference, "misfit": c.misfit}
@@ -170,10 +191,15 @@ def to_json(report: Report) -> dict[str, Any]:
     return {
         "groups": report.groups,
         "loss_column": report.loss_column,
+        "pairing": None if report.pairing is None else _pairing_json(report.pairing),
         "accountings": entries,
         "notes": report.notes,
         "warnings": report.warnings,
     }
+
+
+def _pairing_json(pairing: Pairing) -> dict[str, Any]:
+    return {"matched": pairing.matched, "correlation": pairing.correlation}
 
 
 def _crossover_json(crossing: Crossover | None) -> dict[str, Any] | None:
@@ -194,13 +220,15 @@ def to_markdown(report: Report) -> str:
         "Frontiers of the fitted laws at equal training compute. Brackets are 95% bootstrap intervals; verdicts use a "
         "band that holds the whole curve with 95%.",
         "",
+        f"Matched runs: {report.pairing_sentence}.",
+        "",
     ]
     for one in report.accounted:
         comparison = one.comparison
         lines += [
             f"## {COUNTED[one.counting]}",
             "",
-            f"- {verdict(comparison)}",
+            f"- {verdict(comparison, report.at)}",
             f"- {crossover_sentence(comparison)}",
         ]
         lines += [f"- {gain.sentence}" for gain in report.gains[one.counting]]

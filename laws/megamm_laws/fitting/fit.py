@@ -14,7 +14,7 @@ import numpy as np
 
 from megamm_laws.errors import InputError
 from megamm_laws.law import power_law, solver
-from megamm_laws.law.fitted import Law
+from megamm_laws.law.fitted import Law, Pairing
 from megamm_laws.law.percentiles import percentile_intervals
 from megamm_laws.runs.table import RunTable
 from megamm_laws.uncertainty.model_error import ModelError, simulated_fits
@@ -64,6 +64,8 @@ class Fit:
     checks: dict[str, Any] = field(default_factory=dict)
     """Further entries of `fits.json`, made by diagnostics.examine."""
     warnings: list[str] = field(default_factory=list)
+    pairings: dict[str, Pairing] = field(default_factory=dict)
+    """By the name of the other group: draws of both fits together, where their runs match (uncertainty.pairing)."""
 
     @property
     def law(self) -> Law:
@@ -76,6 +78,7 @@ class Fit:
             flops_range=self.flops_range,
             form=self.form,
             warnings=list(self.warnings),
+            pairings=dict(self.pairings),
         )
 
     @property
@@ -221,9 +224,7 @@ def _uncertainty(
     weights, redrawn = resample(table, clusters, resamples, rng)
     resampled, _ = solver.minimise(problem, starts[rng.integers(len(starts), size=resamples)], weights)
     units = int(clusters.max()) + 1
-    # Runs without trunks share what their size shares: its tuning.
-    groups = clusters if units < len(table) else distinct(table.numbers("params"))
-    draws, model_error = simulated_fits(problem, theta, resampled, groups, rng)
+    draws, model_error = simulated_fits(problem, theta, resampled, offset_labels(table), rng)
     return {
         "resampled": problem.to_parameters(resampled),
         "draws": problem.to_parameters(draws),
@@ -278,6 +279,12 @@ def cluster_labels(table: RunTable) -> np.ndarray:
     if len(numbers) < MIN_CLUSTERS:
         return np.arange(len(keys))
     return np.array([numbers[key] for key in keys])
+
+
+def offset_labels(table: RunTable) -> np.ndarray:
+    """Which runs share an offset, (n,) int: those of one trunk; where none is named, those of one size: its tuning."""
+    clusters = cluster_labels(table)
+    return clusters if clusters.max() + 1 < len(table) else distinct(table.numbers("params"))
 
 
 def resample(table: RunTable, clusters: np.ndarray, resamples: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:

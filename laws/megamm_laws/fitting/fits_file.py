@@ -2,7 +2,9 @@
 
 `fits.json` is the contract. `bootstrap.npz` holds per fit the draws behind its intervals, a float64 array (R, 5) of
 E, A, alpha, B, beta, under :func:`key_of`; for a form of megamm_laws.law.forms (R, P) of its own parameters under
-`key@form` and of the plain law that it implies under `key@form/law`; no pickled objects.
+`key@form` and of the plain law that it implies under `key@form/law`; no pickled objects. Draws of two groups whose
+runs match, float64 (2, R, 5), stand under the name that `pairs` of `fits.json` gives with the number of matched runs
+and the correlation of their errors; files without `pairs` are as good.
 
 A file made by hand or edited is as welcome as a written one, so that each field that a reader relies on is checked
 here, once, and an error names the file, the group, the field and what was expected.
@@ -25,7 +27,7 @@ from megamm_laws.errors import InputError
 from megamm_laws.fitting.fit import Fit
 from megamm_laws.fitting.form_fit import FormFit
 from megamm_laws.law import power_law
-from megamm_laws.law.fitted import Law
+from megamm_laws.law.fitted import Law, Pairing
 from megamm_laws.runs.table import RunTable
 
 FIX = "run tools/fit_scaling_laws.py again"
@@ -71,9 +73,12 @@ def digest(draws: bytes) -> str:
 def to_bytes(fits: Sequence[Fit | FormFit]) -> tuple[bytes, bytes]:
     """Contents of fits.json and bootstrap.npz."""
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **{key: array for fit in fits for key, array in _draws_of(fit).items()})
+    arrays = {key: array for fit in fits for key, array in _draws_of(fit).items()}
+    pairs = _add_pairs(fits, arrays)
+    np.savez(buffer, allow_pickle=False, **arrays)
     draws = buffer.getvalue()
     document = {"fits": [fit.to_json() for fit in fits], "bootstrap_sha256": digest(draws)}
+    document |= {"pairs": pairs} if pairs else {}
     return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode(), draws
 
 
@@ -85,6 +90,23 @@ def _draws_of(fit: Fit | FormFit) -> dict[str, np.ndarray]:
     key = f"{key}@{fit.form.name}"
     law = fit.law_of(fit.draws)
     return {key: fit.draws} | ({} if law is None else {f"{key}/law": law[0]})
+
+
+def _add_pairs(fits: Sequence[Fit | FormFit], arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The entries of ``pairs``, each pair once; its draws (2, R, 5) are added to ``arrays``."""
+    pairs: list[dict[str, Any]] = []
+    for fit in fits:
+        for pairing in fit.pairings.values() if isinstance(fit, Fit) else ():
+            groups = list(pairing.draws)
+            if groups[0] != fit.group:  # both groups hold it: once is enough
+                continue
+            name = f"pair{len(pairs)}"
+            while name in arrays:  # a group may have that name
+                name += "_"
+            arrays[name] = np.stack(list(pairing.draws.values()))
+            facts = {"matched": pairing.matched, "correlation": pairing.correlation, "draws": name}
+            pairs.append({"groups": groups, "loss_column": fit.loss_column, **facts})
+    return pairs
 
 
 def read_fits_file(path: Path | str) -> list[FitEntry]:
@@ -112,7 +134,41 @@ def read_fits_file(path: Path | str) -> list[FitEntry]:
         if key in found:
             raise InputError(f"{path}: group {key[0]}: {key[1]} is fitted twice; remove one of the two entries")
         found[key] = FitEntry(entry=entry, law=_law(entry, path, draws))
+    _read_pairs(document.get("pairs", []), path, draws, found)
     return list(found.values())
+
+
+def _read_pairs(pairs: Any, path: Path, draws: dict[str, np.ndarray], fits: dict[tuple[str, str], FitEntry]) -> None:
+    """Give the laws of ``fits``, by group and loss column, the pairings in ``pairs``, a list as to_bytes writes it."""
+    if not isinstance(pairs, list):
+        raise InputError(f"{path}: pairs: expected a list of matched groups, found {_short(pairs)}; {FIX}")
+    for number, entry in enumerate(pairs, 1):
+        where = f"{path}: pair {number}"
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}: expected a mapping, found {_short(entry)}; {FIX}")
+        for name, (expected, holds) in PAIR_FIELDS.items():
+            if not holds(entry.get(name)):
+                raise InputError(f"{where}: {name}: expected {expected}, found {_short(entry.get(name))}; {FIX}")
+        pair = [fits.get((group, entry["loss_column"])) for group in entry["groups"]]
+        laws = [fit.law for fit in pair if fit is not None and fit.law is not None]
+        if len(laws) < 2:  # somebody took a fit out of the file
+            continue
+        values = draws.get(entry["draws"])
+        if values is None or values.ndim != 3 or len(values) != 2:
+            found = "not found" if values is None else f"found {values.shape}"
+            raise InputError(
+                f"{path.with_name('bootstrap.npz')}: array {entry['draws']!r}: expected shape (2, R, 5), {found}; {FIX}"
+            )
+        checked = [
+            _check_draws({entry["draws"]: part}, entry["draws"], path.with_name("bootstrap.npz")) for part in values
+        ]
+        pairing = Pairing(
+            draws=dict(zip(entry["groups"], checked)),
+            matched=entry["matched"],
+            correlation=float(entry["correlation"]),
+        )
+        for law, other in zip(laws, reversed(entry["groups"])):
+            law.pairings[other] = pairing
 
 
 def read_plain_fits(path: Path | str, loss_column: str = "loss") -> dict[str, FitEntry]:
@@ -224,6 +280,17 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "law": ("a mapping with the parameters of a law", _is_law),
     "warnings": ("a list of texts", lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x)),
     "holdout": ("runs with as many relative_errors, a_with and a_without, or null", _is_holdout),
+}
+
+PAIR_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "groups": (
+        "two different names",
+        lambda x: isinstance(x, list) and len(x) == 2 and all(map(_is_name, x)) and x[0] != x[1],
+    ),
+    "loss_column": FIELDS["loss_column"],
+    "draws": ("the name of an array", _is_name),
+    "matched": FIELDS["n_runs"],
+    "correlation": ("a number from -1 to 1", lambda x: _is_number(x) and -1 <= x <= 1),
 }
 
 

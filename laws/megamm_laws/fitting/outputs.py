@@ -26,6 +26,7 @@ from megamm_laws.pictures.charts import to_pdf, to_png
 from megamm_laws.pictures.plots import frontiers, residuals
 from megamm_laws.runs.groups import native_groups
 from megamm_laws.runs.table import RunTable
+from megamm_laws.uncertainty.pairing import pair_fits
 
 
 def fit_table(
@@ -72,6 +73,9 @@ def fit_table(
             few = [c for c in columns if every and c != "loss" and _measured(runs, c) < MIN_RUNS]
             kept = [column for column in columns if column not in few]
             fits += _fit_columns(runs, group, kept, form, options, progress)
+        for column in columns:
+            progress(f"pairing groups, {column}")
+            pair_fits([fit for fit in fits if isinstance(fit, Fit) and fit.loss_column == column])
     for fit in fits:
         fit.warnings[:0] = initialised[fit.group]
     return fits

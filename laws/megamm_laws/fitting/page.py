@@ -96,6 +96,7 @@ def _facts(fit: Fit | FormFit, entry: dict[str, Any]) -> list[str]:
         f"condition number {fit.condition_number:.2g}",
         f"- bootstrap: {len(fit.draws)} resamples of {fit.clusters} {unit}, seed {fit.seed}",
         *_form_error(entry),
+        *_pairings(fit),
         f"- held out: {_held_out(fit)}",
     ]
 
@@ -110,6 +111,16 @@ def _form_error(entry: dict[str, Any]) -> list[str]:
         f"95% [{part['interval'][0]:.2%}, {part['interval'][1]:.2%}]; the intervals hold it"
         for key, name in kinds.items()
         if (part := error[key])
+    ]
+
+
+def _pairings(fit: Fit | FormFit) -> list[str]:
+    if not isinstance(fit, Fit):
+        return []
+    return [
+        f"- {pairing.matched} runs match runs of {escape(other)}; correlation of their errors "
+        f"{pairing.correlation:.2f}: comparisons draw both fits together"
+        for other, pairing in fit.pairings.items()
     ]
 
 

@@ -10,6 +10,18 @@ from megamm_laws.law.percentiles import percentile_band
 CHINCHILLA, SHARED = "chinchilla", "shared"
 
 
+@dataclass(kw_only=True, eq=False)
+class Pairing:
+    """Draws of two fits that belong together, since runs of the two groups match and err together."""
+
+    draws: dict[str, np.ndarray]
+    """(R, 5) by the name of the group; row b of one belongs to row b of the other."""
+    matched: int
+    """Pairs of runs with the same size, length and further columns."""
+    correlation: float
+    """Of the errors of two matched runs, noise and error of the form together: posterior mean."""
+
+
 @dataclass(kw_only=True)
 class Law:
     """A fitted law and what its compute costs.
@@ -23,6 +35,7 @@ class Law:
         reference: N0, parameters.
         form: as in fits.json; draws of two `shared` laws of one fit belong together row by row.
         warnings: what the fit itself is to be distrusted for.
+        pairings: by the name of another group of the same fit, draws of both laws together.
     """
 
     name: str
@@ -34,6 +47,7 @@ class Law:
     reference: float = 1.0
     form: str = CHINCHILLA
     warnings: list[str] = field(default_factory=list)
+    pairings: dict[str, Pairing] = field(default_factory=dict)
 
     def frontier(self, flops: np.ndarray, parameters: np.ndarray | None = None) -> np.ndarray:
         """L*(C): (m,) FLOPs to nats, (m,) or (R, m) for ``parameters`` (R, 5) in place of the fitted ones."""

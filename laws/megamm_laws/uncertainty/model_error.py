@@ -85,7 +85,7 @@ def simulated_fits(
         groups: (n,) int, which runs share an offset.
     """
     n, resamples = len(problem.y), len(starts)
-    basis, residual = _free_residual(problem, theta)
+    basis, residual = free_residual(problem, theta)
     degrees = n - basis.shape[1]
     if degrees < LEAST:
         return starts, None
@@ -112,7 +112,7 @@ def simulated_fits(
     for shape, factor in enumerate(shapes):
         rows = np.flatnonzero(shape_of == shape)
         errors[rows] += bends[rows, None] * (rng.standard_normal((len(rows), factor.shape[1])) @ factor.T)
-    fits = refit_losses(problem, starts, _log_law(problem, theta[None]) + errors)
+    fits = refit_losses(problem, starts, log_law(problem, theta[None]) + errors)
     along_both = Component.of(np.sqrt(2) * bends)
     return fits, ModelError(bend=along_both, offsets=Component.of(offsets) if shared else None)
 
@@ -131,7 +131,7 @@ def refit_losses(problem: Problem, starts: np.ndarray, log_losses: np.ndarray) -
     return solver.minimise(targets, starts, log_losses)[0]
 
 
-def _log_law(problem: Problem, theta: np.ndarray) -> np.ndarray:
+def log_law(problem: Problem, theta: np.ndarray) -> np.ndarray:
     """Log loss (R, n) by the laws ``theta`` (R, 5)."""
     return np.log(power_law.predict(problem.to_parameters(theta), *_runs(problem)))
 
@@ -141,7 +141,7 @@ def _runs(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(problem.u + problem.mean_log_n), np.exp(problem.v + problem.mean_log_d)
 
 
-def _free_residual(problem: Problem, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def free_residual(problem: Problem, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """An orthonormal basis of what theta can follow (n, p), and the residuals free of it (n,).
 
     Residuals are cut at CLIP robust deviations; those of least absolute deviations pass through as many runs as there
@@ -150,28 +150,38 @@ def _free_residual(problem: Problem, theta: np.ndarray) -> tuple[np.ndarray, np.
     low, high = problem.bounds
     inside = (theta > low + 1e-9) & (theta < high - 1e-9)  # what a bound holds follows nothing
     J = sensitivities(problem, theta[None], *_runs(problem))[0] * inside
-    residual = problem.y - _log_law(problem, theta[None])[0]
+    residual = problem.y - log_law(problem, theta[None])[0]
     size, n, through = np.sort(np.abs(residual)), len(residual), min(len(theta), len(residual) - 1)
     limit = CLIP * np.median(size[through:]) / NormalDist().inv_cdf((3 * n + through) / (4 * n))
     left, singular, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
     basis = left[:, singular > 1e-8 * singular[0]]
-    return basis, _without(basis, np.clip(residual, -limit, limit))
+    return basis, without(basis, np.clip(residual, -limit, limit))
 
 
-def _without(basis: np.ndarray, x: np.ndarray) -> np.ndarray:
+def without(basis: np.ndarray, x: np.ndarray) -> np.ndarray:
     """``x`` (n, ...) less its part within the orthonormal ``basis`` (n, p)."""
     return x - basis @ (basis.T @ x)
 
 
 def _smooth(x: np.ndarray, length: float) -> np.ndarray:
-    """Factor (n, RANK) of the covariance of a bend along ``x`` (n,): squared-exponential.
+    """Factor (n, RANK) of the covariance of a bend along ``x`` (n,): see smooth_components and pure_bend."""
+    return pure_bend(x, smooth_components(x, length))
 
-    Over the runs, bends have neither mean nor slope (a straight line is no bend) and variance 1 on average.
-    """
+
+def smooth_components(x: np.ndarray, length: float) -> np.ndarray:
+    """Factor (n, RANK) of a squared-exponential covariance along ``x`` (n,)."""
     u = x / max(float(np.ptp(x)), 1e-12)
     values, vectors = np.linalg.eigh(np.exp(-0.5 * ((u[:, None] - u) / length) ** 2))
-    factor = vectors[:, -RANK:] * np.sqrt(np.maximum(values[-RANK:], 0.0))
-    factor = _without(np.linalg.qr(np.stack([np.ones_like(u), u], axis=1))[0], factor)
+    return vectors[:, -RANK:] * np.sqrt(np.maximum(values[-RANK:], 0.0))
+
+
+def pure_bend(x: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """``factor`` (n, k) over runs at ``x`` (n,) without mean and slope, for a straight line is no bend, and scaled.
+
+    Over the runs its variance is 1 on average.
+    """
+    u = x / max(float(np.ptp(x)), 1e-12)
+    factor = without(np.linalg.qr(np.stack([np.ones_like(u), u], axis=1))[0], factor)
     return factor / max(float(np.sqrt((factor**2).sum(1).mean())), 1e-3)  # below: rounding, where all are alike
 
 
@@ -188,15 +198,18 @@ def _judge(
     """
     parts = [size * part for part, size in (bend, offset) if size]
     factor = np.concatenate(parts or [np.zeros((len(residual), 0))], axis=1)
-    free = _without(basis, factor)
+    free = without(basis, factor)
     gram = np.eye(factor.shape[1]) + factor.T @ free
     pull = free.T @ residual
     squares = max(float(residual @ residual - pull @ np.linalg.solve(gram, pull)), 1e-300)
     degrees = len(residual) - basis.shape[1]
     log_posterior = -0.5 * np.linalg.slogdet(gram)[1] - 0.5 * degrees * np.log(squares)
-    along_both = bend[1] * np.sqrt(2 * squares / degrees)
-    log_posterior -= 0.5 * (along_both / USUAL) ** 2
+    return float(log_posterior + log_prior(bend[1], offset[1], squares / degrees)), squares
+
+
+def log_prior(bend: float, offset: float, variance: float) -> float:
+    """Log prior of a bend along one axis and of offsets, in standard deviations of a noise of ``variance``."""
     of_a_bend, of_offsets = PRIOR_BEND / (len(RATIOS) * len(LENGTHS) ** 2), PRIOR_OFFSETS / len(RATIOS)
-    log_posterior += np.log(of_a_bend if bend[1] else 1 - PRIOR_BEND)
-    log_posterior += np.log(of_offsets if offset[1] else 1 - PRIOR_OFFSETS)
-    return float(log_posterior), squares
+    found = -((bend / USUAL) ** 2) * variance
+    found += np.log(of_a_bend if bend else 1 - PRIOR_BEND)
+    return float(found + np.log(of_offsets if offset else 1 - PRIOR_OFFSETS))
