@@ -78,7 +78,7 @@ def intermediate_rows(run_dir: Path, final: dict[str, Any]) -> list[dict[str, An
         losses = {
             f"loss_{key.split('/')[1]}": value
             for key, value in record.items()
-            # Two slashes, val/SOURCE/loss, as means over sources have one.
+            # val/SOURCE/loss alone: a source has other values beside its loss.
             if key.startswith("val/") and key.endswith("/loss") and key.count("/") == 2 and value is not None
         }
         if not losses or record.get("tokens") == 0:  # before training there is nothing to fit
