@@ -60,6 +60,7 @@ def read_json(path: Path | str) -> dict[str, Any]:
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+    # ValueError: both what is no JSON and what is no UTF-8.
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):

@@ -70,6 +70,7 @@ def main() -> None:
         include_uncooled=arguments.include_uncooled,
         include_intermediate=arguments.include_intermediate,
         convention=arguments.flops_convention,
+        # key=1: several tags may mean one name, but no tag two names.
         mapping={tag: name for name, tag in _pairs("--map", arguments.map, key=1)},
         facts=facts,
     )

@@ -30,6 +30,7 @@ def main() -> None:
         for name, fit in fits.items():
             runs = runs_of(table, column, name, arguments.loss)
             check_runs(fit, runs, arguments.fits)
+            # fits.json has one factor for the FLOPs; how it grows with size is read off the runs.
             law, _ = recount(fit.plain_law, runs, "counted")
             groups.append(group_of(law, runs, arguments.loss, fit.entry, name=name, colour=palette[name]))
         written = write_charts(arguments.out, fit_charts(groups, arguments.loss))

@@ -45,6 +45,7 @@ def cost_of(params: np.ndarray, tokens: np.ndarray, flops: np.ndarray) -> Cost:
     ratio, log_n = np.log(flops / (6 * params * tokens)), np.log(params)
     reference = log_n.mean()
     x, growth = log_n - reference, 0.0
+    # Where all runs cost the same per 6ND, rounding alone would give a slope.
     if distinct(params).max() > 0 and np.ptp(ratio) > 1e-9:
         growth = float(x @ (ratio - ratio.mean()) / (x @ x))
     misfit = float(np.abs(np.expm1(ratio - ratio.mean() - growth * x)).max())
@@ -67,6 +68,7 @@ def recount(law: Law, table: RunTable, counting: str) -> tuple[Law, Cost]:
         flops = np.array([conventions.convert_row(row, counting)["flops"] for row in table.rows])
     cost = cost_of(table.numbers("params"), table.numbers("tokens"), flops)
     span = (float(flops.min()), float(flops.max()))
+    # The law itself, in N and D, stays: only what it costs is new.
     new = replace(law, kappa=cost.kappa, growth=cost.growth, reference=cost.reference, flops_range=span)
     return new, cost
 
@@ -93,6 +95,7 @@ def compare_under_conventions(
     found, left_out = [], []
     for counting, explained in COUNTED.items():
         try:
+            # The generator runs here, within the try: either table may lack the column.
             (law, cost), (other, other_cost) = (
                 recount(law, table, counting) for law, table in zip((first, second), tables)
             )
@@ -110,6 +113,7 @@ def group_column(table: RunTable, groups: set[str]) -> str | None:
     Raises:
         InputError: there is no such column.
     """
+    # First what a fit groups by when it is not told.
     for column in dict.fromkeys(["architecture", *table.columns]):
         if groups <= {str(row.get(column)) for row in table.rows}:
             return column

@@ -129,6 +129,7 @@ def _file(chart: Chart, form: str) -> bytes:
     across = _across(handles, wide)
     lines = max((str(handle.get_label()).count("\n") + 1 for handle in handles), default=0)
     tall = (3.3 * rows + 0.2 if columns > 1 else 4.4) + LEGEND_LINE * lines * -(-len(handles) // across)
+    # Not by pyplot, which keeps every figure and may look for a display.
     figure = Figure(figsize=(wide, tall), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, panel in zip(grid, chart.panels):
@@ -140,7 +141,9 @@ def _file(chart: Chart, form: str) -> bytes:
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=across, fontsize=LEGEND_SIZE, frameon=False)
     out = io.BytesIO()
+    # The time would make each PDF differ from the last.
     metadata = {"CreationDate": None} if form == "pdf" else None
+    # TrueType: many journals refuse Type 3, which is matplotlib's default.
     with rc_context({"pdf.fonttype": 42}):
         figure.savefig(out, format=form, dpi=130, metadata=metadata)
     return out.getvalue()
@@ -158,11 +161,13 @@ def _draw_panel(axes, panel: Panel) -> None:
         ruler = getattr(axes, f"{name}axis")
         if axis.log:
             getattr(axes, f"set_{name}scale")("log")
+            # After the scale, which brings locators of its own, with labels for minor ticks among them.
             values, texts = log_ticks(low, high, axis.form)
             ruler.set_ticks(values, labels=texts)
             ruler.set_ticks([], minor=True)
         else:
             ruler.set_major_locator(MaxNLocator(6))
+        # After the ticks, which widen the axis to hold them.
         getattr(axes, f"set_{name}lim")(low, high)
         getattr(axes, f"set_{name}label")(_plain(axis.label), fontsize=9, color=AXIS)
     axes.set_title(_plain(panel.title), fontsize=10, loc="left")
@@ -178,6 +183,7 @@ def _matplotlib_style(series: Series) -> dict:
         "color": series.colour,
         "alpha": series.opacity,
         "linestyle": DASHES[series.line] if series.line else "none",
+        # From pixels of a page, 96 to the inch, to points, 72.
         "linewidth": series.width * 0.75,
         "marker": "o" if series.marker else None,
         "markersize": 4.5,
@@ -192,6 +198,7 @@ def _handles(panels: list[Panel]) -> list[Line2D]:
 def _across(handles: list[Line2D], wide: float) -> int:
     """Columns of a legend, at most 4, whose widest entry leaves them room in ``wide`` inches."""
     lines = [line for handle in handles for line in str(handle.get_label()).splitlines()]
+    # Measured before anything is drawn; 72 points are an inch.
     widths = [TextPath((0, 0), line, size=LEGEND_SIZE).get_extents().width / 72 for line in lines]
     return max(1, min(4, len(handles), int(wide / (SWATCH + max(widths, default=1.0)))))
 

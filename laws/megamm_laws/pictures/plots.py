@@ -223,12 +223,14 @@ def isoflops(
         profiles.append(Series(name=label, x=budget.grid, y=budget.curve, colour=shade, legend=False))
         hover = [f"{label}\n{count(n)} parameters, loss {loss:.3f}" for n, loss in zip(budget.params, budget.losses)]
         measured = Series(name=label, x=budget.params, y=budget.losses, colour=shade, line=None, marker="dot")
+        # Of the two series of a budget only its points stand in the legend.
         profiles.append(replace(measured, hover=hover, legend=i in named))
         if budget.optimum is not None:
             n, loss = budget.optimum
             minima.append(Series(name="minimum", x=[n], y=[loss], colour="#1f2430", line=None, marker="ring"))
     found = [(b.flops, b.optimum[0]) for b in budgets if b.optimum is not None]
     flops = np.array([c for c, _ in found])
+    # Without any minimum there is no least and no largest.
     grid = np.geomspace(flops.min(), flops.max(), 64) if len(found) else np.array([])
     bars = [
         Series(name="95%", x=[b.flops, b.flops], y=list(b.interval), colour=PALETTE[0], legend=False)

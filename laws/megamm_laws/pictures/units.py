@@ -9,6 +9,7 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def count(value: float) -> str:
     """Parameters or tokens: 941,696 -> 942K, 1.5e9 -> 1.5B."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        # Three digits of 999.6K would be 1000K: from there on it is 1M.
         if value >= 0.9995 * limit:
             return digits(value / limit) + unit
     return digits(value)
@@ -20,6 +21,7 @@ def power(value: float) -> str:
         return str(value)
     exponent = math.floor(math.log10(value))
     mantissa = f"{value / 10**exponent:.2g}"
+    # 9.96 rounds to 10.
     if mantissa == "10":
         mantissa, exponent = "1", exponent + 1
     ten = "10" + str(exponent).translate(SUPERSCRIPT)

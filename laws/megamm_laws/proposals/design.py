@@ -111,6 +111,7 @@ class _State:
         """By how much each candidate would lower the variance, (R, m)."""
         spread = self.jacobian @ self.inverse
         along = np.einsum("rmi,ri->rm", spread, self.gradient)
+        # 1 is the variance of the noise, in whose units the candidates' jacobian is.
         return along**2 / (1 + np.einsum("rmi,rmi->rm", spread, self.jacobian))
 
     def add(self, index: int) -> None:
@@ -123,6 +124,7 @@ class _State:
 
 def gradient_of(problem: Problem, decision: Decision, theta: np.ndarray, step: float = 1e-5) -> np.ndarray:
     """Gradient of a decision in theta by central differences, (R, 5)."""
+    # Central differences lose least near the cube root of the precision of floats, 6e-6.
     moves = step * np.eye(theta.shape[1])
     ahead, behind = (decision(problem.to_parameters(theta[:, None] + sign * moves)) for sign in (1, -1))
     return (ahead - behind) / (2 * step)
@@ -148,6 +150,7 @@ def _greedy(ladders: list[Ladder], budget: float, power: float, max_runs: int) -
     while len(chosen) < max_runs:
         best = None
         for ladder, state in zip(ladders, states):
+            # Of the width, hence the half; of the sum of the variances of all ladders, to which each adds its own.
             gains = -0.5 * np.log(np.maximum(1 - state.reductions() / current[:, None], 1e-12)).mean(axis=0)
             gains[state.used | (state.cost > left)] = -np.inf
             score = np.where(gains > NEGLIGIBLE, gains / state.cost**power, -np.inf)
@@ -174,10 +177,12 @@ def _greedy(ladders: list[Ladder], budget: float, power: float, max_runs: int) -
 
 def _start(ladder: Ladder) -> _State:
     """Information of the runs so far at each draw, and the candidates' sensitivities."""
+    # Losses of one will do: sensitivities need only the means of log N and log D.
     problem = Problem.of(ladder.params, ladder.tokens, np.ones(len(ladder.params)))
     theta = problem.to_theta(ladder.draws)
     # A draw with a term of zero says nothing of its exponent; its logarithm must stay finite.
     theta = np.nan_to_num(theta, neginf=-16.0)
+    # In units of the noise, so that the information below needs no further weight.
     runs = sensitivities(problem, theta, ladder.params, ladder.tokens) / ladder.noise
     information = runs.transpose(0, 2, 1) @ runs + np.diag(PRIOR**-2.0)
     cost = ladder.cost
@@ -204,6 +209,7 @@ def candidate_grid(
     """
     n, d = (np.geomspace(*ends, per_axis) if ends[1] > ends[0] else np.array(ends[:1]) for ends in (params, tokens))
     n, d = (x.ravel() for x in np.meshgrid(n, d, indexing="ij"))
+    # The corner of the grid may cost just the limit, which rounding must not forbid.
     keep = (6 * kappa * n * d <= max_flops * (1 + 1e-9)) & (d / n >= ratios[0]) & (d / n <= ratios[1])
     return n[keep], d[keep]
 

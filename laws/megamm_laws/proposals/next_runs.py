@@ -178,6 +178,7 @@ def _narrowing(ladders: list[Ladder], fits: list[Fit], noise_left: float) -> dic
     ``noise_left`` is what the runs leave of the width by noise; intervals are drawn in around the value.
     """
     values = [float(ladder.decision(fit.parameters)) for ladder, fit in zip(ladders, fits)]
+    # The difference where there are two groups, else the one value.
     value = values[0] - sum(values[1:])
     whole = _spread(ladders, [fit.draws for fit in fits])
     noise = _spread(ladders, [fit.resampled for fit in fits])
@@ -204,6 +205,7 @@ def _spread(ladders: list[Ladder], draws: list[np.ndarray]) -> np.ndarray:
 def to_markdown(plan: dict[str, Any]) -> str:
     """The proposal as a table for people."""
     logarithmic = plan["decision"] == "params"
+    # N* is decided on as a logarithm, and read as a number.
     show = (lambda x: f"{np.exp(x):.3g}") if logarithmic else (lambda x: f"{x:.4f}")
     width = "width left, in log N" if logarithmic else "width left"
     lines = [
@@ -249,6 +251,7 @@ def write_next_runs(folder: Path | str, plan: dict[str, Any]) -> list[Path]:
         raise InputError(f"{folder}: is a file; --out names a folder")
     out = io.StringIO()
     names = list(Proposal.__dataclass_fields__)
+    # By the fields of Proposal: columns that stay the same whatever a plan holds.
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(plan["runs"])

@@ -28,6 +28,7 @@ TEXT_LOGS = (".log", ".out", ".txt", ".jsonl", ".ndjson", ".csv")
 READERS: list[Callable[[Path, dict[str, str]], list[Curve] | None]] = [
     read_events,
     read_wandb,
+    # These two read lines that the trainer words itself: there are no free tags to map.
     lambda path, mapping: read_megatron(path),
     lambda path, mapping: read_torchtitan(path),
 ]
@@ -92,12 +93,14 @@ def collect(
     options = replace(options, mapping=mapping)
     if options.loss not in LOSSES:
         raise InputError(f"--loss: {options.loss!r} is unknown; known: {', '.join(LOSSES)}")
+    # Gone through twice: read, and named in the message.
     paths = list(paths)
     rows, places, left_out = _gather(map(Path, paths), options, progress)
     if not rows:
         reasons = "; ".join(left_out[:SHOWN]) + (f"; and {len(left_out) - SHOWN} more" if left_out[SHOWN:] else "")
         why = f"; left out {len(left_out)}: {reasons}" if left_out else ""
         raise InputError(f"no finished run in {', '.join(map(str, paths))}{why}")
+    # After all logs are read: any one of them may have the tag.
     if unused := set(mapping) - mapping.used:
         raise InputError(f"--map: no log has the tag {', '.join(sorted(unused))}; correct or remove it")
     left_out += _facts_of_no_run(options, rows)
@@ -156,6 +159,7 @@ def _read(path: Path, options: Options, progress: Callable[[str], None]) -> Coll
     progress(f"reading {path}")
     found = Collected()
     curves = _curves(path, options)
+    # Only now: exports of W&B are CSV files, too, and no reader takes a runs.csv for one.
     if curves is None and path.suffix.lower() == ".csv":
         return _read_table(path, options)
     if curves is None:
@@ -176,6 +180,7 @@ def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) 
         subfolders.sort()  # the order of the file system would be the order of the table
         folder = Path(place)
         progress(f"reading {folder}")
+        # A folder whose own path is given is wanted, whatever its study says.
         if folder != root and (reason := aside.get(folder.resolve())):
             subfolders.clear()
             found.left_out.append(f"{folder}: set aside by its study: {reason}")
@@ -188,6 +193,8 @@ def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) 
         else:
             if has_events(folder):  # every start of a run may have a folder of its own
                 for curve in read_events(folder, options.mapping) or []:
+                    # Folders come sorted, and those of starts are named by their time: what a later start wrote
+                    # overwrites.
                     first = events.setdefault((curve.name, folder.parent), curve)
                     if first is not curve:
                         first.merge(curve)
@@ -207,6 +214,7 @@ def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) 
 
 def _add_run_directory(found: Collected, folder: Path, root: Path, options: Options) -> None:
     row = row_of_result(folder, root)
+    # Before the intermediate rows, which are copies of this one.
     row |= options.facts_of(row["run"])
     if options.include_intermediate:
         for early in intermediate_rows(folder, row):
@@ -215,6 +223,7 @@ def _add_run_directory(found: Collected, folder: Path, root: Path, options: Opti
 
 
 def _curves(path: Path, options: Options) -> list[Curve] | None:
+    # An empty list is an answer, too: a file of that kind without a run.
     return next((c for c in (reader(path, options.mapping) for reader in READERS) if c is not None), None)
 
 
@@ -234,6 +243,7 @@ def _read_table(path: Path, options: Options) -> Collected:
     for row, line in zip(table.rows, table.lines):
         name = row.get("run") or f"{path.stem}-{line}"
         kept = {k: None if v == "" else v for k, v in row.items()}
+        # Facts last: given by hand, they correct what the table says.
         found.add({**kept, "run": name, **options.facts_of(name)}, f"{path.resolve()} line {line}")
     return found
 
@@ -259,6 +269,7 @@ def _count(rows: list[dict[str, Any]], places: list[str], options: Options) -> l
 
 def _facts_of_no_run(options: Options, rows: list[dict[str, Any]]) -> list[str]:
     """A line on each run of the facts that was not found, as it may be misspelt; InputError where none was."""
+    # Intermediate checkpoints are named RUN@STEP, and facts hold for RUN.
     names = {str(row["run"]).partition("@")[0] for row in rows} | {str(row["run"]) for row in rows}
     given = [name for name in options.facts if name != "*"]
     if given and not names & set(given):

@@ -142,6 +142,7 @@ CONVENTIONS = {
         Convention(
             name="with-head",
             explained="as no-embedding, but with the output head (Porian et al. 2024)",
+            # params_embedding holds the head as well, which is not left out here.
             flops=lambda f: f.decoder_flops(f.need("params_embedding") - f.need("params_head")) + f.encoder_flops,
             params=lambda f: f.total - f.need("params_embedding") + f.need("params_head"),
         ),
@@ -201,11 +202,14 @@ def label(row: dict[str, Any]) -> dict[str, Any]:
     if named and named not in (*CONVENTIONS, GIVEN):
         raise InputError(f"column {COLUMN}: {named!r} is unknown; known: {', '.join(CONVENTIONS)}, {GIVEN}")
     if row.get("flops") is None:
+        # A count that has no name cannot be counted anew.
         if named == GIVEN:
             raise MissingFactError("flops")
         return convert_row(row, named or "paper")
     if named:
         return row
+    # A dense decoder agrees with both. By the first it can stand in one table with run directories, whose count is the
+    # paper's.
     for name in ("paper", "6nd"):
         try:
             if abs(convert_row(row, name)["flops"] / row["flops"] - 1) < SAME:
@@ -219,6 +223,7 @@ def check_one_convention(rows: list[dict[str, Any]], places: Iterable[str]) -> N
     """Raise InputError where two rows are counted by different conventions."""
     first: tuple[str, str] | None = None
     for row, place in zip(rows, places):
+        # Rows without a name are a kind of their own: nobody knows whether they agree with the named ones.
         name = row.get(COLUMN) or "none named"
         first = first or (name, place)
         if name != first[0]:
@@ -249,6 +254,8 @@ def conversion_lines(rows: list[dict[str, Any]]) -> list[str]:
                 ratios.append((other["flops"] / row["flops"], other["params"] / row["params"]))
             if not ratios:
                 continue
+            # A ratio changes with size, since vocabulary tables weigh most in small models: one figure can only be the
+            # middle.
             flops, params = np.median(ratios, axis=0)
             if name == members[0].get(COLUMN) or (abs(flops - 1) < SAME and abs(params - 1) < SAME):
                 continue

@@ -128,6 +128,7 @@ def read_runs(path: Path | str, *, comparable: bool = True) -> RunTable:
             if header is None:
                 header = _check_header(str(path), [cell.strip() for cell in cells])
                 continue
+            # line_num and no count of rows: a quoted cell may hold line breaks, and empty lines are passed over.
             if len(cells) != len(header):
                 raise InputError(f"{path}: line {reader.line_num}: {len(cells)} cells, the header has {len(header)}")
             rows.append(dict(zip(header, (cell.strip() for cell in cells))))
@@ -206,6 +207,7 @@ def csv_records(path: Path, reader: csv.DictReader) -> list[tuple[int, dict[str,
     rows = []
     try:
         for row in reader:
+            # DictReader puts surplus cells under the key None, and None where cells are missing.
             if None in row or None in row.values():
                 given = sum(value is not None for value in row.values())
                 wanted = f"{len(reader.fieldnames or ())} cells as the header has"
@@ -228,6 +230,7 @@ def parse_number(where: str, column: str, value: Any) -> float | None:
     except (ValueError, TypeError) as error:
         raise InputError(f"{where}: column {column}: {value!r} is not a number") from error
     may_be_zero = column in NOT_NEGATIVE
+    # float() reads "nan" and "inf" as well.
     if not (math.isfinite(number) and (number > 0 or (may_be_zero and number == 0))):
         wanted = "of zero or more" if may_be_zero else "above zero"
         raise InputError(f"{where}: column {column}: {value} is not a finite number {wanted}")
@@ -258,6 +261,7 @@ def check_comparable(table: RunTable) -> None:
     check_one_loss(table.rows, places)
     seen: dict[tuple, str] = {}
     for row, place in zip(table.rows, table.places):
+        # The trunk is a path: it differs where one run was collected from two places.
         key = tuple(value for column, value in row.items() if column not in ("run", "trunk"))
         if key in seen:
             raise InputError(
@@ -297,6 +301,7 @@ def suspected_duplicates(rows: list[dict[str, Any]], names: list[str]) -> list[s
 def table_warnings(table: RunTable) -> list[str]:
     """What stands against fitting these runs by any method: unfinished ones, and likely duplicates."""
     intermediate = [row.get("checkpoint") == "intermediate" for row in table.rows]
+    # An intermediate checkpoint has not cooled down either, and is told of once.
     uncooled = [row.get("cooled") is False and not early for row, early in zip(table.rows, intermediate)]
     found = []
     for flags, what in ((intermediate, "are intermediate checkpoints"), (uncooled, "were not cooled down")):
@@ -327,6 +332,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
+    # From 2^53 on floats are not exact to one: digits printed as an integer would feign it.
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
     return repr(float(value)) if isinstance(value, float) else str(value)  # numpy's floats have another repr

@@ -119,10 +119,13 @@ def curve_rows(
         raise InputError(f"{curve.origin}: run {curve.name}: no validation loss in the log; --loss training takes it")
     end = curve.last_step
     if steps:
+        # Before the first step there is nothing to fit.
         kept = [s for s in steps if s > 0]
+        # Within 1% of the end: many trainers validate every so many steps, and not once more at the last.
         final = [s for s in kept if s >= AT_END * end][-1:] if curve.is_finished else []
         early = [s for s in kept if s not in final]
     else:
+        # Training losses are noise from step to step: points before the end are worth no row each.
         final, early = ([end], []) if curve.is_finished else ([], [end])
     rows = [_row(curve, step, "final", bool(steps)) for step in final]
     left_out = []
@@ -131,6 +134,7 @@ def curve_rows(
     if intermediate:
         rows = [_row(curve, step, "intermediate", bool(steps)) for step in early] + rows
         for row in rows:
+            # The final row, too: it shares all of their steps.
             row["trunk"] = row["trunk"] or curve.name
         left_out = [] if rows else left_out
     elif early and final:
@@ -158,6 +162,7 @@ def _row(curve: Curve, step: int, stage: str, validated: bool) -> dict[str, Any]
     if row["tokens"] and row.get("tokens_vision") and stage == "intermediate":  # given for the whole run
         row["tokens_vision"] *= row["tokens"] / tokens_at(curve, curve.last_step)
     for key in ("flops", "flops_exact"):
+        # Logged with training steps, which need not be those of the validations: taken from between two.
         if key in curve.points[step] or curve.series(key)[0].size:
             row[key] = float(np.interp(step, *curve.series(key)))
     if validated:
@@ -182,6 +187,7 @@ def _mean_training_loss(curve: Curve, step: int) -> float:
     steps, values = curve.series("train_loss")
     if not steps.size:
         raise InputError(f"{curve.origin}: run {curve.name}: no loss in the log; name its tag with --map loss=TAG")
+    # Of a short or sparse log that window may be empty.
     window = values[(steps > (1 - AVERAGED) * step) & (steps <= step)]
     return float(window.mean() if window.size else values[steps <= step][-1])
 
@@ -195,6 +201,7 @@ def tokens_at(curve: Curve, step: int) -> float | None:
     steps, tokens = curve.series("tokens")
     if not steps.size:
         return curve.facts.get("tokens")
+    # Beyond the last value at its mean rate; before the first from zero tokens at step zero.
     if step > steps[-1]:
         return float(tokens[-1] * step / steps[-1])
     return float(np.interp(step, np.append(0.0, steps), np.append(0.0, tokens)))
@@ -204,6 +211,7 @@ def cooled_at(curve: Curve, step: int) -> bool | None:
     """Whether the learning rate at a step is at most 20% of its peak so far; None if the log does not say."""
     steps, rates = curve.series("lr")
     before = steps <= step
+    # Put this way round, a rate of NaN counts as not known, too.
     if not before.any() or not rates[before].max() > 0:
         at_end = curve.total_steps is not None and step >= curve.total_steps
         return curve.cooled if at_end else False if curve.cooled is not None else None

@@ -38,6 +38,7 @@ def read_megatron(path: Path) -> list[Curve] | None:
                 if match[3] != "test" and (loss := _fields(match[4]).get("lm loss value")) is not None:
                     curve.add(int(match[2]), {f"loss_{match[1]}".lower() if match[1] else "loss": loss})
             elif match := _PARAMETERS.search(line):
+                # By rank, since every restart prints the same counts again.
                 ranks[match[1]] = int(match[2])
             elif match := _VOCABULARY.search(line):
                 arguments["padded_vocab_size"] = match[1]
@@ -45,6 +46,7 @@ def read_megatron(path: Path) -> list[Curve] | None:
                 arguments.setdefault(match[1], match[2])
     if not iterations:
         return None
+    # After the whole file: what is concatenated may have steps before the arguments.
     sequence = _integer(arguments, "seq_length")
     for values in curve.points.values():
         samples = values.pop("samples", None)
@@ -56,6 +58,7 @@ def read_megatron(path: Path) -> list[Curve] | None:
     speeds = [(v.pop("throughput", None), v.pop("milliseconds", None)) for v in curve.points.values()]
     done = [speed * time for speed, time in speeds if speed and time]
     if done and world and per_step:
+        # 1e9: TFLOP/s times milliseconds. Throughput is that of one GPU, hence the world size.
         curve.facts["flops_exact_per_token"] = median(done) * 1e9 * world / per_step
     return [curve]
 
@@ -72,6 +75,7 @@ def facts_of_arguments(arguments: dict[str, str]) -> dict[str, Any]:
             positions = (_integer(arguments, "max_position_embeddings") or 0) * width
         facts |= {"params_embedding": head * (1 + untied) + positions, "params_head": head}
     batch, sequence = _integer(arguments, "global_batch_size"), _integer(arguments, "seq_length")
+    # A batch that grows makes tokens no multiple of the steps.
     if batch and sequence and arguments.get("rampup_batch_size", "None") == "None":
         facts["tokens_per_step"] = batch * sequence
     return facts
@@ -102,6 +106,7 @@ def _counts(arguments: dict[str, str], ranks: dict[str, int], curve: Curve) -> d
     if size is None or layers is None:
         curve.missing = "its expert layers cannot be counted from its arguments"
         return {}
+    # A rank prints the experts that it holds itself: those of the other expert-parallel ranks are added.
     local = experts // (_integer(arguments, "expert_model_parallel_size") or 1)
     params += layers * (experts - local) * size
     active = params - layers * (experts - (_integer(arguments, "moe_router_topk") or 1)) * size
@@ -116,6 +121,7 @@ def _expert_size(arguments: dict[str, str]) -> int | None:
     same = arguments.get("expert_tensor_parallel_size", tensor) in (tensor, "None")
     if not (width and hidden and same and arguments.get("add_bias_linear") == "False"):
         return None
+    # Matrices of an expert: up and down, and the gate of SwiGLU.
     return (3 if arguments.get("swiglu") == "True" else 2) * width * hidden
 
 

@@ -17,6 +17,7 @@ ALIASES = {
         "lm loss validation",
         "validation_metrics/loss",
     ),
+    # A bare loss is that of training: trainers say so where it is of a validation.
     "train_loss": (
         "loss",
         "train/loss",

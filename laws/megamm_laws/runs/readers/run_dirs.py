@@ -33,6 +33,7 @@ def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
     if branch is not None and not isinstance(branch, str):
         raise InputError(f"{path}: branch_from: {branch!r} is not the folder of a trunk; run the training again")
     cooled = bool(result.get("cooled", not result.get("trunk", False)))
+    # What did not cool down is itself a trunk, and its branches name its folder: all of them are one unit.
     trunk = Path(branch) if branch else None if cooled else run_dir
     row |= {"trunk": _relative(trunk, root) if trunk else None, "cooled": cooled}
     row |= {"checkpoint": "final", "measured_on": "validation", **_vocabulary(run_dir)}
@@ -77,6 +78,7 @@ def intermediate_rows(run_dir: Path, final: dict[str, Any]) -> list[dict[str, An
         losses = {
             f"loss_{key.split('/')[1]}": value
             for key, value in record.items()
+            # val/SOURCE/loss alone: a source has other values beside its loss.
             if key.startswith("val/") and key.endswith("/loss") and key.count("/") == 2 and value is not None
         }
         if not losses or record.get("tokens") == 0:  # before training there is nothing to fit
@@ -86,6 +88,7 @@ def intermediate_rows(run_dir: Path, final: dict[str, Any]) -> list[dict[str, An
             raise InputError(f"{where}: no field {', '.join(missing)}; remove the damaged line")
         logged = {"tokens": record["tokens"], **flops, **losses}
         seen = {column: parse_number(where, column, value) for column, value in logged.items()}
+        # The validation at the end is the final row itself.
         if seen["tokens"] < final["tokens"]:
             losses = {column: seen[column] for column in losses}
             seen["loss"] = sum(losses.values()) / len(losses)
@@ -131,6 +134,7 @@ def _source_losses(path: Path, losses: Any) -> dict[str, float]:
         column = f"loss_{source}"
         if column not in LOSS_COLUMNS and f"loss_{entry.get('kind')}" in LOSS_COLUMNS:
             column = f"loss_{entry['kind']}"
+        # Several sources of a kind share its column, by their mean.
         by_column.setdefault(column, []).append(float(entry["loss"]))
     return {column: sum(values) / len(values) for column, values in by_column.items()}
 

@@ -31,6 +31,7 @@ def read_events(path: Path, mapping: dict[str, str] | None = None) -> list[Curve
         return None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
 
+    # 0 keeps all: by default a long series is thinned to a random sample.
     accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
     accumulator.Reload()
     curve = Curve(name=run_name(path.parent if path.is_file() else path), origin=str(path))
@@ -47,6 +48,7 @@ def read_events(path: Path, mapping: dict[str, str] | None = None) -> list[Curve
             else:
                 curve.add(event.step, {key: event.value})
     arguments = _texts(accumulator)
+    # What was logged as a number goes before what follows from the arguments.
     curve.facts = facts_of_arguments(arguments) | curve.facts
     if arguments.get("train_iters", "").isdigit():
         curve.total_steps = int(arguments["train_iters"])

@@ -36,12 +36,14 @@ def read_torchtitan(path: Path) -> list[Curve] | None:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for raw in lines:
             line = _COLOUR.sub("", raw)
+            # Other trainers may print steps and losses in these words as well: the second pattern is torchtitan's own.
             if (match := _STEP.search(line)) and _LINE.search(line):
                 if (loss := number(match[3])) is None:
                     continue
                 steps += 1
                 curve.add(int(match[2]), {"loss" if match[1] else "train_loss": loss})
                 if (speed := _SPEED.search(line)) and (tokens := number(speed[1])) and (tera := number(speed[2])):
+                    # TFLOP/s and tokens/s are both of one GPU: their number cancels.
                     per_token.append(1e12 * tera / tokens)
                 continue
             for key, value in _DECAY.findall(line):
@@ -52,6 +54,7 @@ def read_torchtitan(path: Path) -> list[Curve] | None:
     if not steps:
         return None
     curve.cooled = _cools_down(decay)
+    # The printed TFLOP/s leave the encoder out, and so would the FLOPs of a run that has one.
     if per_token and "params_vision" not in curve.facts:
         curve.facts["flops_exact_per_token"] = median(per_token)
     # The active count is given without the encoder.

@@ -45,6 +45,7 @@ def read_wandb(path: Path, mapping: dict[str, str] | None = None) -> list[Curve]
     with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
         reader = csv.DictReader(file)
         header = list(reader.fieldnames or [])
+        # In this order: a table of runs may have a column _step, too.
         if "Name" in header and "State" in header:
             return _runs(path, csv_records(path, reader), mapping)
         if "_step" in header:
@@ -97,8 +98,10 @@ def _runs(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[s
                 facts.setdefault(key, parsed)
         name, state = facts.pop("run", f"{path.stem}-{line}"), facts.pop("state", "finished")
         total = whole_number(facts.pop("total_steps", None)) or None
+        # Any step will do where none is told: a summary is one point, the end.
         step = whole_number(point.pop("step", None)) or total or 1
         curve = Curve(name=name, origin=f"{path} line {line}", facts=facts, total_steps=total)
+        # A script may end well before the steps that were planned.
         curve.finished = str(state).lower() == "finished" and (not total or step >= total)
         if planned and "lr" in point:
             curve.add(0, planned)
@@ -132,7 +135,9 @@ def _history(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dic
                 raise InputError(f"{path}: line {line}: column {tag}: {value!r} is not a number")
             # A history in CSV holds nan where a metric was not logged.
             if key == "step":
+                # A trainer's own counter may be logged beside _step, under which W&B files the row.
                 step = whole_number(parsed) if step is None or tag == "_step" else step
+            # In JSON lines a NaN was logged as one, and is refused later.
             elif parsed == parsed or path.suffix.lower() != ".csv":
                 values[key] = parsed
         if step is None:
@@ -153,6 +158,7 @@ def _chart(
     curves: dict[str, Curve] = {}
     axis = "tokens" if key_of_tag(header[0], mapping) == "tokens" else "step"
     for column in header[1:]:
+        # From the right: names of runs may hold the separator.
         name, _, metric = column.rpartition(" - ")
         key = key_of_tag(metric, mapping)
         if key is None or not name or metric.endswith(("__MIN", "__MAX")):
