@@ -42,10 +42,10 @@ MOST_JOBS = 8
 def main() -> None:
     arguments = parse_arguments()
     out, began = Path(arguments.out), time.monotonic()
-    found = look(arguments, out)
+    found = look_at_folders(arguments, out)
     print_found(found, found_names(found))
     device: propose.Device = "cuda" if _has_cuda() else "cpu"
-    prepare(arguments, out, found, device)
+    prepare_sources(arguments, out, found, device)
     plan = out / "study.yaml"
     if plan.exists():
         console.print("[bold]Study file[/]: done before")
@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def look(arguments: argparse.Namespace, out: Path) -> list[Survey]:
+def look_at_folders(arguments: argparse.Namespace, out: Path) -> list[Survey]:
     """What each input holds, from the record of an earlier call or by reading all of it."""
     asked = {"inputs": [str(Path(name).resolve()) for name in arguments.inputs], "kind": arguments.kind}
     record = _record(out)
@@ -128,7 +128,7 @@ def _updater(progress: Progress, bar) -> Callable[[int, int | None], None]:
     return lambda done, total: progress.update(bar, completed=done, total=total)
 
 
-def prepare(arguments: argparse.Namespace, out: Path, found: list[Survey], device: propose.Device) -> None:
+def prepare_sources(arguments: argparse.Namespace, out: Path, found: list[Survey], device: propose.Device) -> None:
     """Tokenizer and prepared sources below ``out``."""
     tokenizer = out / "tokenizer.json"
     characters = sum(one.characters for one in found)
@@ -191,13 +191,13 @@ def write_study(arguments: argparse.Namespace, out: Path, found: list[Survey], d
             "command": _go_on(arguments),
         }
 
-        def config_of(architecture: str, width: int, ladder: propose.Ladder) -> Config:
+        def config_of(architecture: str, width: int, ladder: propose.ProposedLadder) -> Config:
             """That of the longest run of a model, as the study will have it."""
             draft = propose.draft(setting, ladder)
             values = parse_yaml(study_yaml(setting, draft, **details), where="study.yaml")
             return expand(values, out / "study").ladders[f"{architecture}-w{width:04d}-default"][-1].config
 
-        def measure(architecture: str, width: int, ladder: propose.Ladder) -> propose.Speed:
+        def measure(architecture: str, width: int, ladder: propose.ProposedLadder) -> propose.Speed:
             key = (architecture, width, ladder.depth)
             if key not in known:
                 config = config_of(architecture, width, ladder)
@@ -205,7 +205,7 @@ def write_study(arguments: argparse.Namespace, out: Path, found: list[Survey], d
                 known[key] = test.measure(config)
             return known[key]
 
-        made = propose.propose(setting, measure)
+        made = propose.propose_study(setting, measure)
     print_proposal(setting, made, config_of, known)
     content = study_yaml(setting, made, **details)
     expand(parse_yaml(content, where="study.yaml"), out / "study")  # never write what the next step would refuse
@@ -219,7 +219,7 @@ def write_study(arguments: argparse.Namespace, out: Path, found: list[Survey], d
 
 def make_setting(
     paths: dict[str, Path], minutes: float, device: propose.Device, jobs: int, start: float
-) -> propose.Setting:
+) -> propose.ProposedSetting:
     """What the prepared data decide.
 
     Raises:
@@ -244,7 +244,7 @@ def make_setting(
     first = next(iter(infos.values()))
     images = any(info["splits"]["train"]["num_images"] for info in infos.values())
     row_length = max(info["max_length"] for info in infos.values())
-    return propose.Setting(
+    return propose.ProposedSetting(
         architectures=("early", "late") if images else ("early",),
         baseline="text" if images else None,
         sources=tuple(sources),

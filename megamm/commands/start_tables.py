@@ -8,7 +8,7 @@ from rich.table import Table
 from megamm.config import Config
 from megamm.data.survey import Survey
 from megamm.dry_run import GIB, run_memory
-from megamm.study.propose import Ladder, Proposal, Setting, Speed
+from megamm.study.propose import ProposedLadder, ProposedSetting, Speed, StudyProposal
 
 REASONS = 3
 """Reasons of what is left out that are shown; preparation lists all."""
@@ -35,9 +35,9 @@ def left_out(skipped: Mapping[str, int]) -> str:
 
 
 def print_proposal(
-    setting: Setting,
-    made: Proposal,
-    config_of: Callable[[str, int, Ladder], Config],
+    setting: ProposedSetting,
+    made: StudyProposal,
+    config_of: Callable[[str, int, ProposedLadder], Config],
     known: Mapping[tuple[str, int, int], Speed],
 ) -> None:
     """Widths with their cost, budgets with how often they read the data, and the warnings.

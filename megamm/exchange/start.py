@@ -5,6 +5,7 @@ a decoder that has seen text only) and new rows of the vocabulary keep their val
 """
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import nn
@@ -26,6 +27,8 @@ from megamm.parallel.mesh import World
 TABLES = ("embedding.weight", "head.weight")
 """Parameters with a row for each token."""
 PROJECTOR = "vision.projector."
+BALANCE = ".feed_forward.bias"
+"""Of a router that is balanced by a bias; it begins at zero where the weights were balanced by a loss."""
 
 
 @torch.no_grad()
@@ -65,7 +68,7 @@ def start_from(model: nn.Module, config: Config, world: World) -> None:
 
 def _fill(model: nn.Module, weights: Weights, names: Iterable[str], first_row: int) -> None:
     wanted = set(names)
-    for name, parameter in model.named_parameters():
+    for name, parameter in chain(model.named_parameters(), model.named_buffers()):
         if name not in wanted:
             continue
         local, where = share_of(parameter)
@@ -103,7 +106,7 @@ def _check_whole(setting: str, weights: Weights, names: set[str], shapes: dict, 
     has_tower = any(name.startswith("vision.blocks.") for name in names)
     new = (PROJECTOR, *(() if has_tower else ("vision.",)), "embedding.projection.")
     wanted = [name for name in shapes if name.startswith("vision.") or not is_tower]
-    missing = [name for name in wanted if name not in names and not name.startswith(new)]
+    missing = [name for name in wanted if not (name in names or name.startswith(new) or name.endswith(BALANCE))]
     if missing:
         raise InputError(
             f"{setting}: {weights.place} has no {missing[0]}; only what images need may be new: patch projection, "

@@ -121,10 +121,10 @@ def open_weights(path: Path | str) -> Weights:
 
 
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of a whole model's parameters; nothing is allocated."""
+    """Shapes of all that a whole model has learnt: parameters, and the biases that balance experts."""
     with torch.device("meta"):
-        model = MultimodalModel(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        model = MultimodalModel(config)  # nothing is allocated
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _alone() -> World:

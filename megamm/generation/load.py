@@ -1,6 +1,7 @@
 """A trained model, ready to be asked: its weights, tokenizer and image preprocessing."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
@@ -70,11 +71,11 @@ def load_for_generation(
         model = MultimodalModel(config)
     model.to_empty(device=device)
     with torch.no_grad():
-        # Weights are all read below; buffers are not, and to_empty leaves whatever was in memory.
-        for buffer in model.buffers():
-            buffer.zero_()
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.read(name))
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if name in weights.shapes:
+                tensor.copy_(weights.read(name))
+            else:
+                tensor.zero_()  # counts of training, for which to_empty leaves whatever was in memory
     model.requires_grad_(False).eval()
     prompts = PromptMaker(words, config.image_size, config.patch_size, fit)
     return Loaded(model=model, prompts=prompts, max_length=weights.length)

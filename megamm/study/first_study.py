@@ -5,11 +5,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamm.study.propose import COOLDOWN, MOST_EPOCHS, Proposal, Setting, learning_rate
+from megamm.study.propose import COOLDOWN, MOST_EPOCHS, ProposedSetting, StudyProposal, learning_rate
 
 
 def study_yaml(
-    setting: Setting, made: Proposal, *, name: str, paths: dict[str, Path], seed: int, device: str, command: str
+    setting: ProposedSetting,
+    made: StudyProposal,
+    *,
+    name: str,
+    paths: dict[str, Path],
+    seed: int,
+    device: str,
+    command: str,
 ) -> str:
     """A study as YAML.
 
@@ -111,5 +118,5 @@ def _times(times: float) -> str:
     return f"{times:.2g} times" if times < 10 else f"{times:.0f} times"
 
 
-def _log_every(setting: Setting, made: Proposal) -> int:
+def _log_every(setting: ProposedSetting, made: StudyProposal) -> int:
     return max(1, min(20, made.tokens[0] // setting.batch // 5))

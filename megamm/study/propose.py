@@ -148,7 +148,7 @@ def epochs(sources: Sequence[Source], weights: dict[str, float], tokens: float) 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ladder:
+class ProposedLadder:
     """Widths of a study, the same depth for all."""
 
     widths: tuple[int, ...]
@@ -157,14 +157,14 @@ class Ladder:
 
 
 LADDERS = (
-    Ladder(widths=(16, 32), depth=2),
-    Ladder(widths=(8, 16, 32), depth=2),
-    Ladder(widths=(8, 16, 32, 64), depth=2),
-    Ladder(widths=(16, 32, 64, 128), depth=4),
-    Ladder(widths=(32, 64, 128, 256), depth=6, head_dim=32),
-    Ladder(widths=(64, 128, 256, 512), depth=8, head_dim=64),
-    Ladder(widths=(128, 256, 512, 1024), depth=12, head_dim=64),
-    Ladder(widths=(256, 512, 1024, 2048), depth=24, head_dim=64),
+    ProposedLadder(widths=(16, 32), depth=2),
+    ProposedLadder(widths=(8, 16, 32), depth=2),
+    ProposedLadder(widths=(8, 16, 32, 64), depth=2),
+    ProposedLadder(widths=(16, 32, 64, 128), depth=4),
+    ProposedLadder(widths=(32, 64, 128, 256), depth=6, head_dim=32),
+    ProposedLadder(widths=(64, 128, 256, 512), depth=8, head_dim=64),
+    ProposedLadder(widths=(128, 256, 512, 1024), depth=12, head_dim=64),
+    ProposedLadder(widths=(256, 512, 1024, 2048), depth=24, head_dim=64),
 )
 NUM_SMALL = 3
 """The first of LADDERS, up to the demo's: cheap, and worth their steps however little data there is."""
@@ -183,12 +183,12 @@ class Speed:
     build: float
 
 
-Measure = Callable[[str, int, Ladder], Speed]
+Measure = Callable[[str, int, ProposedLadder], Speed]
 """Architecture, width and ladder to its speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ProposedSetting:
     """What is fixed before widths and budgets are chosen.
 
     Attributes:
@@ -218,7 +218,7 @@ class Setting:
         """Positions of a step."""
         return self.batch_rows * self.row_length
 
-    def parameters(self, architecture: str, width: int, ladder: Ladder) -> int:
+    def parameters(self, architecture: str, width: int, ladder: ProposedLadder) -> int:
         """Of a model, the tables of the vocabulary included."""
         sizes = {name: getattr(self, name) for name in ("vocab_size", "image_size", "patch_size")}
         shape = {"depth": ladder.depth, "head_dim": min(width, ladder.head_dim), "hidden_multiple": 32}
@@ -227,7 +227,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proposal:
+class StudyProposal:
     """Widths and budgets of a study.
 
     Attributes:
@@ -236,7 +236,7 @@ class Proposal:
         minutes: of each ladder, (architecture, width) to minutes; and of the study on all jobs.
     """
 
-    ladder: Ladder
+    ladder: ProposedLadder
     tokens: tuple[int, ...]
     warmup_steps: int
     weights: dict[str, float]
@@ -271,7 +271,7 @@ def learning_rate(width: int) -> float:
     return float(f"{4e-3 * (64 / width) ** 0.5:.2g}")
 
 
-def propose(setting: Setting, measure: Measure) -> Proposal:
+def propose_study(setting: ProposedSetting, measure: Measure) -> StudyProposal:
     """The largest ladder whose models can be trained well in the time and on the data there are.
 
     Small ladders need 400 steps of the longest run in the time; wider ones also ten positions for each parameter of the
@@ -294,20 +294,20 @@ def propose(setting: Setting, measure: Measure) -> Proposal:
     return _proposal(setting, chosen, speeds, int(longest // setting.batch))
 
 
-def draft(setting: Setting, ladder: Ladder) -> Proposal:
+def draft(setting: ProposedSetting, ladder: ProposedLadder) -> StudyProposal:
     """Budgets that are good for nothing but to have a config to time."""
     speed = Speed(step=1.0, build=1.0)
     return _proposal(setting, ladder, _speeds(setting, ladder, lambda *_: speed), GOOD_STEPS)
 
 
-def _proposal(setting: Setting, ladder: Ladder, speeds: dict, steps: int) -> Proposal:
+def _proposal(setting: ProposedSetting, ladder: ProposedLadder, speeds: dict, steps: int) -> StudyProposal:
     number = 4 if steps >= 2 * GOOD_STEPS else 3
     step_counts = [steps >> k for k in reversed(range(number))]
     tokens = tuple(count * setting.batch for count in step_counts)
     weights = mixture(setting.sources, tokens[-1])
     ladder_minutes = {key: _seconds(setting, key, speeds[key], tokens) / 60 for key in speeds}
     total = max(IMBALANCE * sum(ladder_minutes.values()) / setting.jobs, *ladder_minutes.values())
-    made = Proposal(
+    made = StudyProposal(
         ladder=ladder,
         tokens=tokens,
         warmup_steps=max(1, min(WARMUP_STEPS, step_counts[0] // 4)),
@@ -320,7 +320,7 @@ def _proposal(setting: Setting, ladder: Ladder, speeds: dict, steps: int) -> Pro
     return replace(made, warnings=tuple(_warnings(setting, made)))
 
 
-def _speeds(setting: Setting, ladder: Ladder, measure: Measure) -> dict[tuple[str, int], Speed]:
+def _speeds(setting: ProposedSetting, ladder: ProposedLadder, measure: Measure) -> dict[tuple[str, int], Speed]:
     """Speed of every ladder of runs: the smallest and largest width measured, those between on a line in log-log."""
     found = {}
     small, large = ladder.widths[0], ladder.widths[-1]
@@ -335,7 +335,7 @@ def _speeds(setting: Setting, ladder: Ladder, measure: Measure) -> dict[tuple[st
     return found
 
 
-def _seconds(setting: Setting, key: tuple[str, int], speed: Speed, tokens: Sequence[float]) -> float:
+def _seconds(setting: ProposedSetting, key: tuple[str, int], speed: Speed, tokens: Sequence[float]) -> float:
     """Seconds of all runs of one model; a baseline has the longest budget alone."""
     budgets = [tokens[-1]] if key[0] == setting.baseline else tokens
     branched = len(budgets) > 1
@@ -346,7 +346,7 @@ def _seconds(setting: Setting, key: tuple[str, int], speed: Speed, tokens: Seque
     return setting.start + (len(budgets) + branched) * speed.build + steps * speed.step
 
 
-def _affordable(setting: Setting, ladder: Ladder, speeds: dict) -> float:
+def _affordable(setting: ProposedSetting, ladder: ProposedLadder, speeds: dict) -> float:
     """Positions of the longest run that the time allows, with budgets that halve; below 0 where it allows none."""
 
     def total(longest: float) -> float:
@@ -357,7 +357,7 @@ def _affordable(setting: Setting, ladder: Ladder, speeds: dict) -> float:
     return (60 * setting.minutes - fixed) / per_position
 
 
-def _warnings(setting: Setting, made: Proposal) -> list[str]:
+def _warnings(setting: ProposedSetting, made: StudyProposal) -> list[str]:
     found = []
     for name, times in made.epochs.items():
         if times > 1.05 * MOST_EPOCHS:

@@ -23,6 +23,8 @@ from megamm.data.images import preprocessing_fingerprint
 from megamm.data.shards import Example
 from megamm.data.tokenizer import Tokenizer, train_tokenizer
 from megamm.errors import InputError, exit_on_error
+from megamm.exchange.convert import convert
+from megamm.exchange.start import start_from
 from megamm.generation.generate import generate, log_likelihood, stream
 from megamm.generation.load import load_for_generation
 from megamm.generation.prompts import Prompt, PromptMaker, prompt_batch, token_batch
@@ -327,3 +329,21 @@ def test_prompts_are_what_preparation_makes(run):
     batch = prompt_batch([made])
     assert (batch.tokens == IMAGE).sum() == PATCHES and batch.tokens[0, 0] == BOS and EOS not in batch.tokens
     assert batch.tokens[0, int(batch.patch_index[-1]) + 1] == IMAGE_END
+
+
+def test_experts_are_chosen_as_at_the_end_of_training(run, tmp_path):
+    """The bias that balances them is no parameter, but part of what was learnt: also in a folder of safetensors."""
+    experts = {"model.experts.num": 4, "model.experts.hidden": 8, "model.experts.bias_rate": 0.05}
+    trained = trainer(run, tmp_path / "run", **experts, **{"train.steps": 6, "eval.rows": 2})
+    trained.run()
+    convert(tmp_path / "run", "megamm", tmp_path / "folder")
+    wanted = trained.model.state_dict()
+    assert any(name.endswith("bias") and tensor.abs().max() > 0.04 for name, tensor in wanted.items())
+    for place, tokenizer in (("run", None), ("folder", run / "tokenizer.json")):
+        found = load_for_generation(tmp_path / place, tokenizer=tokenizer).model.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    again = {"start.weights": tmp_path / "folder", "train.steps": 1, "train.seed": 5, "optimizer.lr": 1e-9}
+    begun = trainer(run, tmp_path / "begun", **experts, **again)
+    start_from(begun.model, begun.config, begun.world)
+    assert all(torch.equal(begun.model.state_dict()[name], tensor) for name, tensor in wanted.items())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megamm.study import propose
 from megamm.study.first_study import source_names, study_yaml
 from megamm.study.ladders import expand
-from megamm.study.propose import LADDERS, Setting, Source, Speed
+from megamm.study.propose import LADDERS, ProposedSetting, Source, Speed
 from megamm.yaml_text import parse_yaml
 
 
@@ -17,7 +17,9 @@ def source(name: str = "pages", positions: int = 200_000, val: int = 20_000, **m
     return Source(name=name, positions=positions, val_positions=val, val_text_tokens=val, **more)
 
 
-def setting(*sources: Source, minutes: float = 10, images: bool = True, row_length: int = 256, **more) -> Setting:
+def setting(
+    *sources: Source, minutes: float = 10, images: bool = True, row_length: int = 256, **more
+) -> ProposedSetting:
     sources = sources or (source(),)
     facts = {
         "architectures": ("early", "late") if images else ("early",),
@@ -30,14 +32,14 @@ def setting(*sources: Source, minutes: float = 10, images: bool = True, row_leng
         "batch_rows": propose.batch_rows(sources, row_length, minutes, "cpu"),
         "eval_rows": propose.eval_rows(sources, row_length),
     }
-    return Setting(sources=sources, minutes=minutes, row_length=row_length, **facts | more)
+    return ProposedSetting(sources=sources, minutes=minutes, row_length=row_length, **facts | more)
 
 
 def machine(flops: float = 2e10, least: float = 0.02):
     """A machine of so many FLOP/s whose steps take ``least`` seconds and more."""
 
-    def measure(setting: Setting):
-        def speed(architecture: str, width: int, ladder: propose.Ladder) -> Speed:
+    def measure(setting: ProposedSetting):
+        def speed(architecture: str, width: int, ladder: propose.ProposedLadder) -> Speed:
             work = 6 * setting.parameters(architecture, width, ladder) * setting.batch
             return Speed(step=least + work / flops, build=0.5)
 
@@ -46,8 +48,8 @@ def machine(flops: float = 2e10, least: float = 0.02):
     return measure
 
 
-def proposal(facts: Setting, **speed: float) -> propose.Proposal:
-    return propose.propose(facts, machine(**speed)(facts))
+def proposal(facts: ProposedSetting, **speed: float) -> propose.StudyProposal:
+    return propose.propose_study(facts, machine(**speed)(facts))
 
 
 @pytest.mark.parametrize(

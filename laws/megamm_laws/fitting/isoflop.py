@@ -265,7 +265,7 @@ def profile_of(table: RunTable, column: str, noise: float, draws: int, rng: np.r
     )
     edge = {0: "smallest", len(grid) - 1: "largest"}.get(int(curve.argmin()))
     if edge:
-        # "small" or "larg" is left, for "smaller" or "larger".
+        # "smallest" becomes "smaller", "largest" becomes "larger".
         profile.problem = f"the minimum lies at the edge, the {edge} size: add {edge[:-3]}er ones"
     elif inside.mean() < 0.5:
         profile.problem = f"under noise the minimum lies at an edge in {1 - inside.mean():.0%} of draws"
