@@ -14,7 +14,7 @@ from megamm_laws.fitting.page import to_markdown as fits_page
 from megamm_laws.law import power_law
 from megamm_laws.runs.matching import matched_runs
 from megamm_laws.runs.table import RunTable, check_rows, read_runs, write_runs
-from megamm_laws.uncertainty.pairing import LEAST_MATCHED
+from megamm_laws.uncertainty.pairing import LEAST_MATCHED, pair_fits
 
 from megamm.errors import InputError
 
@@ -75,7 +75,10 @@ def test_ladders_that_err_apart_keep_their_width():
     ratios, correlations = [], []
     for seed in range(5):
         one, other = errors(seed, common=0.0)
-        laws = [fit.law for fit in fit_table(table_of(ladder("wide", one) + ladder("deep", other)), resamples=200)]
+        tables = {"wide": table_of(ladder("wide", one)), "deep": table_of(ladder("deep", other))}
+        fits = [fit_group(table, group=name, resamples=200) for name, table in tables.items()]
+        pair_fits(fits)
+        laws = [fit.law for fit in fits]
         ratios.append(width(compare(*laws)) / width(compare(*map(apart, laws))))
         correlations.append(pairing_of(*laws).correlation)
     assert 0.8 < np.median(ratios) < 1.3 and np.median(correlations) < 0.35

@@ -35,6 +35,10 @@ CORRELATIONS = {0.0: 0.4, 0.5: 0.2, 0.875: 0.2, 1.0: 0.2}
 """Of bends, of offsets, with prior probabilities. Each step halves what does not cancel; the last leaves none."""
 OF_NOISE = {0.0: 0.4, 0.5: 0.2, 0.875: 0.2, 0.97: 0.2}
 """The same of noise, of which no two runs have all in common."""
+APART, ALIKE = 0.3, 0.3
+"""Prior probability that the two groups share nothing at all; that they share all that the form misses.
+
+The rest of the probability is for bends, offsets and noise each with a correlation of its own."""
 NOISE_RATIOS = {0.5: 0.25, 1.0: 0.5, 2.0: 0.25}
 """Standard deviation of the second group's noise over the first's, with its prior probability."""
 
@@ -69,14 +73,18 @@ def joint_draws(
     model = _Model.of(problems, [offset_labels(fit.table) for fit in pair], matches)
     judged = model.judge(block_diag(*(basis for basis, _ in free)), np.concatenate([r for _, r in free]))
     resamples = min(len(fit.resampled) for fit in pair)
-    errors, correlation = model.errors(judged, resamples, rng)
+    errors, correlations = model.errors(judged, resamples, rng)
     count = len(first.table)
+    # A draw in which nothing is shared has no need to take the sizes of one group's errors for those of the other.
+    shared = np.flatnonzero(correlations)
     draws = []
     for problem, theta, fit, own in zip(problems, thetas, pair, (errors[:, :count], errors[:, count:])):
-        starts = np.clip(problem.to_theta(fit.resampled[:resamples]), *problem.bounds)
-        refitted = model_error.refit_losses(problem, starts, model_error.log_law(problem, theta[None]) + own)
-        draws.append(problem.to_parameters(refitted))
-    return (draws[0], draws[1]), correlation
+        starts = np.clip(problem.to_theta(fit.resampled[shared]), *problem.bounds)
+        refitted = model_error.refit_losses(problem, starts, model_error.log_law(problem, theta[None]) + own[shared])
+        both = fit.draws[:resamples].copy()
+        both[shared] = problem.to_parameters(refitted)
+        draws.append(both)
+    return (draws[0], draws[1]), float(correlations.mean())
 
 
 @dataclass(kw_only=True)
@@ -175,8 +183,8 @@ class _Model:
             degrees=degrees,
         )
 
-    def errors(self, judged: _Judged, resamples: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-        """Errors of all runs (R, n) with sizes drawn from the posterior, and the mean correlation of matched runs'."""
+    def errors(self, judged: _Judged, resamples: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Errors of all runs (R, n) with sizes drawn from the posterior, and the correlation of matched runs' (R,)."""
         picks = rng.choice(len(judged.weight), size=resamples, p=judged.weight)
         deviation = np.sqrt(judged.squares[picks] / rng.chisquare(judged.degrees, resamples))
         n, k = self.factors[0].shape
@@ -188,7 +196,7 @@ class _Model:
             columns = self.factors[judged.shape[pick]] * self.scales[kind]
             errors[rows] = noise[rows] @ self.roots[of_noise].T + parts[rows] @ columns.T
             correlations[rows] = _correlation(self.noises[of_noise], self.kinds[kind])
-        return deviation[:, None] * errors, float(correlations.mean())
+        return deviation[:, None] * errors, correlations
 
 
 def _bends(x: Sequence[np.ndarray], length: float) -> list[np.ndarray]:
@@ -237,9 +245,11 @@ def _noise_root(counts: Sequence[int], matches: np.ndarray, ratio: float, correl
 def _log_prior(noise: tuple[float, float], kind: tuple[float, float, float, float], variance: float) -> float:
     """Log prior of a hypothesis, of which the noise of the first group has this ``variance``."""
     (ratio, of_noise), (bend, of_bend, offset, of_offsets) = noise, kind
-    probability = NOISE_RATIOS[ratio] * OF_NOISE[of_noise]
-    probability *= (CORRELATIONS[of_bend] if bend else 1.0) * (CORRELATIONS[of_offsets] if offset else 1.0)
-    return model_error.log_prior(bend, offset, variance) + float(np.log(probability))
+    of_form = [correlation for size, correlation in ((bend, of_bend), (offset, of_offsets)) if size]
+    apart, alike = not any([of_noise, *of_form]), all(correlation == 1 for correlation in of_form)
+    each = float(np.prod([CORRELATIONS[correlation] for correlation in of_form]))
+    probability = APART * apart + OF_NOISE[of_noise] * (ALIKE * alike + (1 - APART - ALIKE) * each)
+    return model_error.log_prior(bend, offset, variance) + float(np.log(NOISE_RATIOS[ratio] * probability))
 
 
 def _correlation(noise: tuple[float, float], kind: tuple[float, float, float, float]) -> float:
