@@ -1,7 +1,9 @@
 """Matched runs of two groups: what they err by in common cancels in the comparison, and nothing else does."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,19 +178,30 @@ def test_pairs_are_read_back(folder, matched):
     assert pairing_of(again, deep) is None  # laws of two readings, as of two files, do not belong together
 
 
-def test_a_file_without_pairs_compares_as_before(folder, tmp_path):
-    document = json.loads((folder / "fits" / "fits.json").read_text())
-    (pair,) = document.pop("pairs")
+@pytest.mark.parametrize("old", [True, False])
+def test_a_folder_without_pairs_compares_as_before(folder, tmp_path, old):
+    """One written before there were pairs, and one copied without pairs.npz."""
+    document = copied(folder, tmp_path)
+    (pair,) = document["pairs"]
     assert pair["groups"] == ["deep", "wide"] and pair["loss_column"] == "loss" and pair["matched"] == 35
-    with np.load(folder / "fits" / "bootstrap.npz") as archive:
-        kept = {name: archive[name] for name in archive.files if name != pair["draws"]}
-    np.savez(tmp_path / "bootstrap.npz", **kept)
-    del document["bootstrap_sha256"]
-    (tmp_path / "fits.json").write_text(json.dumps(document))
-    old = compare_fits(tmp_path, read_runs(folder / "runs.csv"), groups=["wide", "deep"])
+    (tmp_path / "pairs.npz").unlink()
+    if old:
+        kept = {key: value for key, value in document.items() if not key.startswith("pairs")}
+        (tmp_path / "fits.json").write_text(json.dumps(kept))
+    report = compare_fits(tmp_path, read_runs(folder / "runs.csv"), groups=["wide", "deep"])
     laws = [apart(law) for law in read_laws(folder / "fits").values()]
-    np.testing.assert_array_equal(old.accounted[0].comparison.pointwise, compare(*laws).pointwise)
-    assert to_json(old)["pairing"] is None and "taken for independent" in to_markdown(old)
+    np.testing.assert_array_equal(report.accounted[0].comparison.pointwise, compare(*laws).pointwise)
+    assert to_json(report)["pairing"] is None and "taken for independent" in to_markdown(report)
+
+
+def copied(folder: Path, place: Path, **changes) -> dict:
+    """A copy of the fits in ``folder``, with changes of the first pair; returns what fits.json holds."""
+    for name in ("bootstrap.npz", "pairs.npz"):
+        shutil.copy(folder / "fits" / name, place)
+    document = json.loads((folder / "fits" / "fits.json").read_text())
+    document["pairs"][0] |= changes
+    (place / "fits.json").write_text(json.dumps(document))
+    return document
 
 
 @pytest.mark.parametrize(
@@ -198,31 +211,40 @@ def test_a_file_without_pairs_compares_as_before(folder, tmp_path):
         ({"matched": 0}, "pair 1: matched: expected a whole number above zero, found 0"),
         ({"correlation": 2}, "pair 1: correlation: expected a number from -1 to 1, found 2"),
         ({"draws": "lost"}, "array 'lost': expected shape (2, R, 5), not found"),
-        ({"draws": "wide"}, "array 'wide': expected shape (2, R, 5), found (300, 5)"),
     ],
 )
 def test_bad_pairs_are_refused(folder, tmp_path, change, message):
-    document = json.loads((folder / "fits" / "fits.json").read_text())
-    document["pairs"][0] |= change
-    (tmp_path / "fits.json").write_text(json.dumps(document))
-    (tmp_path / "bootstrap.npz").write_bytes((folder / "fits" / "bootstrap.npz").read_bytes())
+    copied(folder, tmp_path, **change)
     with pytest.raises(InputError) as caught:
         read_laws(tmp_path)
     assert message in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
+def test_draws_of_other_pairs_are_refused(folder, tmp_path):
+    document = copied(folder, tmp_path)
+    np.savez(tmp_path / "pairs.npz", pair0=np.ones((2, 20, 5)))
+    with pytest.raises(InputError, match=r"pairs\.npz: holds the draws of other fits"):
+        read_laws(tmp_path)
+    del document["pairs_sha256"]
+    (tmp_path / "fits.json").write_text(json.dumps(document))
+    assert len(read_laws(tmp_path)["wide"].pairings["deep"].draws["wide"]) == 20
+    np.savez(tmp_path / "pairs.npz", pair0=np.ones((20, 5)))
+    with pytest.raises(InputError, match=r"array 'pair0': expected shape \(2, R, 5\), found \(20, 5\)"):
+        read_laws(tmp_path)
+
+
 def test_a_pair_of_a_fit_taken_out_is_passed_over(folder, tmp_path):
-    document = json.loads((folder / "fits" / "fits.json").read_text())
+    document = copied(folder, tmp_path)
     del document["fits"][0]
     (tmp_path / "fits.json").write_text(json.dumps(document))
-    (tmp_path / "bootstrap.npz").write_bytes((folder / "fits" / "bootstrap.npz").read_bytes())
     (law,) = read_laws(tmp_path).values()
     assert law.pairings == {}
 
 
 def test_fits_of_one_group_have_no_pairs(matched):
-    document = json.loads(to_bytes([fit_group(matched[0].table, group="wide", resamples=20)])[0])
-    assert set(document) == {"fits", "bootstrap_sha256"}
+    files = to_bytes([fit_group(matched[0].table, group="wide", resamples=20)])
+    assert list(files) == ["bootstrap.npz", "fits.json"]
+    assert set(json.loads(files["fits.json"])) == {"fits", "bootstrap_sha256"}
 
 
 # ------------------------------------------------------------------------------------------------- verdict

@@ -57,7 +57,7 @@ class Report:
     def pairing_sentence(self) -> str:
         """How the errors of the two fits hang together."""
         if self.pairing is None:
-            return "errors of the two fits are taken for independent: the fit matched too few of their runs"
+            return "none were drawn together, so that errors of the two fits are taken for independent"
         return (
             f"{self.pairing.matched} pairs of runs match, and their errors have a correlation of "
             f"{self.pairing.correlation:.2f}: what they share cancels"

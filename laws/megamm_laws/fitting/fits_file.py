@@ -2,9 +2,10 @@
 
 `fits.json` is the contract. `bootstrap.npz` holds per fit the draws behind its intervals, a float64 array (R, 5) of
 E, A, alpha, B, beta, under :func:`key_of`; for a form of megamm_laws.law.forms (R, P) of its own parameters under
-`key@form` and of the plain law that it implies under `key@form/law`; no pickled objects. Draws of two groups whose
-runs match, float64 (2, R, 5), stand under the name that `pairs` of `fits.json` gives with the number of matched runs
-and the correlation of their errors; files without `pairs` are as good.
+`key@form` and of the plain law that it implies under `key@form/law`; no pickled objects.
+
+`pairs.npz` holds draws of two groups whose runs match, (2, R, 5) under the name that `pairs` of `fits.json` gives, with
+the number of matched runs and the correlation of their errors. Where a folder has none, groups are drawn apart.
 
 A file made by hand or edited is as welcome as a written one, so that each field that a reader relies on is checked
 here, once, and an error names the file, the group, the field and what was expected.
@@ -70,16 +71,22 @@ def digest(draws: bytes) -> str:
     return hashlib.sha256(draws).hexdigest()
 
 
-def to_bytes(fits: Sequence[Fit | FormFit]) -> tuple[bytes, bytes]:
-    """Contents of fits.json and bootstrap.npz."""
+def to_bytes(fits: Sequence[Fit | FormFit]) -> dict[str, bytes]:
+    """Contents of bootstrap.npz, of pairs.npz where runs of two groups match, and of fits.json, by name."""
+    files = {"bootstrap.npz": _archive({key: array for fit in fits for key, array in _draws_of(fit).items()})}
+    document = {"fits": [fit.to_json() for fit in fits], "bootstrap_sha256": digest(files["bootstrap.npz"])}
+    pairs, arrays = _pairs_of(fits)
+    if pairs:
+        files["pairs.npz"] = _archive(arrays)
+        document |= {"pairs": pairs, "pairs_sha256": digest(files["pairs.npz"])}
+    files["fits.json"] = (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
+    return files
+
+
+def _archive(arrays: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
-    arrays = {key: array for fit in fits for key, array in _draws_of(fit).items()}
-    pairs = _add_pairs(fits, arrays)
     np.savez(buffer, allow_pickle=False, **arrays)
-    draws = buffer.getvalue()
-    document = {"fits": [fit.to_json() for fit in fits], "bootstrap_sha256": digest(draws)}
-    document |= {"pairs": pairs} if pairs else {}
-    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode(), draws
+    return buffer.getvalue()
 
 
 def _draws_of(fit: Fit | FormFit) -> dict[str, np.ndarray]:
@@ -92,25 +99,24 @@ def _draws_of(fit: Fit | FormFit) -> dict[str, np.ndarray]:
     return {key: fit.draws} | ({} if law is None else {f"{key}/law": law[0]})
 
 
-def _add_pairs(fits: Sequence[Fit | FormFit], arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """The entries of ``pairs``, each pair once; its draws (2, R, 5) are added to ``arrays``."""
+def _pairs_of(fits: Sequence[Fit | FormFit]) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """The entries of ``pairs``, each pair once, and their draws (2, R, 5) by name."""
     pairs: list[dict[str, Any]] = []
+    arrays: dict[str, np.ndarray] = {}
     for fit in fits:
         for pairing in fit.pairings.values() if isinstance(fit, Fit) else ():
             groups = list(pairing.draws)
             if groups[0] != fit.group:  # both groups hold it: once is enough
                 continue
             name = f"pair{len(pairs)}"
-            while name in arrays:  # a group may have that name
-                name += "_"
             arrays[name] = np.stack(list(pairing.draws.values()))
             facts = {"matched": pairing.matched, "correlation": pairing.correlation, "draws": name}
             pairs.append({"groups": groups, "loss_column": fit.loss_column, **facts})
-    return pairs
+    return pairs, arrays
 
 
 def read_fits_file(path: Path | str) -> list[FitEntry]:
-    """Every fit in ``path``, a fits.json or its folder, with the draws in bootstrap.npz beside it.
+    """Every fit in ``path``, a fits.json or its folder, with the draws in bootstrap.npz and pairs.npz beside it.
 
     Raises:
         InputError: a file is missing, unreadable or of other fits, or a field is not what it has to be.
@@ -134,7 +140,10 @@ def read_fits_file(path: Path | str) -> list[FitEntry]:
         if key in found:
             raise InputError(f"{path}: group {key[0]}: {key[1]} is fitted twice; remove one of the two entries")
         found[key] = FitEntry(entry=entry, law=_law(entry, path, draws))
-    _read_pairs(document.get("pairs", []), path, draws, found)
+    drawn_together = path.with_name("pairs.npz")
+    # A folder copied without it is as good as one of before there were pairs: its intervals are only wider.
+    if "pairs" in document and drawn_together.exists():
+        _read_pairs(document["pairs"], path, _read_draws(drawn_together, path, document.get("pairs_sha256")), found)
     return list(found.values())
 
 
@@ -153,15 +162,12 @@ def _read_pairs(pairs: Any, path: Path, draws: dict[str, np.ndarray], fits: dict
         laws = [fit.law for fit in pair if fit is not None and fit.law is not None]
         if len(laws) < 2:  # somebody took a fit out of the file
             continue
-        values = draws.get(entry["draws"])
+        name, place = entry["draws"], path.with_name("pairs.npz")
+        values = draws.get(name)
         if values is None or values.ndim != 3 or len(values) != 2:
-            found = "not found" if values is None else f"found {values.shape}"
-            raise InputError(
-                f"{path.with_name('bootstrap.npz')}: array {entry['draws']!r}: expected shape (2, R, 5), {found}; {FIX}"
-            )
-        checked = [
-            _check_draws({entry["draws"]: part}, entry["draws"], path.with_name("bootstrap.npz")) for part in values
-        ]
+            what = "not found" if values is None else f"found {values.shape}"
+            raise InputError(f"{place}: array {name!r}: expected shape (2, R, 5), {what}; {FIX}")
+        checked = [_check_draws({name: part}, name, place) for part in values]
         pairing = Pairing(
             draws=dict(zip(entry["groups"], checked)),
             matched=entry["matched"],

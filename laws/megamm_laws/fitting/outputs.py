@@ -1,6 +1,7 @@
 """Fit every group of a table and write the folder of results.
 
-The folder holds `fits.json` and `bootstrap.npz` (see fits_file.py), `fits.md` (the same for people) and plots.
+The folder holds `fits.json`, `bootstrap.npz` and `pairs.npz` (see fits_file.py), `fits.md` (the same for people) and
+plots.
 """
 
 from collections.abc import Callable
@@ -122,12 +123,12 @@ def write_fits(folder: Path | str, fits: list[Fit | FormFit]) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; --out names a folder")
     page, plots = to_markdown(fits), draw_plots(fits)
-    document, draws = to_bytes(fits)
-    files = plots | {"bootstrap.npz": draws, "fits.md": page.encode(), "fits.json": document}
+    numbers = to_bytes(fits)
+    files = plots | {"fits.md": page.encode()} | numbers
     for name, content in files.items():  # fits.json last: whoever finds it finds the rest
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
-    return [folder / name for name in ("fits.json", "fits.md", "bootstrap.npz", *plots)]
+    return [folder / name for name in ("fits.json", "fits.md", *(n for n in numbers if n != "fits.json"), *plots)]
 
 
 def draw_plots(fits: list[Fit | FormFit]) -> dict[str, bytes]:
