@@ -132,7 +132,7 @@ class World:
         reports = self.gather(report)
         # The same on all ranks: they end with one message and one exit code, and its own rank keeps the traceback.
         first = next(rank for rank, said in enumerate(reports) if said)
-        if error is not None and first == self.rank:
+        if error is not None and first == self.rank and not isinstance(error, OSError):
             raise error
         is_input, message = reports[first]
         raise (InputError if is_input else RunError)(message) from error

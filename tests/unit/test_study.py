@@ -251,7 +251,7 @@ def test_launchers_append_to_the_log_and_return_the_exit_code(tmp_path):
 
 def test_slurm_without_submitit_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(InputError, match=r"pip install 'megamm\[slurm\]'"):
+    with pytest.raises(InputError, match=r"pip install submitit, or pip install '\.\[slurm\]'"):
         SlurmLauncher(tmp_path, {})
 
 
