@@ -34,7 +34,7 @@ own: install  ## the same on your own pages, captions or text: make own DATA="DI
 	$(PYTHON) tools/start.py $(DATA) --out own --minutes $(MINUTES) --yes
 
 test: install-test browser  ## the whole test suite
-	$(PYTHON) -m pytest -n $(PYTEST_JOBS) --dist loadfile  # a file has its fixtures once
+	$(PYTHON) -m pytest -n $(PYTEST_JOBS) --dist loadfile --durations 30  # a file has its fixtures once
 
 faults: install-test  ## 283 things that go wrong while training, and what is lost: about 6 minutes on two cores
 	$(PYTHON) tests/faults/run.py
