@@ -14,7 +14,7 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/laws:$(PYTHONPATH)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real own test faults lint format bench bench-kernels compiled gpu docker laws-alone install install-test install-bench browser \
+.PHONY: help demo demo-real own test faults lint format bench bench-kernels compiled gpu docker laws-alone install install-test install-bench install-docs site browser \
 	clean distclean
 
 help:  ## print this list
@@ -73,6 +73,10 @@ laws-alone:  ## install laws/ in an empty environment, without torch, and fit a 
 	cd build/laws-alone && bin/megamm-fit ../../tests/data/chinchilla_runs.csv --out fits
 	cd build/laws-alone && ! bin/python -c "import torch" 2>/dev/null
 
+site: install-docs  ## the pages as a site without network: build/site/docs/index.html
+	$(PYTHON) -m sphinx -q -W --keep-going -c docs . build/site
+	@echo build/site/docs/index.html
+
 # BASE_IMAGE= names another base than NVIDIA's PyTorch image.
 docker:  ## build the Docker image
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) -t megamm .
@@ -80,6 +84,7 @@ docker:  ## build the Docker image
 install: $(VENV)/.installed  ## .venv for demo and training
 install-test: $(VENV)/.installed-test  ## .venv for tests and lint
 install-bench: $(VENV)/.installed-bench  ## .venv for benchmarks
+install-docs: $(VENV)/.installed-docs  ## .venv for the site
 
 # Stamps of the files they read, so that a second call does nothing.
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -97,13 +102,17 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q -e ".[bench]"
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -e ".[docs]"
+	touch $@
+
 # The report's screenshot test needs Chromium; it is skipped where there is none and none can be installed.
 browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || true
 else
-.PHONY: $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-bench
-$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-bench browser: ;
+.PHONY: $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-bench $(VENV)/.installed-docs
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-bench $(VENV)/.installed-docs browser: ;
 endif
 
 clean:  ## remove what can be built again; results stay
