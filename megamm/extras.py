@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from megamm.config import Config
 from megamm.errors import InputError
 
-EXTRAS = {"torchao": "fp8", "wandb": "wandb", "submitit": "slurm", "pycocoevalcap": "eval"}
+EXTRAS = {"torchao": "fp8", "wandb": "wandb", "submitit": "slurm", "pycocoevalcap": "eval", "ray": "ray"}
 """Package -> the extra of pyproject.toml that brings it."""
 
 

@@ -19,6 +19,7 @@ from megamm.data.dataset_info import KINDS
 from megamm.data.prepare import PrepareSettings, prepare
 from megamm.data.verify import verify
 from megamm.errors import exit_on_error
+from megamm.extras import require
 from megamm.files import check_out
 
 
@@ -32,7 +33,9 @@ def main() -> None:
     missing = [name for name in ("inputs", "out", "tokenizer") if not arguments[name]]
     if missing:
         parser.error(f"missing: {', '.join('INPUT' if name == 'inputs' else f'--{name}' for name in missing)}")
-    out, workers = arguments.pop("out"), arguments.pop("workers")
+    out, workers, ray = arguments.pop("out"), arguments.pop("workers"), arguments.pop("ray")
+    if ray:
+        require("ray", "--ray")
     check_out(out, folder=True)
     settings = PrepareSettings(**arguments | {"inputs": tuple(arguments["inputs"])})
     columns = (
@@ -49,6 +52,7 @@ def main() -> None:
             out,
             workers,
             lambda done, total, skipped: progress.update(bar, completed=done, total=total, skipped=skipped),
+            ray,
         )
     print_summary(info, out)
 
@@ -72,6 +76,9 @@ def make_parser() -> ArgumentParser:
     add("--num-documents", type=int, default=10_000, help="documents of a scenes: input (10000)")
     add("--seed", type=not_negative, default=0, help="seed of scenes: inputs (0)")
     add("--workers", type=int, default=os.cpu_count(), help="processes; the output does not depend on it")
+    add(
+        "--ray", action="store_true", help="read on the Ray cluster of RAY_ADDRESS, or on a local one of --workers CPUs"
+    )
     return parser
 
 

@@ -1,9 +1,9 @@
 """Preparation: documents to token ids and resized images in Arrow shards.
 
-Reading, decoding and tokenizing run in worker processes, a batch of tasks at a time; the main process writes
-the results in the order of the tasks, so that the output does not depend on the number of workers. All is
-built in a folder beside the target and put in its place at the end: a run that dies leaves the target as it
-was, and the next run removes what it left.
+Workers read, decode and tokenize the documents of one part after another (megamm.data.parts). When all parts are there,
+the main process deals their documents to the splits and writes the shards, in the order of the inputs: the output does
+not depend on the number of workers. All is built in a folder beside the target and put in its place at the end. A run
+that dies leaves the target as it was, and the next one goes on with the parts that are whole.
 """
 
 import dataclasses
@@ -11,33 +11,28 @@ import errno
 import fcntl
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
-import cv2
 import numpy as np
-import pyarrow as pa
 
 from megamm import files
 from megamm.data import images
-from megamm.data.dataset_info import FILE, make_info
+from megamm.data.dataset_info import FILE, FORMAT_VERSION, make_info
 from megamm.data.documents import Document, Skipped, Task, Text, unread
+from megamm.data.parts import Entry, Parts, listing_digest, read_part, write_part
 from megamm.data.readers import open_inputs
 from megamm.data.shards import DIGEST_BYTES, document_digest
 from megamm.data.splits import Documents
 from megamm.data.tokenizer import Tokenizer
+from megamm.data.workers import run_jobs
 from megamm.data.writer import Piece, ShardWriter, split_pieces
 from megamm.errors import InputError, RunError
 from megamm.sequence import EOS, patches_per_image
@@ -45,8 +40,8 @@ from megamm.sequence import EOS, patches_per_image
 # A folder that holds anything else is not ours to replace.
 OUTPUTS = frozenset((FILE, "tokenizer.json", "skipped.jsonl", "train", "val"))
 
-BATCH = 16
-"""Reading tasks sent to a worker at a time."""
+PARTS = "parts"
+"""Folder of the parts, beside the shards that are made of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,36 +104,17 @@ class PrepareSettings:
             raise InputError("\n".join(found))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """What a worker makes of one document.
-
-    Attributes:
-        pieces: none if it was left out.
-        skipped: what was left out, and why.
-        files: paths of the pictures that it refers to.
-        digest: of its content, without its id.
-        image_digests: of each picture.
-    """
-
-    id: str
-    pieces: list[Piece]
-    skipped: list[Skipped]
-    files: tuple[str, ...] = ()
-    digest: bytes = b""
-    image_digests: list[bytes] = field(default_factory=list)
-
-
 def prepare(
     settings: PrepareSettings,
     out: Path | str,
     workers: int = 1,
     report: Callable[[int, int | None, int], None] = lambda done, total, skipped: None,
+    ray: bool = False,
 ) -> dict:
     """Write the prepared dataset ``out``, whole or not at all; an earlier one is replaced.
 
     Args:
-        workers: processes; the output is the same for any number.
+        workers, ray: where documents are read (see :func:`megamm.data.workers.run_jobs`); the output is the same.
         report: called with tasks done, tasks in all (None if unknown) and inputs skipped so far.
 
     Returns:
@@ -168,9 +144,18 @@ def prepare(
     settings.check()
     try:
         with _replaced_folder(out) as folder:
-            documents = _encode_all(inputs.tasks, settings, tokenizer, workers)
+            parts = Parts(folder / PARTS, _identity(settings, tokenizer))
+
+            def run(jobs: Iterable[tuple]) -> Iterator[Sequence[Entry]]:
+                return run_jobs(_part, ((parts.folder, settings, *job) for job in jobs), workers=workers, ray=ray)
+
             counts = _write(
-                documents, inputs.pictures, folder, settings, lambda done, s: report(done, inputs.num_tasks, s)
+                parts.make(inputs.tasks, run),
+                parts,
+                inputs.pictures,
+                folder,
+                settings,
+                lambda done, s: report(done, inputs.num_tasks, s),
             )
             shutil.copyfile(settings.tokenizer, folder / "tokenizer.json")
             # What is a field of its own in dataset.json is not said twice; the tokenizer's path means nothing
@@ -186,26 +171,35 @@ def prepare(
             )
             # The last file: a folder with a dataset.json has everything.
             files.write_json(folder / FILE, info)
-    except BrokenProcessPool as error:
-        raise RunError("a worker was killed (out of memory?); try fewer --workers") from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise RunError(f"{out.parent}: no space left on the disk; free some and run again") from error
+            raise RunError(
+                f"{out.parent}: no space left on the disk; free some and run again: it goes on where it was "
+                f"({_partial(out).name} holds what is done)"
+            ) from error
         raise
     return info
 
 
-def encode_document(document: Document, settings: PrepareSettings, tokenizer: Tokenizer) -> Encoded:
-    """Tokenize, resize and cut one document.
+def _identity(settings: PrepareSettings, tokenizer: Tokenizer) -> dict:
+    """All that the parts depend on."""
+    return {
+        "settings": dataclasses.asdict(settings) | {"tokenizer": tokenizer.sha256},
+        "format_version": FORMAT_VERSION,
+        "listing": listing_digest(settings.inputs),
+    }
+
+
+def encode_document(document: Document, settings: PrepareSettings, tokenizer: Tokenizer) -> tuple[list[Piece], Entry]:
+    """Tokenize, resize and cut one document: its pieces, none if it was left out, and its entry.
 
     An image that cannot be used is skipped alone, or with its document where it is the document's point:
     in captions.
     """
     skipped: list[Skipped] = []
 
-    def left_out(reason: str) -> Encoded:
-        entries = [*skipped, Skipped(id=document.id, reason=reason)]
-        return Encoded(id=document.id, pieces=[], skipped=entries, files=document.files)
+    def left_out(reason: str) -> tuple[list[Piece], Entry]:
+        return [], Entry(skipped=(*skipped, Skipped(id=document.id, reason=reason)), files=document.files)
 
     units, text = [], ""
     try:
@@ -234,14 +228,15 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
     pieces = split_pieces(document.id, units, settings.max_length, settings.num_patches)
     texts = [unit for unit in units if isinstance(unit, list)]
     pictures = [unit for unit in units if isinstance(unit, bytes)]
-    return Encoded(
-        id=document.id,
-        pieces=pieces,
-        skipped=skipped,
+    return pieces, Entry(
+        skipped=tuple(skipped),
         files=document.files,
         # Without the id, which differs between copies; with all of the content before it is cut into pieces.
-        digest=document_digest("", [t for text in texts for t in text], [len(text) for text in texts], pictures),
-        image_digests=[hashlib.sha256(picture).digest()[:DIGEST_BYTES] for picture in pictures],
+        digest=document_digest("", [t for text in texts for t in text], [len(text) for text in texts], pictures).hex(),
+        image_digests=tuple(hashlib.sha256(picture).digest()[:DIGEST_BYTES].hex() for picture in pictures),
+        num_pieces=len(pieces),
+        num_tokens=sum(piece.length for piece in pieces),
+        num_images=len(pictures),
     )
 
 
@@ -261,7 +256,8 @@ class _Skipped:
 
 
 def _write(
-    encoded: Iterator[Encoded],
+    entries: Iterator[Entry],
+    parts: Parts,
     pictures: dict[str, str],
     folder: Path,
     settings: PrepareSettings,
@@ -269,27 +265,25 @@ def _write(
 ) -> dict:
     """Write shards and skipped.jsonl; returns the counts for dataset.json.
 
-    All documents are written in their order, and then, when their tokens are known, dealt to the splits.
+    Documents can be dealt to the splits only when the tokens of all are known.
     """
-    unsplit = ShardWriter(folder / "unsplit")
     # Pictures that no document refers to are only known once all documents have been read.
     documents, unseen = Documents(), dict(pictures)
     with (folder / "skipped.jsonl").open("w", encoding="utf-8") as file:
         skipped = _Skipped(file)
-        for done, item in enumerate(encoded, start=1):
-            for entry in item.skipped:
-                skipped.add(entry)
-            for path in item.files:
+        for done, entry in enumerate(entries, start=1):
+            for one in entry.skipped:
+                skipped.add(one)
+            for path in entry.files:
                 unseen.pop(path, None)
-            if item.pieces:
-                unsplit.add(item.pieces)
+            if entry.num_pieces:
                 documents.add(
-                    item.digest,
+                    bytes.fromhex(entry.digest),
                     # In pages the same picture is often a logo: only a caption pair is known by its picture.
-                    item.image_digests if settings.kind == "caption" else [],
-                    sum(piece.length for piece in item.pieces),
-                    len(item.image_digests),
-                    len(item.pieces),
+                    [bytes.fromhex(one) for one in entry.image_digests] if settings.kind == "caption" else [],
+                    entry.num_tokens,
+                    entry.num_images,
+                    entry.num_pieces,
                 )
             report(done, skipped.reasons.total())
             if len(documents) == settings.limit:
@@ -301,7 +295,7 @@ def _write(
     if not len(documents):
         listed = "; ".join(f"{count} x {reason}" for reason, count in skipped.reasons.most_common(5))
         raise InputError(f"{' '.join(settings.inputs)}: no document is left ({listed or 'empty input'}{skipped.first})")
-    splits, fingerprints = _deal(folder, unsplit.close(), documents, settings.val_fraction)
+    splits, fingerprints = _deal(folder, parts, documents, settings.val_fraction)
     return {
         "splits": splits,
         "fingerprints": fingerprints,
@@ -310,81 +304,49 @@ def _write(
     }
 
 
-def _deal(folder: Path, unsplit: dict, documents: Documents, val_fraction: float) -> tuple[dict, dict]:
-    """Move the documents to the folders of their splits; returns entries and fingerprints of these."""
+def _deal(folder: Path, parts: Parts, documents: Documents, val_fraction: float) -> tuple[dict, dict]:
+    """Copy the pieces to the folders of their splits; returns entries and fingerprints of these."""
     # Whole documents: pieces of one must not be on both sides.
     in_val = np.repeat(documents.hold_out(val_fraction), documents.num_pieces)
     # No val folder where nothing is held out.
     writers = {split: ShardWriter(folder / split) for split in (("train", "val") if in_val.any() else ("train",))}
     start = 0
-    for shard in unsplit["shards"]:
-        path = folder / "unsplit" / shard["file"]
-        with pa.memory_map(str(path)) as file:
-            table = pa.ipc.open_file(file).read_all()
-            part = in_val[start : start + len(table)]
-            for split, writer in writers.items():
-                writer.add_table(table.filter(part if split == "val" else ~part))
-        # Shard by shard, so that the disk never holds all of the data twice.
-        path.unlink()
-        start += len(part)
-    shutil.rmtree(folder / "unsplit")
+    for table in parts.tables():
+        of_val = in_val[start : start + len(table)]
+        for split, writer in writers.items():
+            # Pieces behind a limit are of no split.
+            writer.add_table(table.slice(0, len(of_val)).filter(of_val if split == "val" else ~of_val))
+        start += len(table)
+    # Only now: a run that is killed while it deals finds them again.
+    shutil.rmtree(parts.folder)
     return {split: w.close() for split, w in writers.items()}, {s: w.fingerprint.hex() for s, w in writers.items()}
 
 
-def _encode_all(
-    tasks: Iterator[Task], settings: PrepareSettings, tokenizer: Tokenizer, workers: int
-) -> Iterator[Encoded]:
-    """Run the tasks in ``workers`` processes; results in the order of the tasks."""
-    batches = iter(lambda: list(islice(tasks, BATCH)), [])  # until an empty one
-    if workers <= 1:
-        for batch in batches:
-            yield from _encode_batch(batch, settings, tokenizer)
-        return
-    context = multiprocessing.get_context("spawn")  # fork is unsafe once the tokenizer's threads exist
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(settings,))
-    try:
-        # A few batches ahead, not all: tasks may hold records, and results wait here in their order.
-        pending = deque(pool.submit(_work, batch) for batch in islice(batches, 4 * workers))
-        while pending:
-            yield from pending.popleft().result()
-            pending.extend(pool.submit(_work, batch) for batch in islice(batches, 1))
-    finally:
-        # Also when the reader of this generator has enough (a limit) or fails.
-        pool.shutdown(cancel_futures=True)
+def _part(folder: Path, settings: PrepareSettings, number: int, tasks: list[Task] | None) -> list[Entry]:
+    """Make part ``number`` of these tasks, in any process, or read the one that is there; returns its entries."""
+    if tasks is None:
+        return read_part(folder, number)
+    return write_part(folder, number, _encode(tasks, settings, _tokenizer(settings.tokenizer)))
 
 
-def _encode_batch(batch: list[Task], settings: PrepareSettings, tokenizer: Tokenizer) -> list[Encoded]:
-    encoded = []
-    for task in batch:
+@lru_cache(maxsize=1)
+def _tokenizer(path: str) -> Tokenizer:
+    """Once per process: it is slow to load and cannot come with every part."""
+    return Tokenizer(path)
+
+
+def _encode(
+    tasks: Iterable[Task], settings: PrepareSettings, tokenizer: Tokenizer
+) -> Iterator[tuple[list[Piece], Entry]]:
+    for task in tasks:
         for item in task():
             if isinstance(item, Skipped):
-                encoded.append(Encoded(id=item.id, pieces=[], skipped=[item]))
+                yield [], Entry(skipped=(item,))
                 continue
             try:
-                encoded.append(encode_document(item, settings, tokenizer))
+                yield encode_document(item, settings, tokenizer)
             except Exception as error:  # one bad document never ends the run
-                encoded.append(Encoded(id=item.id, pieces=[], skipped=[unread(item.id, error)]))
-    return encoded
-
-
-# Of each worker process, filled once: the tokenizer is slow to load and cannot come with every batch.
-_worker: dict = {}
-
-
-def _start_worker(settings: PrepareSettings) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()  # before anything slow
-    cv2.setNumThreads(1)  # the workers are the parallelism
-    _worker.update(settings=settings, tokenizer=Tokenizer(settings.tokenizer))
-
-
-def _end_with_parent() -> None:
-    """A run that was killed must not leave its workers behind: they wait for tasks for ever."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)  # from a thread: sys.exit would end only that
-
-
-def _work(batch: list[Task]) -> list[Encoded]:
-    return _encode_batch(batch, **_worker)
+                yield [], Entry(skipped=(unread(item.id, error),))
 
 
 def _check_target(out: Path, settings: PrepareSettings) -> None:
@@ -400,13 +362,18 @@ def _check_target(out: Path, settings: PrepareSettings) -> None:
             raise InputError(f"--out {out}: is not empty and not a prepared dataset; give another folder")
 
 
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
 @contextmanager
 def _replaced_folder(out: Path) -> Iterator[Path]:
     """Yield a folder beside ``out`` that takes its place if the block succeeds.
 
-    It is locked, and what a killed run left in it is removed.
+    It is locked. A killed or failed run leaves it with its parts; those are all that the next one finds in it. Bad
+    input leaves nothing.
     """
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    partial, old = _partial(out), out.with_name(f".{out.name}.old")
     partial.mkdir(parents=True, exist_ok=True)
     # The folder itself is locked: no further file is left behind, and the system lets go when the process dies.
     lock = os.open(partial, os.O_RDONLY)
@@ -415,17 +382,20 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"--out {out}: another run is writing it") from error
-        try:
-            for path in partial.iterdir():  # only now, with the lock
+        for path in partial.iterdir():  # only now, with the lock
+            if path.name != PARTS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
             yield partial
             shutil.rmtree(old, ignore_errors=True)
             if out.exists():
                 # A folder cannot be replaced by another in one step: for a moment there is none, and then the new one.
                 os.replace(out, old)
             os.replace(partial, out)
-        finally:
+        except InputError:
             shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
             shutil.rmtree(old, ignore_errors=True)
     finally:
         os.close(lock)

@@ -102,6 +102,13 @@ def split_pieces(id: str, units: Sequence[list[int] | bytes], max_length: int, n
     return [piece.seal() for piece in pieces]
 
 
+def pieces_table(pieces: Sequence[Piece]) -> pa.Table:
+    """Sealed pieces as columns of a shard."""
+    return pa.Table.from_pydict(
+        {name: [getattr(piece, name) for piece in pieces] for name in SCHEMA.names}, schema=SCHEMA
+    )
+
+
 class ShardWriter:
     """Writes the pieces of one split: ``shard-00000.arrow``, ... and ``lengths.npy``.
 
@@ -170,9 +177,8 @@ class ShardWriter:
         }
 
     def _pack(self) -> None:
-        columns = {column: [getattr(piece, column) for piece in self._pieces] for column in SCHEMA.names}
-        self._pieces = []
-        self.add_table(pa.Table.from_pydict(columns, schema=SCHEMA))
+        pieces, self._pieces = self._pieces, []
+        self.add_table(pieces_table(pieces))
 
     def _flush(self) -> None:
         if not self._num_rows:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from megamm.data import images
 from megamm.data.documents import Document, Skipped, Task, Text
-from megamm.data.prepare import _encode_batch
+from megamm.data.prepare import _encode
 from megamm.data.readers import open_inputs
 from megamm.data.readers.separated import BadRow, read_rows
 from megamm.errors import InputError
@@ -362,8 +362,9 @@ def test_an_exception_in_a_task_is_a_skipped_line():
         yield Document(id="a", spans=(Text(text="no tokenizer for it"),))
         raise KeyError("odd\nerror")
 
-    found = _encode_batch([Task("bad.html", fail)], None, None)
-    assert [(e.id, e.pieces, e.skipped[0].reason.split(",")[0]) for e in found] == [
+    found = _encode([Task("bad.html", fail)], None, None)
+    skipped = [(pieces, entry.skipped[0]) for pieces, entry in found]
+    assert [(one.id, pieces, one.reason.split(",")[0]) for pieces, one in skipped] == [
         ("a", [], "cannot be read: AttributeError"),
         ("bad.html", [], "cannot be read: KeyError"),
     ]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamm.data import images
+from megamm.data.parts import PART_TASKS
 from megamm.data.prepare import PrepareSettings, prepare
 from megamm.data.shards import ShardedDataset
 from megamm.data.tokenizer import Tokenizer, train_tokenizer
@@ -136,7 +137,7 @@ def test_text_records_with_bad_bytes_and_limits(tokenizer, tmp_path):
     assert sum(split["num_documents"] for split in info["splits"].values()) == 7
 
 
-def test_failure_leaves_the_old_dataset(tokenizer, pages, tmp_path):
+def test_a_full_disk_leaves_the_old_dataset(tokenizer, pages, tmp_path):
     out = tmp_path / "out"
     prepare(options(tokenizer, pages), out)
     expected = content(out)
@@ -145,24 +146,62 @@ def test_failure_leaves_the_old_dataset(tokenizer, pages, tmp_path):
         if done == 5:
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(RunError, match="no space left"):
+    with pytest.raises(RunError, match=r"no space left.*goes on where it was \(.out.partial holds"):
         prepare(options(tokenizer, pages, image_size=8), out, report=full)
+    assert content(out) == expected and sorted(os.listdir(tmp_path)) == [".out.partial", "out"]
+    prepare(options(tokenizer, pages), out)
     assert content(out) == expected and os.listdir(tmp_path) == ["out"]
 
 
-def test_killed_run_leaves_the_old_dataset_and_the_next_cleans_up(tokenizer, pages, tmp_path):
-    out = tmp_path / "out"
-    prepare(options(tokenizer, pages), out)
-    expected = content(out)
+def test_a_killed_run_goes_on_with_its_parts(tokenizer, tmp_path):
+    """Killed in its third part: the next run takes two, and writes the bytes of an undisturbed one."""
+    lines = [json.dumps({"text": f"line {n} and more"}) for n in range(5 * PART_TASKS)]
+    lines[3] = lines[40] = "{"
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    whole, out = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
+    settings = options(tokenizer, tmp_path / "t.jsonl", val_fraction=0.1)
+    prepare(settings, whole)
     code = (
-        "import os, signal, sys\nfrom megamm.data.prepare import *\n"
-        "def report(done, total, skipped):\n    if done == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"prepare(PrepareSettings(inputs=({str(pages)!r},), tokenizer={str(tokenizer)!r}), {str(out)!r}, report=report)"
+        "import os, signal\nfrom megamm.data.prepare import *\n"
+        f"def report(done, total, skipped):\n    if done == {2 * PART_TASKS + 9}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"prepare({settings!r}, {str(out)!r}, report=report)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    assert content(out) == expected and len(os.listdir(tmp_path)) == 2
-    prepare(options(tokenizer, pages), out)
-    assert content(out) == expected and os.listdir(tmp_path) == ["out"]
+    assert os.listdir(out.parent) == [".out.partial"]
+    parts = out.parent / ".out.partial" / "parts"
+    (parts / "00000002.jsonl").unlink()  # as if it had been killed a moment earlier: half a part is none
+    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.arrow")}
+    made = {}
+
+    def look(done, total, skipped):
+        made.update({path.name: path.stat().st_mtime_ns for path in parts.glob("*.arrow")})
+
+    prepare(settings, out, workers=2, report=look)
+    assert [made[name] == done[name] for name in sorted(done)] == [True, True, False] and len(made) == 5
+    assert content(out) == content(whole) and os.listdir(out.parent) == ["out"]
+
+
+def test_parts_of_other_inputs_are_not_taken(tokenizer, pages, tmp_path):
+    def stop(done, total, skipped):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    text = tmp_path / "t.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"line {n} and more"}) for n in range(40)))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options(tokenizer, text), out, report=stop)
+    text.write_text(text.read_text().replace("more", "less"))
+    prepare(options(tokenizer, text), out)
+    prepare(options(tokenizer, text), tmp_path / "expected" / "out")
+    assert content(out) == content(tmp_path / "expected" / "out")
+
+
+@pytest.mark.timeout(180)
+def test_output_is_the_same_on_ray(tokenizer, pages, tmp_path):
+    pytest.importorskip("ray")
+    prepare(options(tokenizer, pages), tmp_path / "here" / "out")
+    prepare(options(tokenizer, pages), tmp_path / "ray" / "out", workers=2, ray=True)
+    assert content(tmp_path / "ray" / "out") == content(tmp_path / "here" / "out")
 
 
 def test_other_folders_are_not_replaced(tokenizer, pages, tmp_path):
