@@ -163,7 +163,8 @@ def test_a_killed_run_goes_on_with_its_parts(tokenizer, tmp_path):
     prepare(settings, whole)
     code = (
         "import os, signal\nfrom megamm.data.prepare import *\n"
-        f"def report(done, total, skipped):\n    if done == {2 * PART_TASKS + 9}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def report(done, total, skipped):\n"
+        f"    if done == {2 * PART_TASKS + 9}: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"prepare({settings!r}, {str(out)!r}, report=report)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
