@@ -2,14 +2,21 @@
 
 import os
 
+import torch
+
 from megamm.config import Config
+from megamm.data.loader import open_sources
+from megamm.data.pack_plan import scan_lengths
+from megamm.errors import InputError
+from megamm.estimate.machine import device_here, memory_per_rank
 from megamm.estimate.memory import rank_memory
-from megamm.estimate.tokens import stated_stats, stats_of_sources
+from megamm.estimate.tokens import resolve_for_estimate, stats_of_sources
 from megamm.extras import check_extras
+from megamm.model.context import check_backend
 from megamm.model.counts import TokenStats, count_parameters, exact_flops_per_token
 from megamm.model.sizes import num_heads
 from megamm.parallel.layout import resolve_layout
-from megamm.resolve import remarks, resolve_config
+from megamm.resolve import epochs_of, remarks, resolve_config
 
 GIB = 2**30
 
@@ -26,19 +33,24 @@ def run_memory(config: Config) -> float:
 
 
 def describe_run(config: Config) -> str:
-    """A text of a line per quantity. Reads at most the headers of the data.
+    """A text of a line per quantity. Reads at most the headers and lengths of the data.
+
+    Prepared data need not be at hand, so long as the config has the sizes that they would decide.
 
     Raises:
-        InputError: a size is set neither in the config nor by the data, or the layout does not fit the ranks.
+        InputError: what the run would refuse: a size is set neither in the config nor by the data, a document is longer
+            than a row, the layout does not fit the ranks, or the attention backend cannot train here.
     """
-    config = resolve_config(config)
+    config, stats, _ = resolve_for_estimate(config)
     check_extras(config)
     model, train, ranks = config.model, config.train, int(os.environ.get("WORLD_SIZE", 1))
     counts = count_parameters(model)
     row = config.data.row_length
     step_tokens = train.batch_rows * row
     layout = resolve_layout(config, ranks)
-    stats = stats_of_sources(config) if config.data.sources else stated_stats(model, row)
+    data, epochs = _data_lines(config)
+    device = device_here(config)
+    refused = _refused_here(config, device)
     memory = rank_memory(config, layout, stats)
     state = sum(memory[name] for name in ("parameters", "gradients", "optimizer state") if name in memory)
     kept = sum(value for name, value in memory.items() if name.startswith("activations"))
@@ -60,10 +72,57 @@ def describe_run(config: Config) -> str:
         + (", vision tower not counted)" if counts.vision else ")"),
         f"memory per rank     {_gib(state)} parameters, gradients and AdamW state (fp32) + about {_gib(kept)} "
         f"activations + {_gib(other)} weights and gradients in use, logits",
-        f"layout              {layout}; {layout.micro_rows} rows per pass, {layout.micro_batches} passes per step",
-        *(f"warning             {line}" for line in remarks(config)),
+        f"layout              {layout}; {layout.micro_rows} rows per pass, passes per step: {layout.micro_batches}",
+        *data,
+        *(f"warning             {line}" for line in remarks(config, epochs)),
+        *(f"warning             {line}" for line in refused),
+        *(f"warning             {line}" for line in _memory_remarks(sum(memory.values()), device, ranks)),
     ]
     return "\n".join(lines)
+
+
+def _data_lines(config: Config) -> tuple[list[str], dict[str, float]]:
+    """What the data is, and how often each source is read.
+
+    Raises:
+        InputError: sources that do not fit together, or a document longer than a row.
+    """
+    if not config.data.sources:
+        return ["data                not prepared here; image and text shares of the mixture 45-45-10 are taken"], {}
+    for dataset in open_sources(config.data, "train"):
+        scan_lengths(dataset, config.data.row_length)
+    epochs = epochs_of(config)
+    return [f"epochs              {', '.join(f'{name} {times:,.3g}' for name, times in epochs.items())}"], epochs
+
+
+def _refused_here(config: Config, device: str) -> list[str]:
+    """What this machine would not run, though another might.
+
+    Raises:
+        InputError: train.device is cpu, and the attention backend cannot train there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        return ["train.device: cuda, but torch sees no CUDA device here"]
+    try:
+        check_backend(config.model, device)
+    except InputError as error:
+        if config.train.device != "auto":
+            raise
+        # Here the run would be refused; where there is a GPU, train.device auto would take that.
+        return [f"on this machine, which has no GPU: {error}"] if device == "cpu" else [str(error)]
+    return []
+
+
+def _memory_remarks(needed: float, device: str, ranks: int) -> list[str]:
+    """A line if the run needs more than the device has."""
+    has = memory_per_rank(device, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    if has is None or needed <= has:
+        return []
+    where = "GPU has" if device == "cuda" else "share of this machine's memory is"
+    return [
+        f"memory: a rank needs about {_gib(needed)}, its {where} {_gib(has)}; lower train.micro_rows, set "
+        "train.recompute or spread over more ranks"
+    ]
 
 
 def _tower(config: Config) -> str:
@@ -75,4 +134,4 @@ def _tower(config: Config) -> str:
 
 
 def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,9 +1,14 @@
 """Complete a training config: what the data decides and what follows from other settings."""
 
+from collections.abc import Mapping
+
 from megamm.config import Config
 from megamm.data.dataset_info import read_dataset_info
 from megamm.errors import InputError
 from megamm.model.sizes import resolve_model
+
+MOST_EPOCHS = 4
+"""Readings of the same data that teach nearly as much as new data (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 def resolve_config(config: Config) -> Config:
@@ -51,9 +56,40 @@ def fill_in(config: Config) -> list[str]:
     return problems
 
 
-def remarks(config: Config) -> list[str]:
-    """What is allowed in a resolved config but rarely meant, a line each."""
-    warmup, steps = config.schedule.warmup_steps, config.train.steps
-    if warmup > steps:
-        return [f"schedule.warmup_steps: {warmup}, but the run has {steps} steps; the rate never reaches optimizer.lr"]
-    return []
+def epochs_of(config: Config) -> dict[str, float]:
+    """How often a resolved config's run reads each source.
+
+    Raises:
+        InputError: a source is missing or damaged.
+    """
+    sources = config.data.sources
+    tokens = config.train.steps * config.train.batch_rows * config.data.row_length
+    total, found = sum(source.weight for source in sources.values()), {}
+    for name, source in sources.items():
+        train = read_dataset_info(source.path)["splits"]["train"]
+        own = train["num_text_tokens"] + train["num_patches"]
+        found[name] = tokens * source.weight / total / max(1, own)
+    return found
+
+
+def remarks(config: Config, epochs: Mapping[str, float] | None = None) -> list[str]:
+    """What is allowed in a resolved config but rarely meant, a line each.
+
+    Args:
+        epochs: how often the run reads each source, where the data is at hand.
+    """
+    schedule, steps, found = config.schedule, config.train.steps, []
+    if schedule.warmup_steps > steps:
+        found.append(
+            f"schedule.warmup_steps: {schedule.warmup_steps}, but the run has {steps} steps; the rate never reaches "
+            "optimizer.lr"
+        )
+    elif 2 * schedule.warmup_steps > steps > 3:
+        found.append(f"schedule.warmup_steps: {schedule.warmup_steps}, more than half of the {steps} steps")
+    for name, times in (epochs or {}).items():
+        if times > MOST_EPOCHS:
+            found.append(
+                f"data.sources.{name}: read {times:,.0f} times; after about {MOST_EPOCHS} times the same text teaches "
+                "little (arXiv 2305.16264), and the loss on held-out documents may rise"
+            )
+    return found

@@ -18,9 +18,11 @@ from rich.console import Console
 
 from megamm.config import Config, load
 from megamm.errors import InputError, RunError, error_text, exit_on_error
+from megamm.estimate.machine import device_here
 from megamm.extras import check_extras
+from megamm.model.context import check_backend
 from megamm.parallel.launch import Launch
-from megamm.resolve import fill_in, remarks, resolve_config
+from megamm.resolve import epochs_of, fill_in, remarks, resolve_config
 from megamm.settings import add_options, to_yaml
 from megamm.training.signals import EXIT_CODE, Stopped
 
@@ -140,6 +142,8 @@ def refusal(config: Config, world_size: int) -> str | None:
             open_sources(config.data, split)
         resolved = resolve_config(copy.deepcopy(config))
         check_extras(resolved)
+        if device_here(resolved) == "cpu":  # on GPUs a check would take up the first one's memory on every rank
+            check_backend(resolved.model, "cpu")
         resolve_layout(resolved, world_size)
         check_settings(Path(resolved.train.run_dir), resolved)
     except (InputError, OSError) as error:
@@ -176,7 +180,7 @@ def train_all(configs: list[Config], launch: Launch, refused: list[str | None]) 
                     raise RunError("not run, because its trunk failed")
                 trainer = Trainer(config)
                 if trainer.world.rank == 0:
-                    for line in remarks(trainer.config):
+                    for line in remarks(trainer.config, epochs_of(trainer.config)):
                         print(f"warning: {run_dir}: {line}", file=sys.stderr, flush=True)
                 result = trainer.run()
             except (InputError, RunError, OSError) as error:

@@ -34,6 +34,7 @@ from megamm.training.evaluation import ValidationRows, validation_loss
 from megamm.training.expert_metrics import expert_record
 from megamm.training.metrics import MetricsLog
 from megamm.training.optimizer import check_freeze, freeze, held_back, make_optimizer, set_learning_rate
+from megamm.training.printed_log import PrintedLog
 from megamm.training.profile import Profiler
 from megamm.training.schedule import cooldown_start, learning_rate_factor
 from megamm.training.signals import StopFlag, Stopped
@@ -132,6 +133,8 @@ class Trainer:
                     first = cooldown_start(self.config.schedule, self.steps) if self.config.train.branch_from else 0
                     every, ends = self.config.train.log_every, self.step == self.steps
                     log = MetricsLog(self.run_dir, self.step, every, first, validates=ends)
+                    if not sys.stderr.isatty():
+                        log.also_write_to(PrintedLog(self.run_dir.name, self.step, self.steps))
                     if self.config.train.wandb:
                         log.also_write_to(WandbRun(self.run_dir, self.config))
             self.plan_validation()  # a split that cannot be read is told of before the training

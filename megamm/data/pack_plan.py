@@ -90,7 +90,7 @@ class PackPlan:
             raise InputError(f"data.sources: {len(datasets)} sources, at most {MAX_SOURCES}; prepare some together")
         self.datasets, self.row_length, self.seed = list(datasets), row_length, seed
         # Also checks that every document fits in a row: packing relies on it.
-        scans = [_scan(dataset, row_length) for dataset in self.datasets]
+        scans = [scan_lengths(dataset, row_length) for dataset in self.datasets]
         total_weight = sum(map(_exact, weights))
         # Exact, so that 45 45 10 and .45 .45 .1 are the same mixture and have the same plan.
         self.shares = [_exact(weight) / total_weight for weight in weights]
@@ -224,13 +224,19 @@ class PackPlan:
 
 
 @dataclass(frozen=True)
-class _Scan:
+class LengthScan:
+    """Tokens (text tokens and patches) of a source, and the digest of its lengths."""
+
     num_tokens: int
     sha256: str
 
 
-def _scan(dataset: ShardedDataset, row_length: int, chunk: int = 1 << 20) -> _Scan:
-    """Check a source's lengths and sum them up."""
+def scan_lengths(dataset: ShardedDataset, row_length: int, chunk: int = 1 << 20) -> LengthScan:
+    """Check a source's lengths and sum them up.
+
+    Raises:
+        InputError: it is empty or has a document longer than a row.
+    """
     if not len(dataset):
         raise InputError(f"{dataset.path}: the {dataset.split} split has no documents; prepare more data")
     digest, num_tokens = hashlib.sha256(), 0
@@ -247,7 +253,7 @@ def _scan(dataset: ShardedDataset, row_length: int, chunk: int = 1 << 20) -> _Sc
                 f"{lengths[longest]} tokens and patches, more than data.row_length {row_length}; prepare with "
                 f"--max-length {row_length} or raise data.row_length"
             )
-    return _Scan(num_tokens, digest.hexdigest())
+    return LengthScan(num_tokens, digest.hexdigest())
 
 
 def _exact(weight: float) -> Fraction:

@@ -159,3 +159,19 @@ def build_mask(
     except (ImportError, ValueError) as error:
         # The kernels do not know of settings: a package that is missing, or rows that a backend cannot express.
         raise InputError(f"model.attention.backend: {error}") from error
+
+
+def check_backend(config: ModelConfig, device: str) -> None:
+    """Check that the configured attention backend can train on ``cpu`` or ``cuda``, before any data is read.
+
+    Raises:
+        InputError: it cannot, or its package is missing.
+    """
+    if device == "cpu" and config.attention.backend in ("flex", "flex_flash"):
+        raise InputError(
+            f"model.attention.backend: {config.attention.backend} has no backward pass on a CPU; take sdpa, or leave "
+            "it out"
+        )
+    # A row of one document; what a backend refuses, it refuses when the mask is made.
+    ends = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+    build_mask(config, torch.zeros_like(ends), ends, torch.bfloat16)

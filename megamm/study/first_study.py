@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamm.study.propose import COOLDOWN, MOST_EPOCHS, ProposedSetting, StudyProposal, learning_rate
+from megamm.resolve import MOST_EPOCHS
+from megamm.study.propose import COOLDOWN, ProposedSetting, StudyProposal, learning_rate
 
 
 def study_yaml(

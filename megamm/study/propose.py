@@ -15,6 +15,7 @@ import numpy as np
 from megamm.config import ModelConfig
 from megamm.model.counts import count_parameters
 from megamm.model.sizes import resolve_model
+from megamm.resolve import MOST_EPOCHS
 
 Device = Literal["cpu", "cuda"]
 
@@ -28,8 +29,6 @@ WHOLE_SHARE = 0.9
 VAL_TOKENS = 20_000
 """Text tokens of validation to aim at: the mean loss of so many is sure to about 0.01 nats."""
 FEW_VAL_TOKENS = 4_000
-MOST_EPOCHS = 4
-"""Readings of the same data that teach nearly as much as new data (Muennighoff et al. 2023, arXiv 2305.16264)."""
 LEAST_STEPS, GOOD_STEPS = 120, 400
 """Steps of the longest run: the fewest that can be trained at all, and the fewest that are worth a look."""
 STEPS = 2_000
