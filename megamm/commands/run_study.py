@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from megamm.study.cost import ladder_costs, resolve_without_data
 from megamm.study.growth import take_up
 from megamm.study.ladders import Study, expand, read_study
 from megamm.study.launchers import LocalLauncher, SlurmLauncher
-from megamm.study.runner import StudyRunner, resolve_study
+from megamm.study.runner import StudyRunner, resolve_study, study_remarks
 from megamm.study.tables import cost_table, grid_table, result_table, saving_line
 from megamm.training.signals import exit_when_stopped
 from megamm.yaml_text import dump_yaml, parse_yaml
@@ -68,6 +69,8 @@ def main() -> None:
         print_cost(study, arguments)
         return
     patch_shares = resolve_study(study)
+    for line in study_remarks(study):
+        print(f"warning: {line}", file=sys.stderr)
     take_up(study)
     launcher: LocalLauncher | SlurmLauncher
     if arguments.launcher == "slurm":
@@ -104,6 +107,9 @@ def print_cost(study: Study, arguments: argparse.Namespace) -> None:
     print(grid_table(study, patch_shares))
     if missing:
         print(f"data: {origin}")
+    else:
+        for line in study_remarks(study):
+            print(f"warning: {line}")
     if arguments.gpu:
         print("\n" + cost_table(ladder_costs(study, find_gpu(arguments.gpu), arguments.gpus), arguments.price))
 

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megamm.data.dataset_info import read_dataset_info
+from megamm.data.pack_plan import scan_lengths
+from megamm.data.shards import ShardedDataset
 from megamm.errors import InputError, RunError
 from megamm.files import write_json, write_text
 from megamm.model.counts import count_parameters
-from megamm.resolve import resolve_config
+from megamm.resolve import epochs_of, remarks, resolve_config
 from megamm.study.growth import finished_result, list_set_aside, make_way
 from megamm.study.ladders import Run, Study
 from megamm.study.launchers import Job, LocalLauncher, SlurmLauncher
@@ -33,7 +35,7 @@ def resolve_study(study: Study) -> dict[str, float]:
         Run name -> image patches per token of its mixture.
 
     Raises:
-        InputError: data are missing, or contradict a config.
+        InputError: data are missing, contradict a config, or hold a document longer than a row.
     """
     shares, infos = {}, {}
     for run in study.runs:
@@ -45,11 +47,29 @@ def resolve_study(study: Study) -> dict[str, float]:
         for source in sources:
             # Runs share their data: each dataset is opened once.
             if source.path not in infos:
-                infos[source.path] = read_dataset_info(source.path)["splits"]["train"]
-            patches, text = infos[source.path]["num_patches"], infos[source.path]["num_text_tokens"]
+                infos[source.path] = read_dataset_info(source.path)
+            _check_lengths(source.path, infos[source.path], run.config.data.row_length)
+            train = infos[source.path]["splits"]["train"]
+            patches, text = train["num_patches"], train["num_text_tokens"]
             share += source.weight * patches / max(1, patches + text)
         shares[run.name] = share / sum(source.weight for source in sources)
     return shares
+
+
+def _check_lengths(path: str, info: dict, row_length: int) -> None:
+    """Check that rows hold every document: otherwise each run of the study would find out by itself, and fail."""
+    if info["max_length"] > row_length:
+        for split in info["splits"]:
+            scan_lengths(ShardedDataset(path, split), row_length)
+
+
+def study_remarks(study: Study) -> list[str]:
+    """What is allowed in a study with data at hand but rarely meant: of all runs the worst case, a line each."""
+    epochs: dict[str, float] = {}
+    for run in study.runs:
+        for name, times in epochs_of(run.config).items():
+            epochs[name] = max(times, epochs.get(name, 0.0))
+    return remarks(min((run.config for run in study.runs), key=lambda config: config.train.steps), epochs)
 
 
 @dataclass(kw_only=True)

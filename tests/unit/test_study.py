@@ -175,7 +175,7 @@ def test_each_problem_is_named_once(changes, base, expected):
 @pytest.fixture
 def study_file(tmp_path):
     for name, kind in (("a", "caption"), ("b", "text")):
-        make_dataset(tmp_path / "data" / name, kind=kind, num_documents=50)
+        make_dataset(tmp_path / "data" / name, kind=kind, num_documents=50, max_text=20)
     values = study()
     for name, source in values["base"]["data"]["sources"].items():
         source["path"] = str(tmp_path / "data" / name)
@@ -199,6 +199,19 @@ def test_dry_run_prints_what_training_would_cost(study_file, tmp_path):
     assert "ladders cost 1.15x their longest runs; training each run apart would cost 1.75x" in done.stdout
     for run in found.runs:
         assert run.name in done.stdout
+
+
+def test_dry_run_refuses_what_every_run_would_and_says_the_rest(study_file, tmp_path):
+    values = yaml.safe_load(study_file.read_text())
+    changed = tmp_path / "changed.yaml"
+    values["base"]["schedule"]["warmup_steps"] = 60  # of the shortest run's 100
+    changed.write_text(yaml.safe_dump(values))
+    done = run_tool(changed, "--out", tmp_path / "out", "--dry-run")
+    assert done.returncode == 0 and "warning: schedule.warmup_steps: " in done.stdout
+    values["base"]["data"]["row_length"] = 12
+    changed.write_text(yaml.safe_dump(values))
+    done = run_tool(changed, "--out", tmp_path / "out", "--dry-run")
+    assert done.returncode == 2 and "more than data.row_length 12" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_vision_tower_counts_at_patches_only(study_file):
