@@ -165,6 +165,11 @@ def default_model(group: str) -> ModelConfig:
     return ModelConfig(architecture=architecture, depth=24, vocab_size=50432, image_size=224, patch_size=14)
 
 
+def template_of(request: PlanRequest, group: str) -> tuple[ModelConfig, bool]:
+    """What a model of the plan has besides its width, and whether its depth may grow with it."""
+    return (default_model(group), True) if request.model is None else (request.model, False)
+
+
 def losses_at(fitted: Fitted, params: float, tokens: float, unique: float | None = None) -> dict[str, Any]:
     """Loss of the law and of one run at (N, D), with intervals; tokens beyond ``unique`` are repeated ones."""
     law = fitted.law

@@ -4,8 +4,11 @@ import copy
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from megamm_laws.pictures.units import count, power
 
 from megamm.config import Config
 from megamm.errors import InputError
@@ -44,7 +47,7 @@ def write_plan(folder: Path | str, plan: dict[str, Any], request: PlanRequest, b
         values = train_values(plan, model, request, base)
         # Only to check it, before anything is written.
         build(Config, values, where="train.yaml")
-        size = f"{plan['model']['params']:,} parameters, {plan['model']['tokens']:.4g} tokens"
+        size = f"{plan['model']['params']:,} parameters, {count(plan['model']['tokens'])} tokens"
         header = f"# {size}; written by plan_training.py\n"
         write_text(config, header + dump_yaml(values))
     write_text(folder / "plan.md", page)
@@ -97,13 +100,14 @@ def to_markdown(plan: dict[str, Any]) -> str:
     lines = [
         f"# Training plan: {_budget(budget)}",
         "",
+        *_refusal(plan),
         f"Group **{plan['group']}**, {plan['loss_column']} in nats per token; 95% intervals in brackets.",
         "",
         "| | compute-optimal | buildable model |",
         "| --- | --- | --- |",
-        f"| FLOPs of the full run | {best['flops']:.3g}{_ends(budget['flops']['interval'])} | the same |",
-        f"| parameters | {_big(best['params'])} | {model['params']:.4g} (exact count) |",
-        f"| tokens | {_big(best['tokens'])} | {model['tokens']:.4g} |",
+        f"| FLOPs of the full run | {power(best['flops'])}{_ends(budget['flops']['interval'], power)} | the same |",
+        f"| parameters | {_big(best['params'])} | {count(model['params'])} ({model['params']:,}) |",
+        f"| tokens | {_big(best['tokens'])} | {count(model['tokens'])} |",
         f"| loss, by the law | {_loss(best['loss'])} | {_loss(model['loss'])} |",
         f"| loss of one run | | {_loss(model['loss_of_one_run'])} |",
         "",
@@ -116,14 +120,25 @@ def to_markdown(plan: dict[str, Any]) -> str:
     ]
     lines += _choices(plan) + _hardware(plan) + _tradeoffs(plan) + _stages(plan)
     lines += ["## Assumptions", "", *(f"- {_escape(text)}" for text in plan["assumptions"]), ""]
-    if plan["warnings"]:
-        lines += ["## Warnings", "", *(f"- {_escape(text)}" for text in _folded(plan["warnings"])), ""]
+    refused = tuple(f"no train.yaml: {text}" for text in plan["refused"])
+    refused += tuple("extrapolation: " for text in plan["refused"] if text.startswith("extrapolation: "))
+    warnings = [text for text in plan["warnings"] if not text.startswith(refused)]  # those are said at the top
+    if warnings:
+        lines += ["## Warnings", "", *(f"- {_escape(text)}" for text in _folded(warnings)), ""]
     return "\n".join(lines)
+
+
+def _refusal(plan: dict[str, Any]) -> list[str]:
+    """Before anything else: whether the rest is to be acted on."""
+    if not plan["refused"]:
+        return []
+    reasons = [f"- {_escape(text)}" for text in plan["refused"]]
+    return ["**Do not train by this plan.** It is written for a look, without a train.yaml:", "", *reasons, ""]
 
 
 def _budget(budget: dict[str, Any]) -> str:
     if budget["given"] == "flops":
-        return f"{budget['amount']:.4g} FLOPs"
+        return f"{power(budget['amount'])} FLOPs"
     return f"{_amount(budget['amount'])} {'GPU-hours' if budget['given'] == 'gpu_hours' else 'money'}"
 
 
@@ -173,11 +188,17 @@ def _hardware(plan: dict[str, Any]) -> list[str]:
 
 
 def _tradeoffs(plan: dict[str, Any]) -> list[str]:
-    lines = ["## Trade-offs", ""]
+    half, twice = (entry["excess_loss"] for entry in plan["wrong_size"])
+    lines = [
+        "## Trade-offs",
+        "",
+        f"- **A wrong size**, at the same budget: half of N* costs {_number(half, '.2%')} of the loss, twice N* "
+        f"{_number(twice, '.2%')}.",
+    ]
     if serving := plan["serving"]:
         best = serving["optimum"]
         lines += [
-            f"- **Serving {serving['served_tokens']:.3g} tokens**: cheapest for the same loss is N "
+            f"- **Serving {count(serving['served_tokens'])} tokens**: cheapest for the same loss is N "
             f"{_big(best['params'])} on {_big(best['tokens'])} tokens; it saves {_percent(best['saved'])} of training "
             "and serving.",
         ]
@@ -185,20 +206,22 @@ def _tradeoffs(plan: dict[str, Any]) -> list[str]:
         if repeated["short"]:
             split = repeated["best_split"]
             lines.append(
-                f"- **{repeated['unique_tokens']:.3g} unique tokens are short**: best is N {_big(split['params'])}, "
+                f"- **{count(repeated['unique_tokens'])} unique tokens are short**: best is N {_big(split['params'])}, "
                 f"{_number(split['epochs'])} epochs, loss {_loss(split['loss'])}; repetition costs "
                 f"{_loss(repeated['loss_to_repetition'])} nats."
             )
         else:
-            lines.append(f"- {repeated['unique_tokens']:.3g} unique tokens suffice ({repeated['epochs']:.2f} epochs).")
+            lines.append(
+                f"- {count(repeated['unique_tokens'])} unique tokens suffice ({repeated['epochs']:.2f} epochs)."
+            )
     data = plan["data_preparation"]
     if data["cpu_hours"] is None:
-        lines.append(f"- **Data preparation**: {data['unique_tokens']:.3g} tokens; not costed (give --prep-rate).")
+        lines.append(f"- **Data preparation**: {count(data['unique_tokens'])} tokens; not costed (give --prep-rate).")
     else:
         money = "" if data["money"] is None else f", {_amount(data['money'])} money"
         lines.append(
-            f"- **Data preparation**: {data['unique_tokens']:.3g} tokens, {_amount(data['cpu_hours'])} CPU-hours{money}"
-            " (at the stated rate)."
+            f"- **Data preparation**: {count(data['unique_tokens'])} tokens, {_amount(data['cpu_hours'])} "
+            f"CPU-hours{money} (at the stated rate)."
         )
     return [*lines, f"- **Native against LLM-initialised**: {_transfer(plan['transfer'])}", ""]
 
@@ -218,7 +241,7 @@ def _transfer(entry: dict[str, Any]) -> str:
         where = f"no worse {value['native_ahead']} {middle} tokens"
         if value["interval_range"] == [value["tokens_range"]] * 2 and value["status"] != "break-even":
             worse = {"everywhere": "no worse anywhere", "nowhere": "worse everywhere"}[value["status"]]
-            where = f"{worse} from {SPAN[0]:.0e} to {SPAN[1]:.0e} tokens, break-even"
+            where = f"{worse} from {count(SPAN[0])} to {count(SPAN[1])} tokens, break-even"
         elif value["tokens"] is None:  # the draws do not agree that it lies out of range
             where = f"no worse {value['native_ahead']} the break-even, {middle} tokens"
         found.append(f"Native is {where} [{ends}] ({labels[key]}{certain}).")
@@ -227,8 +250,8 @@ def _transfer(entry: dict[str, Any]) -> str:
 
 def _token_bound(tokens: float | None, where: str) -> str:
     if tokens is not None:
-        return f"{tokens:.3g}"
-    return f"below {SPAN[0]:.0e}" if where == "below" else f"above {SPAN[1]:.0e}"
+        return count(tokens)
+    return f"below {count(SPAN[0])}" if where == "below" else f"above {count(SPAN[1])}"
 
 
 def _stages(plan: dict[str, Any]) -> list[str]:
@@ -236,17 +259,21 @@ def _stages(plan: dict[str, Any]) -> list[str]:
     within = f"{total['share_of_budget']:.1%} of the budget"
     if given == "flops":
         within = "pilot, mid run and branched cool-downs come on top of the budget, which is the full run's"
-    lines = [f"## Stages: {total['flops']:.3g} FLOPs{_costs(total)} in all, {within}", ""]
+    lines = [f"## Stages: {power(total['flops'])} FLOPs{_costs(total)} in all, {within}", ""]
     for i, stage in enumerate(plan["stages"], 1):
         runs = stage["runs"]
-        sizes = " to ".join(f"{x:.3g}" for x in sorted({f([r["params"] for r in runs]) for f in (min, max)}))
-        tokens = " to ".join(f"{x:.3g}" for x in sorted({f([r["tokens"] for r in runs]) for f in (min, max)}))
+        sizes, tokens = (
+            " to ".join(dict.fromkeys(count(f([run[name] for run in runs])) for f in (min, max)))
+            for name in ("params", "tokens")
+        )
         number = "" if len(runs) == 1 else f"{len(runs)} runs, "
         lines += [
-            f"{i}. **{stage['stage'].capitalize()}** ({stage['flops']:.3g} FLOPs{_costs(stage)}): {number}{sizes} "
+            f"{i}. **{stage['stage'].capitalize()}** ({power(stage['flops'])} FLOPs{_costs(stage)}): {number}{sizes} "
             f"parameters on {tokens} tokens. {_first_upper(stage['prediction'])}. Decides {stage['decides']}. "
             f"{_first_upper(stage['stop_rule'])}.",
         ]
+    if plan["pilot_advice"]:
+        lines += ["", f"{_first_upper(plan['pilot_advice'])}."]
     return [*lines, ""]
 
 
@@ -266,8 +293,12 @@ def _cost(entry: dict[str, Any], name: str) -> str:
     return _amount(entry[name]) + ("" if ends is None else f" [{_amount(ends[0])}, {_amount(ends[1])}]")
 
 
-def _ends(interval: list[float] | tuple[float, float] | None, form: str = ".3g") -> str:
-    return "" if interval is None else " [" + ", ".join("inf" if x is None else f"{x:{form}}" for x in interval) + "]"
+def _ends(interval: Sequence[float | None] | None, form: str | Callable[[float], str] = ".3g") -> str:
+    """The ends of an interval in brackets; ``form`` is a format or writes one number."""
+    if interval is None:
+        return ""
+    write = form if callable(form) else lambda x: format(x, form)
+    return f" [{', '.join('no bound' if x is None else write(x) for x in interval)}]"
 
 
 def _amount(value: float) -> str:
@@ -279,7 +310,8 @@ def _number(entry: dict[str, Any], form: str = ".3g") -> str:
 
 
 def _big(entry: dict[str, Any]) -> str:
-    return _number(entry, ".3g")
+    """Parameters or tokens: 73B."""
+    return ("inf" if entry["value"] is None else count(entry["value"])) + _ends(entry["interval"], count)
 
 
 def _loss(entry: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 from megamm.errors import InputError
 from megamm.estimate.hardware import bill
 from megamm.model.sizes import num_heads
-from megamm.planning.inputs import BUDGETS, BUILT, Fitted, PlanRequest, default_model, losses_at, measured
+from megamm.planning.inputs import BUDGETS, BUILT, Fitted, PlanRequest, losses_at, measured, template_of
 from megamm.planning.sizes import PEAK_LR, Buildable, nearest_model, peak_lr
 from megamm.planning.stages import MID_SHARE, price, propose_stages, stages_share
 from megamm.planning.tradeoffs import repeated_optimum, serving_optimum, serving_table
@@ -36,6 +36,10 @@ OFF_BUDGET = 0.1
 """Relative difference between the model's own FLOPs and the budget above which no training config is written."""
 UNLIKE = 2.0
 """Factor between the model planned and the one whose MFU was estimated above which that is warned of."""
+TOO_FAR = 100.0
+"""Multiple of the largest compute measured beyond which a plan is a guess, and no training config is written."""
+WRONG = (0.5, 2.0)
+"""Sizes, as multiples of N*, whose cost at the same budget is told."""
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)
 """Sizes of the over-training table, as shares of N*."""
 
@@ -54,9 +58,11 @@ def make_plan(request: PlanRequest, fits: list[Fitted]) -> dict[str, Any]:
     repeated = _repeated(law, flops, float(best[1][0]), request.unique_tokens)
     # Where unique tokens are short, somewhat fewer parameters and more epochs are better than N*.
     wanted = repeated["best_split"]["params"]["value"] if repeated and repeated["short"] else float(best[0][0])
-    model = nearest_model(wanted, request.model or default_model(law.name), request.tensor_parallel)
+    template, grow_depth = template_of(request, law.name)
+    model = nearest_model(wanted, template, request.tensor_parallel, grow_depth)
     # The model that can be built is not exactly N*; the tokens make up for it, so that the budget holds.
     tokens = flops / (6 * law.kappa * model.params)
+    stages, pilot_advice = propose_stages(request, chosen, flops, model, tokens)
     plan: dict[str, Any] = {
         "budget": _budget(request, flops),
         "group": law.name,
@@ -71,6 +77,7 @@ def make_plan(request: PlanRequest, fits: list[Fitted]) -> dict[str, Any]:
         | {"tokens": tokens}
         | losses_at(chosen, model.params, tokens, request.unique_tokens),
         "choices": choices,
+        "wrong_size": _wrong_size(law, flops),
         "serving": _serving(law, flops, request.served_tokens),
         "repeated_data": repeated,
         "data_preparation": _preparation(request, tokens),
@@ -78,9 +85,11 @@ def make_plan(request: PlanRequest, fits: list[Fitted]) -> dict[str, Any]:
         "efficiency": vars(request.efficiency).copy() if request.efficiency else None,
         "transfer": _transfer(request, law, model.params, noise),
         "noise_between_runs": noise,
-        "stages": propose_stages(request, chosen, flops, model, tokens),
-        "no_train_config": _not_buildable(request, law, model, flops, tokens),
+        "stages": stages,
+        "pilot_advice": pilot_advice,
+        "refused": _refused(chosen, flops),
     }
+    plan["no_train_config"] = plan["refused"] + _not_buildable(request, law, model, flops, tokens)
     plan["total"] = _total(request, plan)
     plan["warnings"] = _warnings(chosen, plan, request) + [
         f"from the fit of {other.law.name}, compared: {text}"
@@ -193,6 +202,34 @@ def _model_entry(model: Buildable, request: PlanRequest) -> dict[str, Any]:
         "vision_width": config.vision.width if config.architecture == "late" else None,
         "layout": {"tensor": request.tensor_parallel, "data": request.num_gpus // request.tensor_parallel},
     }
+
+
+def _refused(chosen: Fitted, flops: float) -> list[str]:
+    """Why nobody should train by this plan, whatever its model; empty where it can be trusted so far."""
+    found, top = [], chosen.law.flops_range[1]
+    if flops > TOO_FAR * top:
+        found.append(
+            f"extrapolation: {flops / top:,.0f} times the largest compute measured ({top:.2g} FLOPs), beyond "
+            f"{TOO_FAR:.0f} times a plan is a guess; measure larger runs first"
+        )
+    told = [text for text in chosen.entry.get("warnings", []) if text.startswith("exponents are not identified")]
+    if told:
+        found.append(f"the runs do not determine how size and data trade ({told[0]})")
+    return found
+
+
+def _wrong_size(law: Law, flops: float) -> list[dict[str, Any]]:
+    """What half and twice N* cost at the same budget: loss over L*, as a share."""
+    found = []
+    for factor in WRONG:
+        excess = []
+        for parameters in (law.parameters, law.draws):
+            at = np.array([flops])
+            params = factor * power_law.optimum(parameters, at, law.kappa)[0]
+            wrong = power_law.predict(parameters, params, flops / (6 * law.kappa * params))
+            excess.append((wrong / power_law.frontier_loss(parameters, at, law.kappa) - 1)[..., 0])
+        found.append({"share_of_optimum": factor, "excess_loss": measured(float(excess[0]), excess[1])})
+    return found
 
 
 def _not_buildable(request: PlanRequest, law: Law, model: Buildable, flops: float, tokens: float) -> list[str]:
@@ -369,9 +406,12 @@ def _assumptions(chosen: Fitted, request: PlanRequest, plan: dict[str, Any]) -> 
         + ("with the error of its form that residuals show" if "model_error" in entry else "without error of its form")
         + f"; noise between runs {chosen.noise:.2%} of the loss, from residuals",
     ]
+    depth = f"depth {model['depth']} at every size"
+    if request.model is None and model["width"] > max(PEAK_LR):
+        depth = f"depth {model['depth']}, which beyond the paper's widths grows as in Llama 3 (arXiv 2407.21783)"
     found.append(
-        f"depth {model['depth']} at every size; peak learning rate by width as in arXiv 2504.07951 (depth 24, widths "
-        f"{min(PEAK_LR)} to {max(PEAK_LR)}, flat beyond)"
+        f"{depth}; peak learning rate by width as in arXiv 2504.07951 (depth 24, widths {min(PEAK_LR)} to "
+        f"{max(PEAK_LR)}, flat beyond)"
     )
     if request.efficiency:
         exact = "" if request.efficiency.interval else "; taken as exact: hours, days, money, MWh have no interval"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from megamm_laws.law import power_law
 from megamm_laws.law.fitted import Law
+from megamm_laws.pictures.units import count, power
 from megamm_laws.proposals.design import (
     FORM_DOMINATES,
     Ladder,
@@ -20,9 +21,10 @@ from megamm_laws.runs.groups import are_native
 
 from megamm.errors import InputError
 from megamm.estimate.hardware import bill
-from megamm.planning.inputs import Fitted, PlanRequest, default_model, losses_at
+from megamm.planning.inputs import Fitted, PlanRequest, losses_at, template_of
 from megamm.planning.sizes import Buildable, nearest_model
 from megamm.planning.tradeoffs import repeated_optimum
+from megamm.resolve import MOST_EPOCHS
 
 MID_SHARE = 0.1
 """FLOPs of the mid run over those of the full one: the usual step of a ladder, a factor of ten."""
@@ -32,8 +34,8 @@ COOLDOWN = 0.2
 PILOT_RUNS = 10
 RATIOS = (1.0, 500.0)
 """Tokens per parameter of the pilot's runs where those of the runs so far are not known: those usual in ladders."""
-EPOCHS = 4.0
-"""Epochs up to which the pilot takes repeated tokens for fresh ones (Muennighoff et al. 2023, arXiv 2305.16264)."""
+WORTH = 0.9
+"""A pilot that leaves more than this share of the (logarithmic) interval of N* changes no decision."""
 
 
 def stages_share(law: Law, flops: float, pilot_share: float) -> float:
@@ -44,13 +46,26 @@ def stages_share(law: Law, flops: float, pilot_share: float) -> float:
 
 def propose_stages(
     request: PlanRequest, chosen: Fitted, flops: float, model: Buildable, tokens: float
-) -> list[dict[str, Any]]:
-    """The stages, each with runs, FLOPs, GPU-hours and money, a prediction, what it decides and its stop rule."""
-    stages = [stage for stage in (_pilot(request, chosen, flops), _mid(request, chosen, flops)) if stage]
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The stages, each with runs, FLOPs, GPU-hours and money, a prediction, what it decides and its stop rule.
+
+    Where a pilot could not change the size, there is none, and the second value says why.
+    """
+    pilot, advice = _pilot(request, chosen, flops), None
+    if pilot and pilot["interval_width_ratio"] > WORTH:
+        why = "what narrows it are other sizes and lengths, or less noise (megamm-next-runs)"
+        if form_dominates(_noise_share(chosen)):
+            why = FORM_DOMINATES
+        advice = (
+            f"no pilot: {len(pilot['runs'])} runs for {power(pilot['flops'])} FLOPs would leave "
+            f"{pilot['interval_width_ratio']:.0%} of the interval of N*, so that the size would stay as it is; {why}"
+        )
+        pilot = None
+    stages = [stage for stage in (pilot, _mid(request, chosen, flops)) if stage]
     stages.append(_full(request, chosen, flops, model, tokens))
     for stage in stages:
         stage |= price(request, stage["flops"])
-    return stages
+    return stages, advice
 
 
 def price(request: PlanRequest, flops: float) -> dict[str, Any]:
@@ -113,15 +128,15 @@ def _candidates(
     low, high = runs.ratios
     assumed = [f"pilot ladder: {runs.assumed}; tokens per parameter stay within {low:.3g} to {high:.3g}"]
     found = candidate_grid(sizes, lengths, budget / 2, law.kappa, runs.ratios)
-    longest = EPOCHS * (request.unique_tokens or np.inf)
+    longest = MOST_EPOCHS * (request.unique_tokens or np.inf)
     if longest >= lengths[1]:
         return found, assumed
     if longest >= lengths[0]:
         short = candidate_grid(sizes, (lengths[0], longest), budget / 2, law.kappa, runs.ratios)
         if len(short[0]):
-            rule = f"pilot ladder: at most {EPOCHS:g} epochs of the unique tokens, which count as fresh ones"
+            rule = f"pilot ladder: at most {MOST_EPOCHS} epochs of the unique tokens, which count as fresh ones"
             return short, [*assumed, rule]
-    rule = f"pilot ladder: no run fits into {EPOCHS:g} epochs of the unique tokens; repeated ones count as fresh"
+    rule = f"pilot ladder: no run fits into {MOST_EPOCHS} epochs of the unique tokens; repeated ones count as fresh"
     return found, [*assumed, rule]
 
 
@@ -163,12 +178,12 @@ def _pilot(request: PlanRequest, chosen: Fitted, flops: float) -> dict[str, Any]
         return None
     if not runs:
         return None
-    template = request.model or default_model(law.name)
+    template, grow_depth = template_of(request, law.name)
     share, noise_left = _noise_share(chosen), runs[-1].width
     spread = np.percentile(decision(law.draws), [2.5, 97.5])
     width, left = float(spread[1] - spread[0]), narrowed(noise_left, share)
     # Each run keeps its FLOPs where its model is rounded to one that can be built: the pilot keeps to its share.
-    models = [nearest_model(run.params, template) for run in runs]
+    models = [nearest_model(run.params, template, grow_depth=grow_depth) for run in runs]
     built = [(m, run.params * run.tokens / m.params) for m, run in zip(models, runs)]
     return {
         "stage": "pilot ladder",
@@ -176,7 +191,7 @@ def _pilot(request: PlanRequest, chosen: Fitted, flops: float) -> dict[str, Any]
         "flops": float(sum(6 * law.kappa * m.params * d for m, d in built)),
         "prediction": f"the 95% interval of N* shrinks from a factor of {np.exp(width):.3g} to "
         f"{np.exp(left * width):.3g}, by noise alone from a factor of {np.exp(share * width):.3g} to "
-        f"{np.exp(noise_left * share * width):.3g}" + (f"; {FORM_DOMINATES}" if form_dominates(share) else ""),
+        f"{np.exp(noise_left * share * width):.3g}",
         "interval_width_ratio": left,
         "noise_width_ratio": noise_left,
         "assumptions": assumed,
@@ -193,7 +208,8 @@ def _mid(request: PlanRequest, chosen: Fitted, flops: float) -> dict[str, Any] |
     best = float(power_law.optimum(law.parameters, np.array([budget]), law.kappa)[0][0])
     if request.unique_tokens:
         best = float(repeated_optimum(law.parameters, budget, request.unique_tokens, law.kappa)["params"])
-    model = nearest_model(best, request.model or default_model(law.name), request.tensor_parallel)
+    template, grow_depth = template_of(request, law.name)
+    model = nearest_model(best, template, request.tensor_parallel, grow_depth)
     tokens = budget / (6 * law.kappa * model.params)
     losses = losses_at(chosen, model.params, tokens, request.unique_tokens)
     low, high = losses["loss_of_one_run"]["interval"]
@@ -217,7 +233,7 @@ def _full(request: PlanRequest, chosen: Fitted, flops: float, model: Buildable, 
         checks.append({"tokens": share * tokens, "loss_of_one_run": interval})
     extra = COOLDOWN * sum(CHECKS) * flops
     rule = "; ".join(
-        f"at {c['tokens']:.3g} [{c['loss_of_one_run'][0]:.4f}, {c['loss_of_one_run'][1]:.4f}]" for c in checks
+        f"at {count(c['tokens'])} [{c['loss_of_one_run'][0]:.4f}, {c['loss_of_one_run'][1]:.4f}]" for c in checks
     )
     return {
         "stage": "full run",

@@ -8,6 +8,7 @@ from plan_factory import transfer_runs
 
 from megamm.estimate.hardware import GPUS, stated_mfu
 from megamm.planning.inputs import PlanRequest
+from megamm.planning.outputs import to_markdown
 from megamm.planning.proposal import make_plan
 
 
@@ -35,17 +36,21 @@ def test_the_pilot_narrows_noise_alone(fits):
     early = next(fit for fit in fits if fit.law.name == "early")
     low, high = early.entry["intervals"]["a"]
     middle, half = (low + high) / 2, (high - low) / 2
-    found = {}
-    for share in (1.0, 0.2):
+
+    def plan(share: float) -> dict:
         entry = early.entry | {"noise_intervals": {"a": [middle - share * half, middle + share * half]}}
-        found[share] = pilot_of([replace(early, entry=entry)])[0]
-    noise, bent = found[1.0], found[0.2]
-    assert noise["noise_width_ratio"] == bent["noise_width_ratio"] < 0.8
-    assert noise["interval_width_ratio"] == pytest.approx(noise["noise_width_ratio"])
-    assert bent["interval_width_ratio"] == pytest.approx((0.96 + 0.04 * noise["noise_width_ratio"] ** 2) ** 0.5)
-    assert "by noise alone from a factor of" in bent["prediction"]
-    assert "more runs among those so far will not narrow it" in bent["prediction"]
-    assert "will not narrow" not in noise["prediction"]
+        return make_plan(PlanRequest(flops=1e24, group="early"), [replace(early, entry=entry)])
+
+    noise, bent = plan(1.0), plan(0.2)
+    pilot = noise["stages"][0]
+    assert pilot["interval_width_ratio"] == pytest.approx(pilot["noise_width_ratio"]) and noise["pilot_advice"] is None
+    assert "by noise alone from a factor of" in pilot["prediction"]
+    # Such a pilot could change no decision, and is not proposed.
+    left = (0.96 + 0.04 * pilot["noise_width_ratio"] ** 2) ** 0.5
+    assert [stage["stage"] for stage in bent["stages"]] == ["mid run", "full run"] and left > 0.9
+    assert f"would leave {left:.0%} of the interval of N*" in bent["pilot_advice"]
+    assert "more runs among those so far will not narrow it" in bent["pilot_advice"]
+    assert bent["pilot_advice"][1:] in to_markdown(bent)
 
 
 def test_the_pilot_stays_within_the_ratios_so_far(fits, table):

@@ -20,7 +20,7 @@ from megamm.dry_run import describe_run
 from megamm.errors import InputError
 from megamm.estimate.hardware import GPUS, bill, find_gpu, read_mfu, stated_mfu
 from megamm.model.counts import count_parameters
-from megamm.planning.inputs import HUBER_DELTA, PlanRequest, losses_at, read_fits
+from megamm.planning.inputs import HUBER_DELTA, PlanRequest, default_model, losses_at, read_fits
 from megamm.planning.outputs import to_markdown, train_values, write_plan
 from megamm.planning.proposal import budget_flops, make_plan
 from megamm.planning.sizes import nearest_model, peak_lr
@@ -186,9 +186,56 @@ def test_a_rate_beyond_those_known_is_warned_of(fits):
     """Rates are known for widths of 800 to 5120."""
     wide = make_plan(PlanRequest(flops=1e25, tensor_parallel=8), fits)
     assert any(text.startswith("learning rate: 0.00024 is that of") for text in wide["warnings"])
-    assert any("depth 24 at every size" in text and "flat beyond" in text for text in wide["assumptions"])
+    assert any("grows as in Llama 3" in text and "flat beyond" in text for text in wide["assumptions"])
     narrow = make_plan(PlanRequest(flops=1e21), fits)
     assert not any(text.startswith("learning rate") for text in narrow["warnings"])
+    assert narrow["model"]["depth"] == 24 and any("depth 24 at every size" in text for text in narrow["assumptions"])
+
+
+def test_shapes_beyond_the_paper_are_those_that_exist(fits):
+    """At depth 24 a model of 400B would be 32,000 wide; Llama 3's 405B are 16,384 wide and 126 deep."""
+    found = {size: nearest_model(size, default_model("early"), grow_depth=True) for size in (8.13e9, 7e10, 4.05e11)}
+    assert found[8.13e9].config.depth == 24 and 40 < found[7e10].config.depth < 80
+    largest = found[4.05e11].config
+    assert largest.width == pytest.approx(16384, rel=0.05) and largest.depth == pytest.approx(126, rel=0.08)
+    assert all(model.params == pytest.approx(size, rel=0.05) for size, model in found.items())
+    # A shape of the user's own keeps its depth.
+    assert nearest_model(7e10, default_model("early")).config.depth == 24
+
+
+def test_a_plan_that_is_a_guess_is_refused(fits, tmp_path):
+    """Beyond a hundred times the compute measured, or from exponents that the runs do not determine."""
+    early = next(fit for fit in fits if fit.law.name == "early")
+    top = early.law.flops_range[1]
+    unsure = replace(early, entry=early.entry | {"warnings": ["exponents are not identified: with 2 distinct params"]})
+    for factor, fit, reason in (
+        (101, early, "101 times the largest"),
+        (5, unsure, "with 2 distinct params"),
+    ):
+        request = PlanRequest(flops=factor * top, group="early", model=SHAPE)
+        (tmp_path / "train.yaml").write_text("of an earlier plan")
+        plan = make_plan(request, [fit])
+        written = write_plan(tmp_path, plan, request, {})
+        assert [path.name for path in written] == ["plan.json", "plan.md"] and not (tmp_path / "train.yaml").exists()
+        page = (tmp_path / "plan.md").read_text()
+        assert page.splitlines()[2].startswith("**Do not train by this plan.**") and page.count(reason) == 1
+        assert any(reason in text for text in json.loads((tmp_path / "plan.json").read_text())["refused"])
+    assert make_plan(PlanRequest(flops=99 * top, group="early", model=SHAPE), [early])["refused"] == []
+
+
+def test_a_wrong_size_has_its_price(fits):
+    """Against the law written out: half and twice N* at the same budget."""
+    early = next(fit for fit in fits if fit.law.name == "early")
+    plan = make_plan(PlanRequest(flops=1e21, group="early"), [early])
+    E, A, alpha, B, beta = early.law.parameters
+    best = plan["optimum"]["params"]["value"]
+
+    def loss(n: float) -> float:
+        return E + A / n**alpha + B / (1e21 / (6 * early.law.kappa * n)) ** beta
+
+    for entry in plan["wrong_size"]:
+        expected = loss(entry["share_of_optimum"] * best) / loss(best) - 1
+        assert entry["excess_loss"]["value"] == pytest.approx(expected, rel=1e-6) and expected > 0
 
 
 def test_the_page_stays_a_page(fits):
@@ -200,7 +247,7 @@ def test_the_page_stays_a_page(fits):
     request = PlanRequest(money=3e6, gpus=gpus, prices=[2.5, 5.0, 2.0], efficiency=stated_mfu(0.4), **asked)
     plan = make_plan(request, told)
     page = to_markdown(plan)
-    assert sum(any(letter.isalnum() for letter in word) for word in page.split()) <= 650
+    assert sum(any(letter.isalnum() for letter in word) for word in page.split()) <= 720
     assert "- from the fit (in full in fits.md): unstable (9); held out" in page
     assert sum(text.startswith("from the fit: unstable") for text in plan["warnings"]) == 9
 
