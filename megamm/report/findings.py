@@ -11,6 +11,8 @@ from megamm_laws.pictures.units import digits, power, prettify
 from megamm.report.figures import column_name, image_sources, longest, loss_after_image, title_of
 from megamm.report.study import BLIND, StudyResults
 
+MANY = "over 10⁴"
+"""So many times that the number says nothing, or endlessly many: a law may never reach the other's loss."""
 SUBJECTS = {
     "decoder": "average, image encoder not counted",
     "exact": "average, every matrix product counted",
@@ -63,12 +65,14 @@ def signed(value: float) -> str:
 
 
 def _times(value: float) -> str:
-    return "∞" if not np.isfinite(value) or value > 1e4 else f"{value:.2f}" if value < 10 else digits(float(value))
+    return MANY if not np.isfinite(value) or value > 1e4 else f"{value:.2f}" if value < 10 else digits(float(value))
 
 
 def _interval(crossing: Crossover) -> str:
     low, high = crossing.interval
-    return f"[{power(low) if low else 'below range'}, {power(high) if high else 'above range'}]"
+    if low and high:
+        return f"[{power(low)}, {power(high)}]"
+    return f"from {power(low)} on" if low else f"up to {power(high)}" if high else "could lie anywhere"
 
 
 def findings(study: StudyResults) -> list[Finding]:
@@ -109,22 +113,26 @@ def headline(study: StudyResults, found: list[Finding]) -> list[str]:
         needs, other = second, first
     else:
         needs, other, ratio, low, high = first, second, 1 / ratio, 1 / high, 1 / max(low, 1e-9)
-    if _times(ratio) == "∞":
-        sentences.append(f"At {top} FLOPs, {needs} never reaches the loss of {other} within its fitted law.")
-    else:
+    interval = f"(95% interval {_times(low)} to {_times(high)})"
+    if _times(ratio) != MANY:
         sentences.append(
             f"At {top} FLOPs, the largest budget that both were measured at, {needs} needs {_times(ratio)} times the "
-            f"compute of {other} for the same average loss (95% interval {_times(low)} to {_times(high)})."
+            f"compute of {other} for the same average loss {interval}."
         )
+    elif low > 1:
+        sentences.append(f"At {top} FLOPs, {needs} needs at least {_times(low)} times the compute of {other}.")
+    else:
+        sentences.append(f"How much more compute {needs} needs at {top} FLOPs, these runs cannot tell.")
     if comparison.crossover:
-        sentences.append(f"The fitted frontiers cross at {' '.join(main.crossover)} FLOPs.")
+        sentences.append(f"The fitted frontiers cross at {main.crossover[0]} FLOPs: {main.crossover[1]}.")
     uncounted = next((f for f in found if f.counting == "decoder"), None)
     if uncounted is not None:
-        ratio, interval = uncounted.gain
+        ratio, _ = uncounted.gain
+        low, high = uncounted.comparison.gain_interval[:, -1]
         sentences.append(
             f"If the image encoder's FLOPs are not counted, {second} needs {ratio} times the compute of {first} for "
-            f"the same loss at {power(uncounted.comparison.flops[-1])} FLOPs {interval}; crossover: "
-            f"{' '.join(uncounted.crossover).strip()}."
+            f"the same loss at {power(uncounted.comparison.flops[-1])} FLOPs (95% interval {_times(low)} to "
+            f"{_times(high)})."
         )
     return sentences
 

@@ -1,11 +1,13 @@
 """The page: sections in the order in which a decision is made. All text from the study is escaped."""
 
 import base64
+import gzip
+import io
+import json
 from html import escape
 
-import plotly.io
 from megamm_laws.pictures.charts import Chart, Panel, Series, legend
-from megamm_laws.pictures.units import count, duration, power
+from megamm_laws.pictures.units import count, duration, power, prettify
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
@@ -13,11 +15,23 @@ from megamm.report.findings import Finding
 from megamm.report.plotly_charts import to_plotly
 from megamm.report.sample_rows import data_uri
 from megamm.report.study import StudyResults
-from megamm.report.style import CSS, SORT
-from megamm.report.tables import comparison_table, fits_table, image_table, note, runs_table, versions_table
+from megamm.report.style import CSS, DRAW, PRINT, SORT
+from megamm.report.tables import (
+    comparison_table,
+    fits_table,
+    image_table,
+    note,
+    optimum_table,
+    runs_table,
+    versions_table,
+)
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """The browser enforces that the page loads nothing."""
+STILL_WIDTH = 800
+"""Pixels of a chart's picture in the page; the full one lies beside it."""
+CAUTIONS = 3
+"""Warnings told beside the verdict."""
 
 
 def render_page(
@@ -41,6 +55,7 @@ def render_page(
     sections = [
         ("frontiers", "Loss against compute", chart("frontier") + chart("frontier_by_source") + profiles),
         ("lead", "Who is ahead, and by how much", comparison_table(found) + chart("lead") if found else ""),
+        ("sizes", "How large, and for how long", optimum_table(study)),
         ("constants", "Fitted constants", fits_table(study) + diagnostics),
         ("training", "Training loss", chart("training")),
         ("validation", "Validation loss of each source", chart("validation")),
@@ -52,34 +67,42 @@ def render_page(
     sections = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in sections)
     body = "".join(f'<section id="{a}"><h2>{escape(title)}</h2>{content}</section>' for a, title, content in sections)
-    verdict = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences) + _caution_line(study)
+    verdict = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences) + _cautions(study)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(study.name)}: scaling report</title>
 <link rel="icon" href="data:,"><style>{CSS}</style>
-<script>{get_plotlyjs()}</script></head><body>
+</head><body>
 <header><h1>{escape(study.name)}</h1><div class="subtitle">Scaling study of native multimodal models</div>
 <nav aria-label="Contents">{links}</nav></header>
 <main><div class="verdict" role="note" aria-label="Verdict">{verdict}</div>{_tiles(study)}{body}</main>
 <footer>Losses are cross entropies in nats per text token. Brackets hold 95% intervals.</footer>
-<script>{SORT}</script></body></html>
+<script id="plotly" type="application/gzip">{_packed_plotly()}</script>
+<script>{DRAW}{SORT}{PRINT}</script></body></html>
 """
 
 
 # ----------------------------------------------------------------------------------------------- the start
 
 
-def _caution_line(study: StudyResults) -> str:
+def _packed_plotly() -> str:
+    """plotly.js, compressed: a third of its size, which makes the page fit into an e-mail."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
+
+
+def _cautions(study: StudyResults) -> str:
+    """The gravest warnings about the fits behind the verdict, in words, and how many more there are."""
     pair = study.pair or study.groups
     behind = [f for f in study.fits if f["group"] in pair and f.get("loss_column", "loss") == "loss"]
-    number = sum(len(fit.get("warnings", [])) for fit in behind)
-    if not number:
+    texts = list(dict.fromkeys(prettify(text) for fit in behind for text in fit.get("warnings", [])))
+    if not texts:
         return ""
-    verb = "is 1 warning" if number == 1 else f"are {number} warnings"
-    link = '<a href="#constants">listed below</a>'
-    return f'<p class="note">Read with care: there {verb} about the fits behind this verdict, {link}.</p>'
+    first = "".join(f"<li>{escape(text[0].upper() + text[1:])}.</li>" for text in texts[:CAUTIONS])
+    more = f"{len(texts) - CAUTIONS} more" if len(texts) > CAUTIONS else "All"
+    link = f'<a href="#constants">{more}, with the fits that they are about</a>'
+    return f'<p class="note">Read with care:</p><ul class="plain note">{first}<li>{link}</li></ul>'
 
 
 def _tiles(study: StudyResults) -> str:
@@ -115,25 +138,24 @@ def _chart(chart: Chart, png: bytes) -> str:
     shared = "" if chart.legend_per_panel else _legend(chart.panels)
     panels = "".join(_panel(chart, i, panel) for i, panel in enumerate(chart.panels))
     columns = min(chart.columns, len(chart.panels))
-    caption, image = escape(chart.caption), base64.b64encode(png).decode()
-    fallback = f'<img style="max-width:100%" src="data:image/png;base64,{image}" alt="{caption}">'
+    caption = escape(chart.caption)
+    # For who has no scripts, or a browser too old to unpack them; hidden once the chart is drawn.
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture.thumbnail((STILL_WIDTH, STILL_WIDTH))
+    still = f'<img class="still" src="{data_uri(picture, colours=32)}" alt="{caption}">'
     return (
         f'<figure aria-label="{caption}">{shared}<div class="panels" style="--columns:{columns}">{panels}</div>'
-        f"<noscript>{fallback}</noscript><figcaption>{caption}</figcaption></figure>"
+        f"{still}<figcaption>{caption}</figcaption></figure>"
     )
 
 
 def _panel(chart: Chart, index: int, panel: Panel) -> str:
-    plot = plotly.io.to_html(
-        to_plotly(panel, chart.height),
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=f"{chart.name}-{index}",
-        config={"displayModeBar": False, "responsive": True},
-        default_width="100%",
-        default_height=f"{chart.height}px",
-    )
-    title = f"<h4>{escape(panel.title)}</h4>" if panel.title else ""
+    figure = to_plotly(panel, chart.height).to_plotly_json()
+    # Within a script element nothing but its own end tag has a meaning.
+    values = json.dumps({"data": figure["data"], "layout": figure["layout"]}).replace("</", "<\\/")
+    plot = f'<div class="plot" id="{chart.name}-{index}" style="height:{chart.height}px"></div>'
+    plot += f'<script type="application/json" class="figure">{values}</script>'
+    title = f"<h3>{escape(panel.title)}</h3>" if panel.title else ""
     own = _legend([panel]) if chart.legend_per_panel else ""
     return f'<div class="panel">{title}{own}{plot}</div>'
 

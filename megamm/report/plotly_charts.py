@@ -21,6 +21,7 @@ def to_plotly(panel: Panel, height: int) -> go.Figure:
     if panel.baseline is not None:
         figure.add_hline(panel.baseline, line={"color": AXIS, "width": 1})
     figure.update_layout(
+        template="none",  # plotly's own is ten times as long as the rest
         height=height,
         margin={"l": 58, "r": 14, "t": 8, "b": 46},
         showlegend=False,

@@ -59,8 +59,8 @@ def _covering(held: list[set[int]], number: int) -> list[int]:
     return sorted(picked)
 
 
-def data_uri(picture: Image.Image) -> str:
+def data_uri(picture: Image.Image, colours: int = 256) -> str:
     """The picture as a PNG in a data URI; few colours are used, so that a palette keeps it small."""
     out = io.BytesIO()
-    picture.quantize(256).save(out, format="PNG", optimize=True)
+    picture.quantize(colours).save(out, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,10 +1,15 @@
 """Style sheet and script of the page."""
 
 CSS = """
-:root { --ink: #1f2430; --muted: #5b6270; --line: #dfe3e8; --soft: #f6f7f9; --accent: #0072B2; }
+:root { --ink: #1f2430; --muted: #5b6270; --line: #dfe3e8; --soft: #f6f7f9; --accent: #0072B2; --paper: white;
+  --verdict: #eff6fb; color-scheme: light dark; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7ec; --muted: #a5adba; --line: #363d49; --soft: #1d222b; --accent: #62b5e8; --paper: #12161d;
+    --verdict: #15273a; }
+}
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; }
-body { margin: 0; color: var(--ink); background: white; line-height: 1.5; font-size: 16px;
+body { margin: 0; color: var(--ink); background: var(--paper); line-height: 1.5; font-size: 16px;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 main, header, footer { max-width: 1180px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 40px; }
@@ -18,7 +23,7 @@ a { color: var(--accent); }
 nav { margin: 18px 0 0; font-size: 14px; display: flex; flex-wrap: wrap; gap: 4px 18px; }
 nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
-.verdict { margin: 24px 0; padding: 18px 22px; border-left: 5px solid var(--accent); background: #eff6fb;
+.verdict { margin: 24px 0; padding: 18px 22px; border-left: 5px solid var(--accent); background: var(--verdict);
   border-radius: 0 8px 8px 0; }
 .verdict p { max-width: 90ch; }
 .verdict p:first-child { font-size: 20px; line-height: 1.4; font-weight: 600; margin-top: 0; }
@@ -36,7 +41,11 @@ figcaption { max-width: 104ch; margin-top: 6px; }
 .panels { display: grid; gap: 18px 16px; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
 @media screen and (max-width: 860px) { .panels { grid-template-columns: minmax(0, 1fr); } }
 .panel { min-width: 0; }
-.panel h4 { font-size: 14px; margin: 6px 0 2px; font-weight: 600; }
+.plot, .still, .sample img { background: white; border-radius: 6px; }  /* pictures stay as they are in the dark */
+.still { max-width: 100%; }
+figure.drawn .still, figure:not(.drawn) .panels { display: none; }
+.verdict ul { margin: 4px 0 0; }
+.panel h3 { font-size: 14px; margin: 6px 0 2px; font-weight: 600; }
 .panel .legend { font-size: 12px; gap: 2px 14px; margin: 2px 0; }
 .scroll { overflow: auto; border: 1px solid var(--line); border-radius: 8px; margin: 12px 0; }
 .scroll.tall { max-height: 520px; }
@@ -73,6 +82,31 @@ footer { padding: 32px 24px 48px; font-size: 13px; }
   h2 { break-after: avoid; }
 }
 """
+
+DRAW = """
+const draw = async () => {
+  const packed = document.getElementById("plotly");
+  const bytes = Uint8Array.from(atob(packed.textContent), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = document.createElement("script");
+  script.textContent = await new Response(stream).text();
+  packed.replaceWith(script);
+  for (const figure of document.querySelectorAll("figure")) {
+    figure.classList.add("drawn");  // first, as a chart takes its width from the page
+    for (const values of figure.querySelectorAll("script.figure")) {
+      const { data, layout } = JSON.parse(values.textContent);
+      Plotly.newPlot(values.previousElementSibling, data, layout, { displayModeBar: false, responsive: true });
+    }
+  }
+};
+draw();
+"""
+"""Unpacks plotly.js and draws every chart; where that fails its picture stays."""
+
+PRINT = """
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
+"""
+"""On paper nothing can be unfolded."""
 
 SORT = """
 for (const table of document.querySelectorAll("table.sortable")) {

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+import numpy as np
 from megamm_laws.law import power_law
 from megamm_laws.pictures.units import count, digits, power, prettify
 
@@ -12,6 +13,8 @@ from megamm.report.findings import Finding, cautions, image_rows, signed
 from megamm.report.study import StudyResults
 
 FIRST_WARNINGS = 8
+BUDGETS = (1, 10, 100)
+"""Multiples of the largest compute measured for which the best size is told."""
 NONE = "–"
 
 
@@ -70,6 +73,43 @@ def comparison_table(found: list[Finding]) -> str:
     return html_table(["loss", "difference, nats", "FLOPs ratio", "crossover, FLOPs", "verdict"], rows) + note(
         explained
     )
+
+
+# --------------------------------------------------------------------------------------------------- sizes
+
+
+def optimum_table(study: StudyResults) -> str:
+    """Parameters, tokens and loss of the best model of each architecture, at the largest budget and beyond."""
+    laws = study.laws.get("loss", {})
+    if not laws:
+        return ""
+    rows = []
+    for factor in BUDGETS:
+        heading = "the largest budget measured" if factor == 1 else f"{factor} times that"
+        rows.append([f'<th scope=rowgroup colspan="5">{heading}</th>'])
+        for group in study.groups:
+            if group not in laws:
+                continue
+            law, at = laws[group], np.array([factor * laws[group].flops_range[1]])
+            values, draws = (power_law.optimum(p, at, law.kappa) for p in (law.parameters, law.draws))
+            losses = (power_law.frontier_loss(p, at, law.kappa) for p in (law.parameters, law.draws))
+            loss, loss_draws = losses
+            cells = [_estimate(float(v[0]), d[:, 0], count) for v, d in zip(values, draws)]
+            cells.append(_estimate(float(loss[0]), loss_draws[:, 0], "{:.3f}".format))
+            rows.append([_group(study, group), power(float(at[0])), *cells])
+    explained = (
+        "The size and length that give the lowest average loss for a budget, by the fitted law, each above its 95% "
+        "interval. Beyond ten times the largest budget measured they are guesses. A size off by a factor of two costs "
+        "little. megamm-plan turns a budget into a training config, and megamm-next-runs names the runs that would "
+        "narrow these intervals most."
+    )
+    heads = ["architecture", "FLOPs", "parameters N*", "tokens D*", "loss L*"]
+    return html_table(heads, rows, attributes='class="dense"') + note(explained)
+
+
+def _estimate(value: float, draws: np.ndarray, form: Callable[[float], str]) -> str:
+    low, high = np.percentile(draws[np.isfinite(draws)], [2.5, 97.5])
+    return f"{form(value)}<small>{form(low)} to {form(high)}</small>"
 
 
 # ---------------------------------------------------------------------------------------------------- fits

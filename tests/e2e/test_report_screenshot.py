@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,9 @@ def dom(page, tmp_path_factory) -> str:
 
 def test_every_figure_is_drawn(dom):
     body = dom[dom.index("<header>") :]
-    drawn = re.findall(r'<div id="([\w-]+)" class="plotly-graph-div js-plotly-plot"', body)
-    assert len(drawn) == PANELS == len(re.findall(r'class="plotly-graph-div', body))
+    drawn = re.findall(r'<div class="plot js-plotly-plot" id="([\w-]+)"', body)
+    assert len(drawn) == PANELS == len(re.findall(r'<div class="plot(?: js-plotly-plot)?" id', body))
+    assert body.count("<figure") == body.count('class="drawn"')
     assert len(re.findall(r'<svg class="main-svg"', body)) >= 2 * PANELS  # axes and data, hover layer
     assert len(re.findall(r'class="trace scatter', body)) > 100
     text = re.sub(r"<script.*?</script>|<noscript.*?</noscript>|<[^>]*>", " ", body, flags=re.DOTALL)
@@ -87,6 +89,30 @@ def test_nothing_is_loaded_from_a_network(dom):
     sources = re.findall(r"""(?:src|href|srcset|action|data)\s*=\s*["']?([^"'\s>]+)""", body)
     assert sources and all(s.startswith(("data:", "#")) for s in sources)
     assert not re.search(r"@import|url\(['\"]?https?:", body)
+
+
+def test_the_page_is_small_enough_to_send(page):
+    assert page.stat().st_size < 3e6
+
+
+def test_without_scripts_there_are_pictures(page, tmp_path):
+    """As a browser that cannot unpack the charts shows it."""
+    plain = tmp_path / "plain.html"
+    plain.write_text(re.sub(r"<script.*?</script>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL))
+    text = plain.read_text(encoding="utf-8")
+    assert text.count('<img class="still" src="data:image/png') == text.count("<figure") > 5
+    picture = tmp_path / "plain.png"
+    browse(plain, tmp_path / "profile", f"--screenshot={picture}")
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB"), float)
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+        assert (abs(pixels - colour).max(-1) < 24).sum() > 1000
+
+
+def test_headings_are_in_order(page):
+    levels = [int(level) for level in re.findall(r"<h([1-6])", page.read_text(encoding="utf-8"))]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
 def test_a_click_on_a_heading_sorts_the_runs(page, tmp_path):

@@ -1,5 +1,7 @@
 """The report of a study whose losses follow known laws."""
 
+import base64
+import gzip
 import json
 import math
 import re
@@ -85,7 +87,18 @@ def test_page_says_first_what_the_comparison_says(folder, study, page):
 
 
 def test_page_has_every_section_and_figure(page):
-    for anchor in ("frontiers", "lead", "constants", "training", "validation", "images", "runs", "rows", "made"):
+    for anchor in (
+        "frontiers",
+        "lead",
+        "sizes",
+        "constants",
+        "training",
+        "validation",
+        "images",
+        "runs",
+        "rows",
+        "made",
+    ):
         assert f'<section id="{anchor}">' in page
     for chart, panels in {"frontier": 1, "frontier_by_source": 1, "lead": 2, "training": 3, "validation": 6}.items():
         assert [f'id="{chart}-{i}"' in page for i in range(panels + 1)] == [True] * panels + [False]
@@ -97,8 +110,23 @@ def test_page_needs_no_network(page):
     assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", _without_plotly(page))
     assert not re.search(r"@import|url\(", _without_plotly(page))
     assert "default-src 'none'" in page
-    assert page.count("plotly.js v") == 1  # the library's banner: inlined once
-    assert len(page) < 12e6
+    packed = re.findall(r'<script id="plotly" type="application/gzip">([^<]*)</script>', page)
+    assert len(packed) == 1 and b"plotly.js v" in gzip.decompress(base64.b64decode(packed[0]))
+    assert len(page) < 3e6
+
+
+def test_the_best_size_is_told_for_three_budgets(study, page):
+    """Against the law's closed form: at equal marginal gains of size and data."""
+    section = page[page.index('<section id="sizes">') :].split("</section>")[0]
+    for group, law in study.laws["loss"].items():
+        E, A, alpha, B, beta = law.parameters
+        for factor in (1, 10, 100):
+            flops = factor * law.flops_range[1]
+            budget = flops / (6 * law.kappa)
+            best = (alpha * A / (beta * B)) ** (1 / (alpha + beta)) * budget ** (beta / (alpha + beta))
+            loss = E + A / best**alpha + B / (budget / best) ** beta
+            for text in (units.power(flops), units.count(best), units.count(budget / best), f"{loss:.3f}"):
+                assert f"<td>{text}<" in section, (group, factor, text)
 
 
 def test_png_files_are_written(folder, page):
@@ -125,7 +153,7 @@ def test_page_escapes_all_text_and_says_that_data_is_missing(copy, tmp_path):
 
 
 def _without_plotly(page: str) -> str:
-    start = page.index("/**\n* plotly.js v")
+    start = page.index('<script id="plotly"')
     return page[:start] + page[page.index("</script>", start) :]
 
 
