@@ -55,8 +55,9 @@ format: install-test  ## lay out the code
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: install-bench  ## a training step and generation against Hugging Face
+bench: install-bench  ## a training step, two processes and generation against Hugging Face
 	$(PYTHON) benchmarks/train_step.py
+	$(PYTHON) benchmarks/two_processes.py
 	$(PYTHON) benchmarks/decode.py
 
 bench-kernels: RESULTS ?= kernels/bench/results
