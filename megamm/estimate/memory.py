@@ -31,6 +31,8 @@ BATCH_BYTES = 7 * 4 + 2
 MUON_UNITS = ("block", "experts")
 """What holds the matrices that Muon steps; the few vectors there are counted like them."""
 SIZES = {"bfloat16": 2, "float32": 4}
+GONE = "activations that are gone"
+"""Of a moment: what is subtracted from the activations of blocks."""
 
 
 def rank_memory(config: Config, layout: Layout, stats: TokenStats, fused: bool = True) -> dict[str, float]:
@@ -58,16 +60,19 @@ def _pipeline_rank(
     # Two moments of AdamW; one of Muon, which steps the matrices of blocks and experts.
     one = sum(unit.share for unit in units if unit.name in MUON_UNITS) if config.optimizer.name == "muon" else 0.0
     positions = layout.micro_rows * config.data.row_length / layout.context
-    how = {"recompute": config.train.recompute, "ring": config.parallel.context_method == "ring"}
-    parts = kept_by_part(model, positions, stats, size, layout, fused=fused, **how)
+    recompute, ring = config.train.recompute, config.parallel.context_method == "ring"
+    parts = kept_by_part(model, positions, stats, size, layout, fused=fused, recompute=recompute, ring=ring)
     kept = _kept(parts, layout, stages, rank)
+    moments = _moments(config, layout, mine, stats, fused, parts["block"], rank)
+    fullest: dict[str, float] = max(moments, key=lambda held: sum(held.values()) - 2 * held.get(GONE, 0.0))
     found = {
         "parameters": FLOAT32 * share,
         "gradients": FLOAT32 * share,
         "optimizer state": 0.0 if config.optimizer.offload else FLOAT32 * (2 * share - one),
         **{f"activations: {name}": value for name, value in kept.items()},
-        **max(_moments(config, layout, mine, stats, fused, parts["block"], rank), key=lambda held: sum(held.values())),
+        **fullest,
     }
+    found["activations: blocks"] -= found.pop(GONE, 0.0)
     if layout.pipeline > 1:
         # torch keeps a buffer for each micro-batch that comes from another stage, and for each gradient.
         edges = sum((not stage.inputs) + (not stage.head) for stage in mine) * layout.micro_batches
@@ -195,13 +200,12 @@ def _moments(
         later = (put_off * most * (2 * hidden + qkv) - hidden) / t + put_off * most * 2 * model.width
         # One block's gate and up are among its working tensors.
         in_block["gradients of products until those of weights"] = size * positions * later
-        in_block["gradients that the head computes ahead"] = FLOAT32 * head * put_off
+        in_block["gradient that the head computes ahead"] = FLOAT32 * head * put_off
     # FSDP gathers the next block while one computes, and frees what it reduces when the next unit has its gradient. In
     # a pipeline nothing is reduced while many micro-batches are under way.
     found = [weights(2 * block, size * block if piped else FLOAT32 * head) | in_block]
     # When a block's gradients are reduced, its activations are gone, all that it keeps.
-    gone = {"activations that are gone by then": -kept_of_block}
-    found.append(weights(2 * block, (size + FLOAT32) * block) | gone)
+    found.append(weights(2 * block, (size + FLOAT32) * block) | {GONE: kept_of_block})
     if has_head:
         found.append(weights(head, 0.0) | ahead | in_head)
         found.append(weights(head + block, size * head * (size < FLOAT32)) | ahead | after_head)
