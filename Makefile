@@ -14,7 +14,8 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/laws:$(PYTHONPATH)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real own test faults lint format bench bench-kernels compiled gpu docker laws-alone install install-test install-bench install-docs site browser \
+.PHONY: help demo demo-real own test faults kills lint format bench bench-kernels compiled gpu docker laws-alone site install \
+	install-test install-bench install-docs browser \
 	clean distclean
 
 help:  ## print this list
@@ -39,6 +40,12 @@ test: install-test browser  ## the whole test suite
 faults: install-test  ## 283 things that go wrong while training, and what is lost: about 6 minutes on two cores
 	$(PYTHON) tests/faults/run.py
 
+# KILLS= and STOPS= are how many of each.
+kills: KILLS ?= 20
+kills: STOPS ?= 20
+kills: install-test  ## a random rank of four killed 20 times, a run stopped 20 times, and what is lost: about 10 minutes
+	$(PYTHON) tests/faults/kills.py --kills $(KILLS) --stops $(STOPS)
+
 lint: install-test  ## style, layout, spelling, types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -49,8 +56,9 @@ format: install-test  ## lay out the code
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: install-bench  ## a training step and generation against Hugging Face
+bench: install-bench  ## a training step, two processes and generation against Hugging Face
 	$(PYTHON) benchmarks/train_step.py
+	$(PYTHON) benchmarks/two_processes.py
 	$(PYTHON) benchmarks/decode.py
 
 bench-kernels: RESULTS ?= kernels/bench/results

@@ -1,4 +1,4 @@
-"""Bytes that a rank holds at the fullest moment of a step: the end of its forwards and the start of its backwards.
+"""Bytes that a rank holds at the fullest moment of a step: in the head, or in the first backward of a block.
 
 Activations are counted by what the autograd functions of megamm_kernels save, each storage once; a test compares them
 with the tensors that torch saves. Parameters, gradients and optimizer state are sharded over ``dp_shard x context``
@@ -9,7 +9,7 @@ keep the gathered inputs of matrix products, context ranks the gathered keys and
 from dataclasses import dataclass
 
 from megamm.config import Config, ModelConfig
-from megamm.estimate.operations import CHUNK_BYTES, FLOAT32
+from megamm.estimate.operations import CHUNK_BYTES, CPU_CHUNK_BYTES, FLOAT32
 from megamm.estimate.schedules import held_at_most, orders
 from megamm.model.counts import (
     TokenStats,
@@ -31,23 +31,26 @@ BATCH_BYTES = 7 * 4 + 2
 MUON_UNITS = ("block", "experts")
 """What holds the matrices that Muon steps; the few vectors there are counted like them."""
 SIZES = {"bfloat16": 2, "float32": 4}
+GONE = "activations that are gone"
+"""Of a moment: what is subtracted from the activations of blocks."""
 
 
-def rank_memory(config: Config, layout: Layout, stats: TokenStats) -> dict[str, float]:
+def rank_memory(config: Config, layout: Layout, stats: TokenStats, fused: bool = True) -> dict[str, float]:
     """Bytes of each kind on the fullest rank.
 
     Args:
         config: resolved.
         layout: see ``megamm.parallel.layout.resolve_layout``.
         stats: per position.
+        fused: see :func:`kept_by_part`.
     """
     stages = cut_stages(config.model, stats, layout.num_stages)
-    ranks = [_pipeline_rank(config, layout, stats, stages, rank) for rank in range(layout.pipeline)]
+    ranks = [_pipeline_rank(config, layout, stats, stages, rank, fused) for rank in range(layout.pipeline)]
     return max(ranks, key=lambda held: sum(held.values()))
 
 
 def _pipeline_rank(
-    config: Config, layout: Layout, stats: TokenStats, stages: list[Stage], rank: int
+    config: Config, layout: Layout, stats: TokenStats, stages: list[Stage], rank: int, fused: bool
 ) -> dict[str, float]:
     """What a rank of the pipeline holds: stages ``rank``, ``rank + pipeline``, ..."""
     model, size, t = config.model, SIZES[config.train.dtype], layout.tensor
@@ -57,18 +60,23 @@ def _pipeline_rank(
     # Two moments of AdamW; one of Muon, which steps the matrices of blocks and experts.
     one = sum(unit.share for unit in units if unit.name in MUON_UNITS) if config.optimizer.name == "muon" else 0.0
     positions = layout.micro_rows * config.data.row_length / layout.context
-    parts = kept_by_part(model, positions, stats, size, layout, recompute=config.train.recompute)
+    recompute, ring = config.train.recompute, config.parallel.context_method == "ring"
+    parts = kept_by_part(model, positions, stats, size, layout, fused=fused, recompute=recompute, ring=ring)
     kept = _kept(parts, layout, stages, rank)
-    head = any(stage.head for stage in mine)
+    moments = _moments(config, layout, mine, stats, fused, parts["block"], rank)
+    fullest: dict[str, float] = max(moments, key=lambda held: sum(held.values()) - 2 * held.get(GONE, 0.0))
     found = {
         "parameters": FLOAT32 * share,
         "gradients": FLOAT32 * share,
         "optimizer state": 0.0 if config.optimizer.offload else FLOAT32 * (2 * share - one),
-        **_weights_in_use(config, layout, mine, size),
         **{f"activations: {name}": value for name, value in kept.items()},
-        "working tensors of a block's backward": _working(model, positions, size, config.train.recompute, t),
-        "logits, a chunk": min(CHUNK_BYTES, positions * stats.labels * model.vocab_size / t * size) if head else 0.0,
+        **fullest,
     }
+    found["activations: blocks"] -= found.pop(GONE, 0.0)
+    if layout.pipeline > 1:
+        # torch keeps a buffer for each micro-batch that comes from another stage, and for each gradient.
+        edges = sum((not stage.inputs) + (not stage.head) for stage in mine) * layout.micro_batches
+        found["streams and gradients of other stages"] = edges * positions * model.width * size / t
     return {name: value for name, value in found.items() if value}
 
 
@@ -145,30 +153,62 @@ def whole_parameters(model: ModelConfig, stage: Stage) -> list[int]:
     return found
 
 
-def _weights_in_use(config: Config, layout: Layout, stages: list[Stage], size: int) -> dict[str, float]:
-    """Weights and their gradients beside the float32 shards, where the head's backward begins."""
-    units = units_of(config.model, layout, stages)
+def _moments(
+    config: Config, layout: Layout, stages: list[Stage], stats: TokenStats, fused: bool, kept_of_block: float, rank: int
+) -> list[dict[str, float]]:
+    """What is held beside shards and activations in the head's forward, in its backward, and in that of a block."""
+    model, size, t = config.model, SIZES[config.train.dtype], layout.tensor
+    units = units_of(model, layout, stages)
+    has_head, whole = any(stage.head for stage in stages), sum(unit.size for unit in units)
     head = sum(unit.size for unit in units if unit.name == "head")
-    if config.model.tied_embeddings and any(stage.head for stage in stages):  # its matrix is counted with the inputs
-        head += config.model.vocab_size * config.model.width / layout.tensor
-    whole = sum(unit.size for unit in units)
-    blocks = [unit.size for unit in units if unit.name in ("block", "experts")]
+    if model.tied_embeddings and has_head:  # its matrix is counted with the inputs
+        head += model.vocab_size * model.width / t
+    block = sum(max((u.size for u in units if u.name == name), default=0.0) for name in ("block", "experts", "router"))
+    positions = layout.micro_rows * config.data.row_length / layout.context
+    chunk = CHUNK_BYTES if fused else CPU_CHUNK_BYTES
+    logits = positions * stats.labels * model.vocab_size / t * (size if fused else FLOAT32)
     # Summed in float32, whatever the type of the activations (megamm_kernels.linear_cross_entropy).
-    found = {"gradient that the head computes ahead": FLOAT32 * head}
+    ahead = {"gradient that the head computes ahead": FLOAT32 * head}
+    in_block = {"working tensors of a block's backward": _working(model, positions, size, config.train.recompute, t)}
+    in_head = {"logits, a chunk": min(chunk, logits)}
+    # Both gradients of the head are multiplied by the loss's, into tensors of their own type.
+    after_head = {"working tensors of the head's backward": size * model.width * positions * (size < FLOAT32)}
     if layout.world_size == 1:
         # Each matrix is cast where it is used, and the cast kept for the backward; the table of the embedding is not.
-        table = config.model.vocab_size * config.model.width * any(stage.inputs for stage in stages)
-        return found | {"weights in the type of the activations": size * (whole - table) if size < FLOAT32 else 0}
+        table = model.vocab_size * model.width * any(stage.inputs for stage in stages)
+        casts = {"weights in the type of the activations": size * (whole - table) if size < FLOAT32 else 0.0}
+        return [casts | in_block] + [casts | ahead | more for more in (in_head, after_head)] * has_head
     piped = layout.pipeline > 1
-    if config.parallel.reshards and not piped:
-        # Two blocks, because FSDP gathers the next one while one computes.
-        found["gathered weights: head and two blocks"] = size * (head + 2 * max(blocks, default=0.0))
-    else:  # a schedule keeps them after a backward
-        found["gathered weights"] = size * whole
-    found["gradients before they are reduced"] = (size + FLOAT32) * max(unit.size for unit in units)
-    if layout.micro_batches > 1 and (piped or not config.parallel.reduce_every_pass):
-        # Passes before a step's last only add up, unsharded and in float32 (set_requires_gradient_sync).
-        found["gradients accumulated over passes"] = FLOAT32 * whole
+    adds_up = layout.micro_batches > 1 and (piped or not config.parallel.reduce_every_pass)
+    # A schedule keeps gathered weights after a backward.
+    drops = config.parallel.reshards and not piped
+
+    def weights(in_use: float, to_reduce: float) -> dict[str, float]:
+        return {
+            "gathered weights": size * (in_use if drops else whole),
+            "gradients before they are reduced": to_reduce,
+            # Passes before a step's last only add up, unsharded and in float32 (set_requires_gradient_sync).
+            "gradients accumulated over passes": FLOAT32 * whole if adds_up else 0.0,
+        }
+
+    if layout.schedule == "zero_bubble" and piped:
+        # Between a stage's two backwards lie the gradients of all products, and nothing that it keeps is freed. Rank r
+        # puts the second ones of r micro-batches off.
+        put_off = rank + 1
+        hidden, qkv = feed_forward_width(model), query_width(model) + 2 * key_width(model)
+        most = max(len(stage.blocks) for stage in stages)
+        later = (put_off * most * (2 * hidden + qkv) - hidden) / t + put_off * most * 2 * model.width
+        # One block's gate and up are among its working tensors.
+        in_block["gradients of products until those of weights"] = size * positions * later
+        in_block["gradient that the head computes ahead"] = FLOAT32 * head * put_off
+    # FSDP gathers the next block while one computes, and frees what it reduces when the next unit has its gradient. In
+    # a pipeline nothing is reduced while many micro-batches are under way.
+    found = [weights(2 * block, size * block if piped else FLOAT32 * head) | in_block]
+    # When a block's gradients are reduced, its activations are gone, all that it keeps.
+    found.append(weights(2 * block, (size + FLOAT32) * block) | {GONE: kept_of_block})
+    if has_head:
+        found.append(weights(head, 0.0) | ahead | in_head)
+        found.append(weights(head + block, size * head * (size < FLOAT32)) | ahead | after_head)
     return found
 
 
@@ -190,6 +230,7 @@ def kept_by_part(
     *,
     fused: bool = True,
     recompute: str = "none",
+    ring: bool = False,
 ) -> dict[str, float]:
     """Bytes that one micro-batch keeps on a rank, of one ``block`` and of each other part of the model.
 
@@ -197,6 +238,7 @@ def kept_by_part(
         positions: of the micro-batch on the rank (context ranks share them).
         fused: as the Triton kernels save; False: as the plain-torch path does, which also keeps the SiLU of the gate,
             and pixels as floats rather than bytes.
+        ring: whether context ranks pass keys around (``parallel.context_method``).
     """
     patches, t = positions * stats.patches, layout.tensor
     patch_dim = 3 * model.patch_size**2
@@ -207,13 +249,18 @@ def kept_by_part(
 
     widths = model.width, query_width(model), key_width(model), feed_forward_width(model)
     decoder = block(*widths, model.head_dim, layout.context)
+    if ring and layout.context > 1 and recompute == "none":
+        # The attention of each part, and in float32 both sides of every merge.
+        merges = layout.context - 1
+        decoder += query_width(model) * (layout.context * size + 2 * merges * FLOAT32) / t
     if model.experts.num and recompute == "none":
         # Copies for the chosen experts and what these give, and three tables of the router.
         decoder += 2 * model.experts.top_k * model.width * size + 3 * FLOAT32 * model.experts.num
     found = {
         "block": positions * decoder,
-        # Input of the last norm and its reciprocal norm, and the gradient that the head computes ahead.
-        "last norm and head": positions * (2 * model.width * size + FLOAT32) / t,
+        # Input of the last norm and its reciprocal norm, and the gradient of it that the head computes ahead: tensor
+        # ranks have all of that.
+        "last norm and head": positions * (model.width * size * (1 + 1 / t) + FLOAT32 / t),
         "rotary tables, batch": positions * (FLOAT32 * model.head_dim + BATCH_BYTES),
         "pixels": 0.0 if model.architecture == "text" else pixels,
         "vision tower": 0.0,
@@ -245,20 +292,21 @@ def _kept_of_block(b: _BlockSizes, size: int, fused: bool, recompute: str) -> fl
     In widths: its input, the normalised input, queries, keys and values before and after rotation (values once), the
     attention's output, the residual stream after it and its norm. In hidden widths: gate and up (2), their product,
     unfused also the SiLU. In float32: reciprocal norms (two of rows, one of each head of queries and keys) and the
-    attention's log-sum-exp. Tensor ranks share all but the two normalised inputs, which they gather.
+    attention's log-sum-exp. Tensor ranks share all but the two normalised inputs, which they gather. Context ranks keep
+    keys and values of all, gathered.
     """
     t, w, q = b.tensor, b.width, b.queries
     if recompute == "full":
         return size * w / t
     qkv = q + 2 * b.keys
     statistics = FLOAT32 * (q + b.keys + q) / b.head_dim / t
-    gathered = 2 * b.keys * (b.context - 1)  # keys and values of the other context ranks
+    gathered = 2 * b.keys * b.context if b.context > 1 else 0
     if recompute == "per_op":
         # Block input, and what products and attention give: qkv, attention, its output; gate and up.
         return size * (w + qkv + gathered + q + w + 2 * b.hidden) / t + FLOAT32 * q / b.head_dim / t
-    rotated = q + b.keys
+    rotated = q + (gathered or b.keys)
     hidden = (3 if fused else 4) * b.hidden
-    return size * (2 * w + (2 * w + q + qkv + rotated + gathered + hidden) / t) + statistics + FLOAT32 * 2 / t
+    return size * (2 * w + (2 * w + q + qkv + rotated + hidden) / t) + statistics + FLOAT32 * 2 / t
 
 
 def _kept(parts: dict[str, float], layout: Layout, stages: list[Stage], rank: int) -> dict[str, float]:
@@ -278,12 +326,12 @@ def _kept(parts: dict[str, float], layout: Layout, stages: list[Stage], rank: in
 
 
 def _working(model: ModelConfig, positions: float, size: int, recompute: str, tensor: int) -> float:
-    """Gradients alive at once inside the widest part of a block: of gate and up, of their product, of the stream.
+    """Gradients alive at once inside the widest part of a block: of gate and up, and of the stream.
 
-    With recompute also what a block computes again.
+    That of the product takes the place of the product. With recompute also what a block computes again.
     """
     hidden = feed_forward_width(model)
-    found = positions * size * (3 * hidden / tensor + 2 * model.width)
+    found = positions * size * (2 * hidden / tensor + 2 * model.width)
     if recompute != "none":
         sizes = _BlockSizes(model.width, query_width(model), key_width(model), hidden, model.head_dim, 1, tensor)
         kept, rest = (_kept_of_block(sizes, size, True, which) for which in ("none", recompute))

@@ -17,6 +17,8 @@ from megamm.sequence import patches_per_image
 
 CHUNK_BYTES = 2**28
 """Logits that the head holds at a time on a GPU (GPU_CHUNK_BYTES of megamm_kernels.linear_cross_entropy)."""
+CPU_CHUNK_BYTES = 2**26
+"""The same on a CPU."""
 FLOAT32 = 4
 
 

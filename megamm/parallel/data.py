@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from megamm.model.multimodal import MultimodalModel
-from megamm.parallel.experts import expert_layers, shard_spread_experts
+from megamm.parallel.experts import dim_of_shares, expert_layers, shard_spread_experts
 from megamm.parallel.mesh import World
 
 
@@ -42,7 +43,14 @@ def shard_unit(module: nn.Module, world: World, dtype: torch.dtype, reshard_afte
     mesh = world.mesh[("dp_replicate", "shard") if world.layout.dp_replicate > 1 else ("shard",)]
     # FSDP's cast of inputs would reach into a block's context and round the float32 tables of rotary positions.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    cut = partial(dim_of_shares, num_ranks=world.axis("shard").size)
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=policy,
+        shard_placement_fn=cut,
+        reshard_after_forward=reshard_after_forward,
+    )
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:

@@ -11,7 +11,6 @@ out too; what comes back is then a partial sum over the tensor ranks.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,14 +88,7 @@ def shard_spread_experts(model: nn.Module, world: World, dtype: torch.dtype, res
     replicas = world.layout.dp_replicate > 1
     mesh = world.expert_mesh[("dp_replicate", "expert_shard") if replicas else ("expert_shard",)]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    size = world.expert_mesh["expert_shard"].size()
-
-    def cut(parameter: Any) -> Shard:
-        """By experts where each rank gets as many, otherwise by the next dim where that can be."""
-        num, rows = parameter.to_local().shape[:2]
-        # FSDP cuts unequal shares along the first dim alone.
-        return Shard(1 if num % size and rows % size == 0 else 0)
-
+    cut = partial(dim_of_shares, num_ranks=world.expert_mesh["expert_shard"].size())
     for layer in expert_layers(model):
         fully_shard(
             layer.experts,
@@ -105,6 +97,18 @@ def shard_spread_experts(model: nn.Module, world: World, dtype: torch.dtype, res
             shard_placement_fn=cut,
             reshard_after_forward=reshard_after_forward,
         )
+
+
+def dim_of_shares(parameter: torch.Tensor, num_ranks: int) -> Shard | None:
+    """The dim along which FSDP shares out the experts of a layer; None, its own choice, for all other parameters.
+
+    By experts where each rank gets as many, otherwise by the next dim where that can be: FSDP cuts unequal shares along
+    the first dim alone, and fills them up to the largest.
+    """
+    num, *rest = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
+    if len(rest) < 2:
+        return None
+    return Shard(1 if num % num_ranks and rest[0] % num_ranks == 0 else 0)
 
 
 def run_spread_experts(
@@ -178,8 +182,11 @@ def _share(name: str, parameter: torch.Tensor, mesh: DeviceMesh) -> DTensor:
             what = "experts" if placement.dim == 0 else "hidden units of an expert"
             raise ValueError(f"{mesh.mesh_dim_names[axis]}: {size} ranks cannot share {whole // pairs} {what} equally")
         local = local.narrow(placement.dim, mesh.get_local_rank(axis) * (whole // size), whole // size)
+    # A clone and the strides of the whole: with one expert a rank the cut's own strides look contiguous and are not.
+    local = local.clone(memory_format=torch.contiguous_format)
+    shape, stride = parameter.shape, parameter.stride()
     # The check would be a collective, over values that the meta device does not have.
-    return DTensor.from_local(local.contiguous(), mesh, placements, run_check=False)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def _local(parameter: torch.Tensor, ranks: int) -> torch.Tensor:

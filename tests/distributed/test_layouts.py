@@ -154,6 +154,7 @@ PRODUCTS_OF_EIGHT = [
     ("early", {"tensor": 2, "pipeline": 2, "dp_shard": 2}),
     ("late", {"tensor": 2, "pipeline": 2, "context": 2, "pipeline_schedule": "interleaved"}),
     ("moe", {"expert": 2, "dp_shard": 2, "context": 2, "tensor": 2}),
+    ("moe", {"dp_shard": 8}),  # fewer experts than ranks
 ]
 
 

@@ -180,11 +180,17 @@ def train(folder: Path, wound: tuple | None = None, settings: tuple[str, ...] = 
 
 def launch(folder: Path, wound: tuple | None = None, settings: tuple[str, ...] = ()) -> Ended:
     """Two ranks under a launcher that restarts them."""
-    launcher = ["megamm.launch", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    command = [sys.executable, "-m", *launcher, Path(__file__).with_name("rank.py"), *overrides(folder), *settings]
+    command = launcher(folder, settings, ranks=2, restarts=1)
     rank, *rest = wound or (-1, "")
     fault = [str(folder / "steps.txt"), rank, *placed(rest, folder)]
     return _call(command, {"FAULT": json.dumps(fault)})
+
+
+def launcher(folder: Path, settings: tuple[str, ...], ranks: int, restarts: int) -> list:
+    """The command that trains in a case's folder on some ranks; FAULT says what becomes of them (rank.py)."""
+    options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    rank = Path(__file__).with_name("rank.py")
+    return [sys.executable, "-m", "megamm.launch", *options, rank, *overrides(folder), *settings]
 
 
 def study(folder: Path, wound: tuple | None = None, settings: tuple[str, ...] = ()) -> Ended:
@@ -342,7 +348,7 @@ def inject(fault: Fault, templates: Templates, folder: Path, seed: int = 0) -> O
         wound = number, share * templates.study_seconds, to_one
     for _ in range(RESTARTS):
         ended = START[fault.what](folder, wound, fault.settings)
-        lost = max(lost, _behind(folder) if fault.what == "study" else _lost(folder, newest))
+        lost = max(lost, _behind(folder) if fault.what == "study" else steps_lost(folder, newest))
         newest, wound, told = 0, None, told + ended.words
         if ended.code is None:
             return Outcome(fault=fault, state="hung", lost=lost, note=ended.words[-300:])
@@ -360,7 +366,7 @@ def inject(fault: Fault, templates: Templates, folder: Path, seed: int = 0) -> O
     return Outcome(fault=fault, state="crashed", lost=lost, note=f"it never ends: {note}")
 
 
-def _lost(folder: Path, newest: int) -> int:
+def steps_lost(folder: Path, newest: int) -> int:
     """Steps trained again, the most of any restart; ``newest``: of the checkpoint that the first should go on from."""
     if not (folder / "steps.txt").exists():
         return 0
