@@ -130,6 +130,7 @@ def first_reason(reasons: Sequence[str | None]) -> str | None:
 def refusal(config: Config, world_size: int) -> str | None:
     """Why a run cannot start, as far as settings, data and its run directory say; None where it can."""
     from megamm.data.loader import open_sources
+    from megamm.generation.scores import open_tasks
     from megamm.parallel.layout import resolve_layout
     from megamm.training.run_dir import check_settings
 
@@ -140,6 +141,7 @@ def refusal(config: Config, world_size: int) -> str | None:
             open_sources(config.data, split)
         resolved = resolve_config(copy.deepcopy(config))
         check_extras(resolved)
+        open_tasks(resolved)
         resolve_layout(resolved, world_size)
         check_settings(Path(resolved.train.run_dir), resolved)
     except (InputError, OSError) as error:
