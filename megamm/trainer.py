@@ -493,7 +493,8 @@ class Trainer:
             "lr": config.optimizer.lr,
             "cooled": config.schedule.cooldown != "none",
             "branch_from": config.train.branch_from,
-            "init": "llm" if config.start.weights else None,
+            # A pretrained tower alone is neither.
+            "init": "llm" if config.start.weights else None if config.start.vision_weights else "native",
             "start": config.start.weights,
             "fingerprints": self.fingerprints,
         }

@@ -296,6 +296,9 @@ def _shared_settings(cell: _Cell, config: StudyConfig, base: dict) -> dict:
     shared: dict = {"model": {"architecture": cell.architecture, "width": cell.width}}
     for layer in layers:
         merge(shared, copy.deepcopy(layer))
+    for key, value in (shared.get("start") or {}).items():
+        if isinstance(value, str):  # not format(): other braces in a path are its own
+            shared["start"][key] = value.replace("{width}", str(cell.width))
     if cell.architecture != shared["model"]["architecture"]:  # several may share a model.architecture
         merge(shared, {"train": {"variant": cell.architecture}})
     if config.mixtures:
