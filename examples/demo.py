@@ -15,15 +15,29 @@ from pathlib import Path
 
 from megamm_laws.arguments import ArgumentParser
 
-from megamm.commands.steps import console, step, study_steps
+from megamm.commands.steps import console, is_newer, step, study_steps
 from megamm.training.signals import exit_when_stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"caption": 30000, "interleaved": 10000, "text": 10000}
 """Documents of each kind of built-in scenes: a little over one epoch of the largest budget."""
 JOBS = max(1, min(2, os.cpu_count() or 1))
-STUDIES = ("early_vs_late", "mixture", "moe_vs_dense", "resolution")
+STUDIES = (
+    "early_vs_late",
+    "encoder_free_vs_pretrained",
+    "mixture",
+    "moe_vs_dense",
+    "native_vs_continual",
+    "resolution",
+)
 """Files of examples/studies that have a size called smoke."""
+GROUPED_BY = {"mixture": "mixture", "native_vs_continual": "init"}
+"""Column of the run table by whose values laws are fitted; else architecture."""
+PARENTS = Path("studies", "parents")
+LLM_WIDTHS = (16, 32, 64)
+"""Of native_vs_continual at its smoke size."""
+PLANNED_FLOPS = 1e13
+"""Some ten times the longest run of native_vs_continual at its smoke size."""
 
 
 def prepare_scenes(folder: Path, name: str = "data", patch_size: int = 8) -> None:
@@ -68,6 +82,25 @@ def prepare_scenes(folder: Path, name: str = "data", patch_size: int = 8) -> Non
         )
 
 
+def train_parent(config: str, name: str, *settings: object) -> None:
+    """Train what runs of a study start from, and write it in Hugging Face's layout; see examples/studies/parents."""
+    run, out = PARENTS / name, PARENTS / f"{name}-hf"
+    path = Path("examples", "studies", "parents", f"{config}.yaml")
+    place = ("--train.run_dir", run)
+    step(f"Parent: {name}", "megamm-train", "--config", path, *place, *settings, done=(run / "result.json").exists())
+    given = ("--to", "hf", "--out", out)
+    step(f"Layout: {name}", "megamm-convert-checkpoint", run, *given, done=(out / "config.json").exists())
+
+
+def train_parents(study: str) -> None:
+    """What the runs of a study start from; nothing for most of them."""
+    if study == "encoder_free_vs_pretrained":
+        train_parent("tower", "tower")
+    if study == "native_vs_continual":
+        for width in LLM_WIDTHS:
+            train_parent("llm", f"llm-{width}", "--model.width", width)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kind = parser.add_mutually_exclusive_group()
@@ -84,14 +117,19 @@ def main() -> None:
     if name == "resolution":
         for patch_size in (4, 16):
             prepare_scenes(Path("demo"), f"data-32-{patch_size}", patch_size)
+    train_parents(name)
     summary = study_steps(
         Path("examples", "studies", f"{name}.yaml"),
         folder / "study",
         folder / "report",
         jobs=args.jobs,
         size="smoke" if args.study else None,
-        group_by="mixture" if name == "mixture" else "architecture",
+        group_by=GROUPED_BY.get(name, "architecture"),
     )
+    if name == "native_vs_continual":
+        laws, table, plan = folder / "study" / "fits" / "fits.json", folder / "study" / "runs.csv", folder / "plan"
+        options = ("--runs", table, "--group", "native", "--flops", PLANNED_FLOPS, "--out", plan)
+        step("Break-even", "megamm-plan", laws, *options, done=is_newer(plan / "plan.json", [laws, table]))
     console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
     print(f"Report: {folder / 'report' / 'index.html'}\nVerdict: {summary['verdict']}")
 

@@ -389,8 +389,27 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class TaskConfig:
+    """A file of prompts whose answers are scored, at each validation (docs/generate.md)."""
+
+    path: str
+    """JSONL with a prompt, its images and the right answer in each line."""
+    kind: Literal["choice", "vqa", "caption"]
+    """choice: share of prompts whose right choice is the most probable; vqa: exact match of the answer; caption:
+    CIDEr-D."""
+    max_new_tokens: int = setting(128, min=1, max=10**6)
+    """Longest answer (vqa, caption)."""
+    stop: str | None = None
+    """Text before which an answer ends (vqa, caption)."""
+    fit: Literal["squash", "crop", "pad"] | None = None
+    """How images become square; by default as in the training data."""
+    batch_size: int = setting(8, min=1, max=10**6)
+    """Prompts that a rank answers at a time."""
+
+
+@dataclass(kw_only=True)
 class EvalConfig:
-    """Validation on the val split of every source, the same rows each time."""
+    """Validation on the val split of every source, the same rows each time, and tasks."""
 
     every: int = setting(0, min=0, max=STEPS, free=True)
     """Steps between validations; 0 = at the end only."""
@@ -398,6 +417,8 @@ class EvalConfig:
     """Rows per source."""
     swap_images: bool = False
     """Also evaluate with each image replaced by another one, to show how far images are used."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Name -> prompts and the kind of answers; the names head the scores."""
 
 
 @dataclass(kw_only=True)

@@ -33,3 +33,6 @@ def check_extras(config: Config) -> None:
         require("torchao", "train.fp8")
     if config.train.wandb:
         require("wandb", "train.wandb")
+    for name, task in config.eval.tasks.items():
+        if task.kind == "caption":
+            require("pycocoevalcap", f"eval.tasks.{name}.kind caption")

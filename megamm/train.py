@@ -132,6 +132,7 @@ def first_reason(reasons: Sequence[str | None]) -> str | None:
 def refusal(config: Config, world_size: int) -> str | None:
     """Why a run cannot start, as far as settings, data and its run directory say; None where it can."""
     from megamm.data.loader import open_sources
+    from megamm.generation.scores import open_tasks
     from megamm.parallel.layout import resolve_layout
     from megamm.training.run_dir import check_settings
 
@@ -144,6 +145,7 @@ def refusal(config: Config, world_size: int) -> str | None:
         check_extras(resolved)
         if device_here(resolved) == "cpu":  # on GPUs a check would take up the first one's memory on every rank
             check_backend(resolved.model, "cpu")
+        open_tasks(resolved)
         resolve_layout(resolved, world_size)
         check_settings(Path(resolved.train.run_dir), resolved)
     except (InputError, OSError) as error:

@@ -21,6 +21,7 @@ from megamm.exchange.start import start_from
 from megamm.exchange.weights import model_shapes
 from megamm.extras import check_extras
 from megamm.files import write_json
+from megamm.generation.scores import check_prompts, open_tasks, score_tasks
 from megamm.model.context import ends_seen
 from megamm.model.counts import TokenStats, count_parameters, exact_flops_per_token, flops_weights, paper_flops
 from megamm.parallel.data import clip_gradients
@@ -85,6 +86,7 @@ class Trainer:
         # In place: the caller's config is completed, too.
         self.config = resolve_config(config)
         check_extras(self.config)
+        self.tasks = open_tasks(self.config)
         if config.optimizer.freeze:
             check_freeze(model_shapes(self.config.model), config.optimizer)
         self.run_dir = Path(config.train.run_dir)
@@ -137,7 +139,10 @@ class Trainer:
                         log.also_write_to(PrintedLog(self.run_dir.name, self.step, self.steps))
                     if self.config.train.wandb:
                         log.also_write_to(WandbRun(self.run_dir, self.config))
-            self.plan_validation()  # a split that cannot be read is told of before the training
+            # A split, or an image of a task, that cannot be read is told of before the training.
+            self.plan_validation()
+            with self.world.agree():
+                check_prompts(self.tasks, self.world)
             self._loop(log)
             return self._finish(log)
         finally:
@@ -192,7 +197,7 @@ class Trainer:
                 # Not at the last step, after which _finish validates.
                 if config.eval.every and self.step % config.eval.every == 0 and self.step < self.steps:
                     # The time of a validation is not counted as training's, hence the new marker after it.
-                    self._log_validation(log, self.validate())
+                    self._log_validation(log, self.validate(), scores=self.score_tasks())
                     marker = (time.perf_counter(), dict(self.totals), self.step)
                 # After the log's line, so that a checkpoint never knows of a step that the log lost.
                 if self._checkpoint_due() or self.stop_agreed:
@@ -270,6 +275,10 @@ class Trainer:
             if rows.has_images or not swapped
         }
 
+    def score_tasks(self) -> dict[str, float]:
+        """How good the answers to the prompts of each of ``eval.tasks`` are."""
+        return score_tasks(self.tasks, self.model, self.config.model, self.world)
+
     # ---- logging -------------------------------------------------------------------------------------
 
     def _count(self, batch) -> tuple[int, int, int, int, int]:
@@ -340,8 +349,11 @@ class Trainer:
             record["mfu"] = speed / self.config.train.peak_flops / self.world.size
         return record
 
-    def _log_validation(self, log: MetricsLog | None, losses: dict, prefix: str = "val") -> None:
+    def _log_validation(
+        self, log: MetricsLog | None, losses: dict, prefix: str = "val", scores: dict[str, float] | None = None
+    ) -> None:
         flat = {f"{prefix}/{s}/{k}": v for s, values in losses.items() for k, v in values.items()}
+        flat |= {f"task/{name}": score for name, score in (scores or {}).items()}
         with self.world.agree():
             if log:
                 log.write({"step": self.step, "tokens": self.totals["tokens"], **flat})
@@ -446,9 +458,9 @@ class Trainer:
 
     def _finish(self, log: MetricsLog | None) -> dict:
         """Final validation and result.json."""
-        losses = self.validate()
-        self._log_validation(log, losses)
-        result = self._result(losses)
+        losses, scores = self.validate(), self.score_tasks()
+        self._log_validation(log, losses, scores=scores)
+        result = self._result(losses) | {"tasks": scores}
         if self.config.eval.swap_images:
             result["losses_swapped"] = self.validate(swapped=True)
             self._log_validation(log, result["losses_swapped"], "val_swapped")
@@ -484,7 +496,8 @@ class Trainer:
             "lr": config.optimizer.lr,
             "cooled": config.schedule.cooldown != "none",
             "branch_from": config.train.branch_from,
-            "init": "llm" if config.start.weights else None,
+            # A pretrained tower alone is neither.
+            "init": "llm" if config.start.weights else None if config.start.vision_weights else "native",
             "start": config.start.weights,
             "fingerprints": self.fingerprints,
         }

@@ -21,10 +21,13 @@ from megamm.training.signals import EXIT_CODE, STOP_SIGNALS, Stopped
 COMMANDS = {
     "megamm-tokenizer": "megamm.commands.train_tokenizer",
     "megamm-prepare": "megamm.commands.prepare_data",
+    "megamm-train": "megamm.train",
+    "megamm-convert-checkpoint": "megamm.commands.convert_checkpoint",
     "megamm-study": "megamm.commands.run_study",
     "megamm-collect": "megamm_laws.commands.collect_runs",
     "megamm-fit": "megamm_laws.commands.fit_scaling_laws",
     "megamm-report": "megamm.commands.render_report",
+    "megamm-plan": "megamm.commands.plan_training",
 }
 """Console scripts that are steps, and the modules whose ``command`` they call: a step needs no installation."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import get_args
 
 import torch
 
-from megamm.config import ModelConfig, load
+from megamm.config import DataConfig, ModelConfig, load
 from megamm.data import images
 from megamm.data.dataset_info import read_dataset_info
 from megamm.data.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def load_for_generation(
             that became square in several ways and ``fit`` does not choose one.
     """
     weights = open_weights(path)
-    data = _TrainingData(weights.run_dir) if isinstance(weights, CheckpointWeights) else None
+    data = _data_of_run(weights.run_dir) if isinstance(weights, CheckpointWeights) else None
     if tokenizer is None:
         tokenizer = data.tokenizer if data else None
         if tokenizer is None:
@@ -66,7 +66,7 @@ def load_for_generation(
     if data and data.tokenizers and words.sha256 not in data.tokenizers:
         raise InputError(f"{tokenizer}: not the tokenizer on which {path} was trained")
     if fit is None:
-        fit = data.fit(config) if data else "squash"
+        fit = data.fit(config, "--fit") if data else "squash"
     with torch.device("meta"):
         model = MultimodalModel(config)
     model.to_empty(device=device)
@@ -81,13 +81,25 @@ def load_for_generation(
     return Loaded(model=model, prompts=prompts, max_length=weights.length)
 
 
-class _TrainingData:
-    """What a run was trained on: as its ``run.json`` recorded it; where that is missing, the data that are at hand."""
+def _data_of_run(run_dir: Path) -> "TrainingData":
+    """As its ``run.json`` recorded them; where that is missing, the data that are at hand."""
+    recorded = recorded_data(run_dir) if (run_dir / "run.json").exists() else {}
+    return TrainingData(load(run_dir / "config.yaml").data, recorded)
 
-    def __init__(self, run_dir: Path):
-        sources = load(run_dir / "config.yaml").data.sources
-        recorded = recorded_data(run_dir) if (run_dir / "run.json").exists() else {}
-        at_hand = {name: s.path for name, s in sources.items() if (Path(s.path) / "dataset.json").is_file()}
+
+class TrainingData:
+    """What a run is or was trained on.
+
+    Args:
+        config: of the data; they need not be at hand.
+        recorded: their fingerprints of each source, if the run has noted any.
+
+    Attributes:
+        tokenizer: the file, if it is at hand.
+    """
+
+    def __init__(self, config: DataConfig, recorded: dict[str, dict]):
+        at_hand = {name: s.path for name, s in config.sources.items() if (Path(s.path) / "dataset.json").is_file()}
         self._infos = {name: read_dataset_info(path) for name, path in at_hand.items()}
         self._fingerprints = {name: info["fingerprints"] for name, info in self._infos.items()} | recorded
         own = [path for name, path in at_hand.items() if self._infos[name]["tokenizer_sha256"] in self.tokenizers]
@@ -98,8 +110,11 @@ class _TrainingData:
         """Digests; the sources of a run share one tokenizer."""
         return {found["tokenizer"] for found in self._fingerprints.values()}
 
-    def fit(self, config: ModelConfig) -> images.Fit:
+    def fit(self, config: ModelConfig, setting: str) -> images.Fit:
         """How the images of all sources became square.
+
+        Args:
+            setting: by which a user can choose a way, for the message.
 
         Raises:
             InputError: not all in one way.
@@ -119,5 +134,5 @@ class _TrainingData:
                 found.setdefault(digests[fingerprints["preprocessing"]], name)
         if len(found) > 1:
             ways = ", ".join(f"{name}: {fit}" for fit, name in found.items())
-            raise InputError(f"--fit: the run's sources made images square in unlike ways ({ways}); name one")
+            raise InputError(f"{setting}: the run's sources made images square in unlike ways ({ways}); name one")
         return next(iter(found), "squash")

@@ -2,9 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
-
-from megamm.errors import InputError
 
 ARTICLES = {"a", "an", "the"}
 
@@ -30,48 +27,10 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """CIDEr-D of captions (arXiv 1411.5726): document frequencies are those of the references given.
 
-    Raises:
-        InputError: the package that computes it is missing.
+    pycocoevalcap has to be installed (see extras.py).
     """
-    try:
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError as error:
-        raise InputError(
-            "--task caption: CIDEr needs pycocoevalcap, which is missing; pip install '.[eval]' from this folder"
-        ) from error
+    from pycocoevalcap.cider.cider import Cider
+
     own = {i: [normalised(answer)] for i, answer in enumerate(answers)}
     others = {i: [normalised(reference) for reference in some] for i, some in enumerate(references)}
     return float(Cider().compute_score(others, own)[0])
-
-
-def references_of(record: dict[str, Any], where: str) -> list[str]:
-    """The right answers of a record: ``answers``, a list, or ``answer``.
-
-    Raises:
-        InputError: neither is there.
-    """
-    found = record.get("answers", record.get("answer"))
-    found = [found] if isinstance(found, str) else found
-    if not isinstance(found, list) or not found or not all(isinstance(answer, str) for answer in found):
-        raise InputError(f"{where}: answer: expected text, or answers: a list of texts")
-    return found
-
-
-def choices_of(record: dict[str, Any], where: str) -> tuple[list[str], int]:
-    """The ``choices`` of a record and the number of the right one, ``answer``: a number or one of them.
-
-    Raises:
-        InputError: they are missing or do not fit together.
-    """
-    choices, answer = record.get("choices"), record.get("answer")
-    if (
-        not isinstance(choices, list)
-        or len(choices) < 2
-        or not all(isinstance(choice, str) and choice for choice in choices)
-    ):
-        raise InputError(f"{where}: choices: expected a list of at least two texts")
-    if isinstance(answer, str) and answer in choices:
-        answer = choices.index(answer)
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise InputError(f"{where}: answer: expected one of the choices, or its number from 0 to {len(choices) - 1}")
-    return choices, answer

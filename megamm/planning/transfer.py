@@ -23,8 +23,8 @@ from megamm.planning.inputs import BUILT
 NOT_FITTED = "not fitted: no LLM-initialised runs"
 FORM = "L = E + A/N^alpha + B/(D + k D^a N^b)^beta (Hernandez et al. 2021, arXiv 2102.01293)"
 MIN_RUNS = 4
-SPAN = (1e8, 1e15)
-"""Tokens between which a break-even is looked for."""
+SPAN = (1e4, 1e15)
+"""Tokens between which a break-even is looked for: from the smallest studies to more than there is text."""
 LLM = ("llm", "true", "1", "yes")
 
 
@@ -156,11 +156,11 @@ def break_even(
 
     Returns:
         ``llm_for_nothing`` and ``pretraining_counted``: ``tokens`` with its 95% ``interval`` (None at an end outside
-        1e8 to 1e15), where each of these lies (``tokens_range``, ``interval_range``: within, below or above that
+        1e4 to 1e15), where each of these lies (``tokens_range``, ``interval_range``: within, below or above that
         range), ``native_ahead`` above or below it, what follows for the whole range (``status``: native no worse
         from or up to a break-even, everywhere or nowhere), and the share of draws that agree on that side.
     """
-    grid = np.geomspace(*SPAN, 1400)
+    grid = np.geomspace(*SPAN, 2200)
 
     def gain(law: np.ndarray, parameters: np.ndarray) -> np.ndarray:
         E, A, alpha, B, beta = (x[..., None] for x in np.moveaxis(np.asarray(law, float), -1, 0))

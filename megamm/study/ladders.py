@@ -247,6 +247,8 @@ def _ladder(cell: _Cell, config: StudyConfig, base: dict, out: Path) -> list[Run
         name = f"{cell.ladder}-{label}"
         place = {"train": {"run_dir": str(out / "runs" / cell.ladder / name)}}
         values = merge(copy.deepcopy(shared), merge(place, changes))
+        if label == TRUNK:
+            values["eval"].pop("tasks", None)  # a mapping grows in a merge: it cannot be emptied by a change
         return Run(
             name=name,
             ladder=cell.ladder,
@@ -265,7 +267,7 @@ def _ladder(cell: _Cell, config: StudyConfig, base: dict, out: Path) -> list[Run
         return [make(labels[0], 0, {"train": {"steps": steps[0]}})]
     # The trunk's last step is the branch point of the longest branch.
     branch_points = {"checkpoint": {"steps": starts, "final": True}}
-    # A trunk's losses are compared with nothing, so that swapped images need not be evaluated.
+    # A trunk's losses are compared with nothing, so that swapped images and tasks need not be evaluated.
     constant = {"schedule": {"cooldown": "none"}, "eval": {"swap_images": False}}
     trunk = make(TRUNK, 0, {"train": {"steps": starts[-1]}, **branch_points, **constant})
     branches = [
@@ -294,6 +296,9 @@ def _shared_settings(cell: _Cell, config: StudyConfig, base: dict) -> dict:
     shared: dict = {"model": {"architecture": cell.architecture, "width": cell.width}}
     for layer in layers:
         merge(shared, copy.deepcopy(layer))
+    for key, value in (shared.get("start") or {}).items():
+        if isinstance(value, str):  # not format(): other braces in a path are its own
+            shared["start"][key] = value.replace("{width}", str(cell.width))
     if cell.architecture != shared["model"]["architecture"]:  # several may share a model.architecture
         merge(shared, {"train": {"variant": cell.architecture}})
     if config.mixtures:

@@ -186,9 +186,10 @@ def check_branch(trunk: Path, config: Config, data: dict) -> None:
     old = _settings(trunk)
     free = set(marked(Config, "free"))
     free |= {"train.steps", "train.branch_from", "schedule.cooldown", "schedule.cooldown_fraction"}
+    new = to_dict(config)
     # Validation changes no weights.
-    free |= {f"eval.{key}" for key in old["eval"]}
-    found = _differences(old, to_dict(config), free)
+    free |= {key for key in {**_flat(old), **_flat(new)} if key.startswith("eval.")}
+    found = _differences(old, new, free)
     found += _changed_data(recorded_data(trunk), data, TRAINING_DATA)
     start = cooldown_start(config.schedule, config.train.steps)
     end = cooldown_start(ScheduleConfig(**old["schedule"]), old["train"]["steps"])

@@ -249,6 +249,29 @@ def test_pixel_shuffle_sees_the_same_image(kind):
             torch.testing.assert_close(joined[:, 2 * row + column], torch.cat(four, -1))
 
 
+@pytest.mark.parametrize("projector", ["linear", "mlp"])
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_projectors_are_what_their_names_say(projector, ratio):
+    """One matrix, or two with biases and a GELU; over one feature of the tower, or four side by side."""
+    vision = VisionConfig(width=16, depth=1, head_dim=8, projector=projector, patch_size=8 // ratio)
+    tower = randomise(MultimodalModel(model_config("late", vision=vision), seed=0).vision.double())
+    images = torch.randint(0, 256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    weights = dict(tower.projector.named_parameters())
+    with torch.no_grad():
+        found = tower(patches_of(images, 8), torch.float64)
+        tower.projector = torch.nn.Identity()
+        x = tower(patches_of(images, 8), torch.float64)
+    assert found.shape == (2, 4, 32) and x.shape == (2, 4, 16 * ratio**2)
+    if projector == "linear":
+        assert set(weights) == {"weight"}
+        wanted = x @ weights["weight"].T
+    else:
+        hidden = x @ weights["up.weight"].T + weights["up.bias"]
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        wanted = hidden @ weights["down.weight"].T + weights["down.bias"]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_what_does_not_fit(folders, tmp_path):
     config = Config()
     config.model = model_config("late", vision=VisionConfig(kind="clip", width=16, head_dim=8, depth=1))

@@ -119,7 +119,12 @@ def steps_of(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("setting", "package", "extra"), [("train.fp8=true", "torchao", "fp8"), ("train.wandb=x", "wandb", "wandb")]
+    ("setting", "package", "extra"),
+    [
+        ("train.fp8=true", "torchao", "fp8"),
+        ("train.wandb=x", "wandb", "wandb"),
+        ("eval.tasks.words={path: p, kind: caption}", "pycocoevalcap", "eval"),
+    ],
 )
 def test_a_missing_package_is_an_error_that_names_the_extra(data, monkeypatch, setting, package, extra, tmp_path):
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == package else importlib.util.find_spec(name))

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_factory import make_dataset
 from model_factory import PATCHES, model_config
-from PIL import Image
 from run_factory import trainer
+from task_factory import make_words
 
 from megamm.commands import generate as tool
 from megamm.config import ExpertsConfig
@@ -195,17 +194,8 @@ def test_metrics_of_tasks():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A trained run, with pictures and questions beside it."""
-    folder = tmp_path_factory.mktemp("generation")
-    words = ("red green blue square circle large small above below ein Bär läuft " * 40).split()
-    train_tokenizer([" ".join(words)], 300, folder / "tokenizer.json")
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    for kind in ("caption", "text"):
-        options = {"vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256}
-        make_dataset(folder / kind, kind=kind, num_documents=60, **options)
-        (folder / kind / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    folder = make_words(tmp_path_factory.mktemp("generation"))
     trainer(folder, folder / "run", **{"train.steps": 6, "eval.rows": 2}).run()
-    for name in ("a", "b"):
-        Image.new("RGB", (20, 30), "red" if name == "a" else "blue").save(folder / f"{name}.png")
     return folder
 
 

@@ -49,6 +49,7 @@ def test_every_number_has_a_finite_range_and_every_setting_a_sentence(cls):
 def put(path: str, value) -> dict:
     """A config that is whole but for one setting."""
     values = {"train": {} if path == "train.tokens" else {"steps": 5}, "data": {"sources": {"NAME": {"path": "p"}}}}
+    values["eval"] = {"tasks": {"NAME": {"path": "p", "kind": "vqa"}}} if path.startswith("eval.tasks.") else {}
     section = values
     *names, last = path.split(".")
     for name in names:
@@ -169,6 +170,7 @@ def test_every_option_of_the_help_works(capsys):
             value = f"[{value}]" if wanted.startswith("a list") else value or "some/folder"
         rest = [] if name.startswith("train.tokens") else ["--train.steps=5"]
         rest += ["--optimizer.freeze=[blocks.]"] if name == "optimizer.freeze_until" else []
+        rest += ["--eval.tasks.NAME={path: p, kind: vqa}"] if name.startswith("eval.tasks.") else []
         config = load(None, ["--data.sources.NAME.path=p", *rest, f"--{name}={value}"])
         found = config
         for part in name.split("."):

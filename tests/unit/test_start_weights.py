@@ -171,6 +171,24 @@ def test_parts_thaw_and_a_resumed_run_is_the_same(data, tmp_path):
         assert all(torch.equal(value, values(whole)[name]) for name, value in values(again).items()), stop
 
 
+def test_a_tower_thaws_under_a_projector_that_learns_from_the_start(data, tmp_path):
+    tower = ("vision.embed.", "vision.blocks.", "vision.norm.")
+    settings = {"model.architecture": "late", "model.vision.projector": "mlp", "optimizer.vision_lr_factor": 0.5}
+    one = trainer(data, tmp_path, **settings, **{"optimizer.freeze": list(tower), "optimizer.freeze_until": 7})
+    seen, step = {0: values(one)}, one.train_step
+
+    def watch(batches):
+        norm = step(batches)
+        seen[one.step] = values(one)
+        return norm
+
+    one.train_step = watch
+    one.run()
+    for name, first in seen[0].items():
+        moved = [not torch.equal(seen[k][name], first) for k in (1, 7, 8)]
+        assert moved == ([False, False, True] if name.startswith(tower) else [True] * 3), name
+
+
 @pytest.mark.parametrize(
     ("freeze", "message"),
     [

@@ -355,6 +355,19 @@ def test_dry_run_prints_the_cost_on_a_cluster():
         assert subprocess.run([*command, *wrong], capture_output=True).returncode == 2
 
 
+def test_each_width_starts_from_weights_of_its_own():
+    start = {"start": {"weights": "llm-{width}/hf", "vision_weights": "tower{}"}}
+    native = {"model": {"architecture": "early"}}
+    found = expand(study(architectures={"native": native, "continual": native | start}, widths=[32, 64]), Path("out"))
+    starts = {(run.architecture, run.width): run.config.start for run in found.runs}
+    assert {key: (one.weights, one.vision_weights) for key, one in starts.items()} == {
+        ("native", 32): (None, None),
+        ("native", 64): (None, None),
+        ("continual", 32): ("llm-32/hf", "tower{}"),
+        ("continual", 64): ("llm-64/hf", "tower{}"),
+    }
+
+
 def test_variants_of_one_architecture_are_told_apart():
     experts = {"model": {"architecture": "early", "experts": {"num": 4}}}
     found = expand(

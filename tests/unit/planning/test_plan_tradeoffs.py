@@ -156,8 +156,8 @@ def test_a_break_even_out_of_range_says_on_which_side(fits, worth, a, llm_tokens
     plan = make_plan(PlanRequest(flops=1e22), fits)
     plan["transfer"] = {"status": "fitted", "negligible_gain": 1e-4, "break_even_tokens": {key: entry}}
     words = {"everywhere": "no worse anywhere", "nowhere": "worse everywhere"}[status]
-    end = {"below": "below 100M", "above": "above 1000T"}[side]
-    assert f"Native is {words} from 100M to 1000T tokens, break-even [{end}, {end}]" in to_markdown(plan)
+    end = {"below": "below 10K", "above": "above 1000T"}[side]
+    assert f"Native is {words} from 10K to 1000T tokens, break-even [{end}, {end}]" in to_markdown(plan)
 
 
 def test_a_break_even_that_may_lie_out_of_range_is_not_called_everywhere(fits):
