@@ -137,7 +137,8 @@ def test_collect_round_trip(tmp_path):
     run_dir(study / "runs" / "b", "b", branch_from=str(trunk), tokens=819200, loss=3.2)
     run_dir(study / "runs" / "c", "c", flops=None, architecture="late")
     (study / "runs" / "d").mkdir()
-    (study / "runs" / "d" / "config.yaml").write_text("{}")
+    for file in ("config.yaml", "run.json"):
+        (study / "runs" / "d" / file).write_text("{}")
     rows, left_out = collect([study, study / "runs"])
     assert [row["run"] for row in rows] == ["a", "b", "c"]
     assert sum("unfinished" in line for line in left_out) == 1 and sum("not cooled" in x for x in left_out) == 1
