@@ -57,7 +57,9 @@ def nanotron_log(size: str = "1.04M (1.98MiB)", loss: float = 4.01) -> str:
     head = "[default0]:01/02/2026 10:00:00 [INFO|DP=0|PP=0|TP=0|host]: "
     lines = [head + "Config:", head + "Config(general=GeneralArgs(project='debug',", head + "  seed=42,"]
     lines += [head + "  parallelism=ParallelismArgs(dp=2,", head + "  tokens=TokensArgs(sequence_length=256,"]
-    lines += [head + f"  {text}," for text in ("train_steps=100", "micro_batch_size=2", "batch_accumulation_per_replica=4")]
+    lines += [
+        head + f"  {text}," for text in ("train_steps=100", "micro_batch_size=2", "batch_accumulation_per_replica=4")
+    ]
     lines += [head + f"Total number of parameters: {size}"]
     for step in STEPS:
         lines.append(
@@ -84,13 +86,21 @@ def test_olmo_core(tmp_path):
     for step in STEPS:
         lines.append(f"{head}[step={step}/100,epoch=1,eta=0:01:00]")
         lines += [f"    optim/LR (group 0)={3e-4 * (101 - step) / 100:.3E}", "    optim/total grad norm=0.5"]
-        lines += [f"    throughput/total tokens={step * 4096:,}", f"    train/CE loss={8 - step / 25:.3f}", "    train/PPL=55.1"]
+        lines += [
+            f"    throughput/total tokens={step * 4096:,}",
+            f"    train/CE loss={8 - step / 25:.3f}",
+            "    train/PPL=55.1",
+        ]
     (tmp_path / "olmo.log").write_text("\n".join(lines) + "\n")
     row = one(tmp_path)
     assert (row["run"], row["params"], row["tokens"], row["loss"]) == ("olmo", 1_484_916, 409_600, 4.0)
     assert row["cooled"] is True
     lines += [f"{head}Running lm evals...", f"{head}[eval=lm,step=5/5]"]
-    lines += [f"{head}Finished lm evals in 3.0 seconds. Metrics:", "    c4_en-validation/CE loss=3.450", "    c4_en-validation/PPL=31"]
+    lines += [
+        f"{head}Finished lm evals in 3.0 seconds. Metrics:",
+        "    c4_en-validation/CE loss=3.450",
+        "    c4_en-validation/PPL=31",
+    ]
     (tmp_path / "olmo.log").write_text("\n".join(lines) + "\n")
     row = one(tmp_path)
     assert (row["loss"], row["loss_c4_en-validation"]) == (3.45, 3.45) and row["measured_on"] == "validation"
@@ -148,14 +158,24 @@ def test_composer(tmp_path):
     lines = ["*" * 30, "Config:", "global_train_batch_size: 16", "max_duration: 100ba", "max_seq_len: 256"]
     lines += ["n_params: 1234567", "*" * 30]
     for step in STEPS:
-        lines += [f"[batch={step}/100]:", f"\t Train time/batch: {step - 1}", f"\t Train time/token: {(step - 1) * 4096}"]
-        lines += ["\t Train loss/train/total: 9.9000", f"\t Train metrics/train/LanguageCrossEntropy: {8 - step / 25:.4f}"]
+        lines += [
+            f"[batch={step}/100]:",
+            f"\t Train time/batch: {step - 1}",
+            f"\t Train time/token: {(step - 1) * 4096}",
+        ]
+        lines += [
+            "\t Train loss/train/total: 9.9000",
+            f"\t Train metrics/train/LanguageCrossEntropy: {8 - step / 25:.4f}",
+        ]
         lines += [f"\t Train lr-DecoupledAdamW/group0: {3e-4 * (101 - step) / 100:.6f}"]
     (tmp_path / "mpt.err").write_text("\n".join(lines) + "\n")
     row = one(tmp_path)
     assert (row["run"], row["params"], row["tokens"], row["loss"]) == ("mpt", 1_234_567, 409_600, 4.0)
     assert row["cooled"] is True
-    whole = "\n".join([*lines, "[Eval batch=5/5] Eval on c4 data:", "\t Eval metrics/eval/LanguageCrossEntropy: 3.5000"]) + "\n"
+    whole = (
+        "\n".join([*lines, "[Eval batch=5/5] Eval on c4 data:", "\t Eval metrics/eval/LanguageCrossEntropy: 3.5000"])
+        + "\n"
+    )
     (tmp_path / "mpt.err").write_text(whole)
     assert one(tmp_path)["loss"] == 3.5
     no_sizes = whole.replace("max_seq_len: 256\n", "")

@@ -162,7 +162,12 @@ def test_a_history_that_begins_anew_is_another_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("tag", "key"),
-    [("train.loss", "train_loss"), ("val.loss", "loss"), ("eval.c4_en.loss", "loss_c4_en"), ("model.num_params", "params")],
+    [
+        ("train.loss", "train_loss"),
+        ("val.loss", "loss"),
+        ("eval.c4_en.loss", "loss_c4_en"),
+        ("model.num_params", "params"),
+    ],
 )
 def test_names_parted_by_dots(tag, key):
     assert key_of_tag(tag) == key

@@ -33,7 +33,7 @@ from megamm_laws.runs.readers.run_dirs import (
     is_run_dir,
     row_of_result,
 )
-from megamm_laws.runs.readers.tensorboard_events import MARK, has_events, read_events
+from megamm_laws.runs.readers.tensorboard_events import MARK, read_events
 from megamm_laws.runs.readers.torchtitan import read_torchtitan
 from megamm_laws.runs.readers.wandb_export import read_wandb
 from megamm_laws.runs.table import (

@@ -321,12 +321,16 @@ def suspicious_units(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
     for row, name in zip(rows, names):
         n, d, c = float(row["params"]), float(row["tokens"]), float(row["flops"])
         if (slip := _slip_of_flops(c / (6 * n * d))) is not None:
-            found.setdefault(f"FLOPs are not .1 to 10 times 6ND: {slip}", []).append(f"{name}, kappa {c / (6 * n * d):.2g}")
+            found.setdefault(f"FLOPs are not .1 to 10 times 6ND: {slip}", []).append(
+                f"{name}, kappa {c / (6 * n * d):.2g}"
+            )
         if n < FEWEST_PARAMS:
             slip = "params in millions or billions?" if n < 1e3 else "params in thousands?"
             found.setdefault(f"fewer than {FEWEST_PARAMS:.0e} parameters: {slip}", []).append(f"{name}, {n:.4g}")
         elif not PER_PARAM[0] <= d / n <= PER_PARAM[1]:
-            slip = "tokens in millions or billions, or counted in steps?" if d < n else "params in thousands or millions?"
+            slip = (
+                "tokens in millions or billions, or counted in steps?" if d < n else "params in thousands or millions?"
+            )
             text = f"tokens per parameter outside {PER_PARAM[0]:g} to {PER_PARAM[1]:g}: {slip}"
             found.setdefault(text, []).append(f"{name}, {d / n:.2g}")
     return [f"{len(where)} of {len(rows)} runs: {text} (the first: {where[0]})" for text, where in found.items()]

@@ -56,7 +56,9 @@ def _add(curve: Curve, step: int, name: str, value: float) -> int:
     if name == "time/batch":
         # Batches done before this one; the console names the batch itself only where runs are counted in batches.
         return max(step, int(value))
-    key = {"loss/train/total": "total", "metrics/train/LanguageCrossEntropy": "train_loss", "time/token": "seen"}.get(name)
+    key = {"loss/train/total": "total", "metrics/train/LanguageCrossEntropy": "train_loss", "time/token": "seen"}.get(
+        name
+    )
     if name.startswith("lr-") and name.endswith("/group0"):
         key = "lr"
     elif match := _EVAL.fullmatch(name):

@@ -13,7 +13,9 @@ from megamm_laws.runs.readers.parts import holds
 
 _MARK = re.compile(rb"\[step=[\d,]+/.*epoch=")
 _STEP = re.compile(r"\[step=([\d,]+)/([\d,]+|\?\?\?),epoch=")
-_METRIC = re.compile(r"(?:^|\s{2,})(train/CE loss|optim/LR(?: \(group 0\))?|throughput/total tokens)=([\d.,eE+-]+|nan|inf)")
+_METRIC = re.compile(
+    r"(?:^|\s{2,})(train/CE loss|optim/LR(?: \(group 0\))?|throughput/total tokens)=([\d.,eE+-]+|nan|inf)"
+)
 _SCALED = re.compile(r"throughput/total tokens=([\d.,]+)([KMBT])\s*$")
 _EVALS = re.compile(r"Finished (\S+) evals in ")
 _LOSS = re.compile(r"^\s+(\S+)/CE loss=([\d.,eE+-]+|nan|inf)")

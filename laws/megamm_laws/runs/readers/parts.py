@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,12 @@ def join_parts(curves: Iterable[Curve]) -> list[Curve]:
         runs = groups.setdefault((part.name, part.unit), [])
         before = next((run for run in reversed(runs) if run.kind == part.kind or _say_the_same(run, part)), None)
         if before is not None and _is_one_run(before, part):
-            if before.points and part.points and part.first_step <= before.first_step and not _say_the_same(before, part):
+            if (
+                before.points
+                and part.points
+                and part.first_step <= before.first_step
+                and not _say_the_same(before, part)
+            ):
                 before.points = {}  # begun anew: nothing of the first try may stay
             before.merge(part)
         else:
@@ -72,12 +78,16 @@ def _are_alike(before: Curve, part: Curve) -> bool:
     """Whether nothing that both say of the run differs."""
     for one, other in ((before.facts, part.facts), (before.settings, part.settings)):
         for key in one.keys() & other.keys():
-            a, b = one[key], other[key]
-            numbers = isinstance(a, int | float) and isinstance(b, int | float)
             # Rates are measured, and differ from start to start.
-            if key != "flops_exact_per_token" and (abs(a - b) > AGREE * abs(a) if numbers else a != b):
+            if key != "flops_exact_per_token" and not _equal(one[key], other[key]):
                 return False
     return not before.total_steps or not part.total_steps or before.total_steps == part.total_steps
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return abs(a - b) <= AGREE * abs(a)
+    return a == b
 
 
 def _say_the_same(before: Curve, part: Curve) -> bool:

@@ -18,7 +18,7 @@ COPIED = ("params_vision", "tokens_vision", "flops_exact", "init")
 STUDY_DEPTH = 4
 """Folders looked into for study.json, upwards: a run directory, its ladder, runs/, the study."""
 _MODEL = re.compile(r"^model:\n((?:[ #].*\n|\n)*)", re.MULTILINE)
-_SIZES = re.compile(r"^  (vocab_size|width): (\d+)$", re.MULTILINE)
+_SIZES = re.compile(r"^  (vocab_size|width|tied_embeddings): (\d+|true|false)$", re.MULTILINE)
 
 
 class DivergedError(Exception):
@@ -63,8 +63,9 @@ def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
     row |= {"trunk": _relative(trunk, root) if trunk else None, "cooled": cooled}
     row |= {"checkpoint": "final", "measured_on": "validation", **_vocabulary(run_dir)}
     row["validation_set"] = _validation_set(result.get("fingerprints"))
+    where = str(path)
     for column in filter(is_number, list(row)):
-        row[column] = parse_number(str(path), column, row[column])
+        row[column] = parse_number(where, column, row[column])
     if row["flops"] is not None:  # ours are the paper's
         row["flops_convention"] = "paper"
     return row
@@ -139,18 +140,19 @@ def _metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _vocabulary(run_dir: Path) -> dict[str, float]:
-    """Parameters of the two untied vocabulary tables, from config.yaml."""
+    """Parameters of the vocabulary tables, two or a tied one, from config.yaml."""
     try:
         text = (run_dir / "config.yaml").read_text(encoding="utf-8")
         # As the trainer writes it. A parser of YAML would take most of the time of a collection of thousands of runs.
         section = _MODEL.search(text)
         found = dict(_SIZES.findall(section[1])) if section else {}
-        if len(found) < 2:
+        if not {"vocab_size", "width"} <= set(found):
             found = (yaml.safe_load(text) or {}).get("model") or {}
         table = float(found["vocab_size"]) * float(found["width"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         return {}  # conventions without the tables then say that they are missing
-    return {"params_embedding": 2 * table, "params_head": table}
+    tied = str(found.get("tied_embeddings")).lower() == "true"
+    return {"params_embedding": table if tied else 2 * table, "params_head": table}
 
 
 def _validation_set(fingerprints: Any) -> str | None:

@@ -74,8 +74,8 @@ def _values(path: Path) -> Iterator[tuple[int, Any]]:
 
     Records are read here: the accumulator of tensorboard keeps and sorts everything, at twenty times the cost.
     """
-    from google.protobuf.message import DecodeError  # slow to import
-    from tensorboard.compat.proto.event_pb2 import Event
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.event_pb2 import Event  # slow to import, both
 
     data = path.read_bytes()
     place = 0

@@ -141,7 +141,9 @@ def _histories(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: d
     """A run per id or name that the records hold; a new part where the steps begin anew."""
     found: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {}
     for line, record in records:
-        said = {key_of_tag(tag, mapping): value for tag, value in record.items() if isinstance(value, str) and tag != "name"}
+        said = {
+            key_of_tag(tag, mapping): value for tag, value in record.items() if isinstance(value, str) and tag != "name"
+        }
         found.setdefault((str(said.get("run") or ""), str(said.get("id") or "")), []).append((line, record))
     curves = []
     for (name, identity), own in found.items():
@@ -160,14 +162,14 @@ def _histories(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: d
 def _parts(records: list[tuple[int, dict[str, Any]]]) -> list[list[tuple[int, dict[str, Any]]]]:
     """The records cut where the step falls back to the first one or below it."""
     parts: list[list[tuple[int, dict[str, Any]]]] = [[]]
-    first = last = None
+    first = last = float("-inf")  # of the part
     for line, record in records:
         step = number(record.get("_step", record.get("step")))
-        if step is not None and first is not None and last > first >= step:
-            parts.append([])
-            first = None
         if step is not None:
-            first, last = step if first is None else first, step
+            if last > first >= step:
+                parts.append([])
+                first = float("-inf")
+            first, last = (step if first == float("-inf") else first), step
         parts[-1].append((line, record))
     return parts
 
