@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Coverage of the 95% interval of a by isoFLOP profiles over simulated tables whose budgets jitter, as a Markdown table.
+"""Coverage of the 95% interval of a by isoFLOP profiles over simulated tables whose budgets jitter: a Markdown table.
 
-Each table has budgets of 9 sizes, 1.5 times apart, about the optimum of a known law, with the optimum anywhere between two
+Each table has budgets of 9 sizes, 1.5 times apart, about the optimum of a known law, which lies anywhere between two
 sizes. The FLOPs of each run differ from its budget by the jitter (normal, in log), spent on tokens; losses have noise.
 Beside the fit as it is, the same with budgets parted at 5% and losses where they were: what was done before.
 """

@@ -63,9 +63,9 @@ def nanotron_log(size: str = "1.04M (1.98MiB)", loss: float = 4.01) -> str:
     lines += [head + f"Total number of parameters: {size}"]
     for step in STEPS:
         lines.append(
-            f"{head}iteration: {step} / 100 | consumed_tokens: {step * 4096 / 1e3:.3g}K | time_per_iteration_ms: 1.2K | "
-            f"tokens_per_sec: 40.5K | tokens_per_sec_per_gpu: 5.06K | global_batch_size: 4.1K | grad_norm: 1.2 | "
-            f"lm_loss: {loss if step == 100 else 8} | lr: {3e-4 * (101 - step) / 100:.3g} | model_tflops_per_gpu: 12 | eta: 0:01"
+            f"{head}iteration: {step} / 100 | consumed_tokens: {step * 4096 / 1e3:.3g}K | time_per_iteration_ms: 1.2K"
+            f" | tokens_per_sec: 40.5K | tokens_per_sec_per_gpu: 5.06K | global_batch_size: 4.1K | grad_norm: 1.2 | "
+            f"lm_loss: {loss if step == 100 else 8} | lr: {3e-4 * (101 - step) / 100:.3g} | model_tflops_per_gpu: 12"
         )
     return "\n".join(lines) + "\n"
 

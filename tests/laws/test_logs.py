@@ -151,7 +151,7 @@ def test_unfinished_and_not_finite_runs(tmp_path):
     assert [r["run"] for r in rows] == ["done"]
     assert any("nan.log: run nan: diverged: its last training loss is nan" in line for line in left_out)
     assert any("run up: diverged: its last training loss is 12, after 4 before" in line for line in left_out)
-    with pytest.raises(InputError, match="no finished run in .*left out 1: .*run nan: diverged"):
+    with pytest.raises(InputError, match=r"no finished run in .*left out 1: .*run nan: diverged"):
         collect([tmp_path / "nan.log"])
 
 

@@ -1,9 +1,9 @@
 """Collect runs from training logs into one table, runs.csv.
 
 Reads our run directories, TensorBoard event files, the output of Megatron-LM, torchtitan, nanotron, OLMo-core, Composer
-and nanoGPT, metrics.jsonl of lingua, trainer_state.json of transformers, exports of Weights & Biases (CSV or JSON lines)
-and tables in the form of runs.csv. What was left out, likely slips of units, and how other conventions would count the
-FLOPs, go to stderr.
+and nanoGPT, metrics.jsonl of lingua, trainer_state.json of transformers, exports of Weights & Biases (CSV or JSON
+lines) and tables in the form of runs.csv. What was left out, likely slips of units, and how other conventions would
+count the FLOPs, go to stderr.
 """
 
 import argparse

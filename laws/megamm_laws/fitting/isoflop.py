@@ -29,7 +29,7 @@ from megamm_laws.runs.table import RunTable, table_warnings
 NOISE = 0.002
 """Least standard deviation of a loss between seeds, nats: the value of Porian et al. for losses below e^3."""
 EVEN_BUDGET = 0.001
-"""Difference in FLOPs within a budget above which its losses are moved: more compute lowers a loss whatever the size."""
+"""Difference in FLOPs within a budget above which its losses are moved: more compute lowers a loss at any size."""
 TOLD_BUDGET = 0.02
 """Such a difference that is told of."""
 GRID_PER_RUN = 25
@@ -354,8 +354,8 @@ def _warnings(fit: IsoFlopFit) -> list[str]:
     spans = [high / low - 1 for low, high in (profile.flops_range for profile in fit.profiles)]
     if max(spans) > TOLD_BUDGET:
         found.append(
-            f"{sum(span > TOLD_BUDGET for span in spans)} of {len(spans)} budgets have runs that differ in FLOPs, by up to "
-            f"{max(spans):.1%}: their losses were moved to the budget along the law's slope"
+            f"{sum(span > TOLD_BUDGET for span in spans)} of {len(spans)} budgets have runs that differ in FLOPs, by "
+            f"up to {max(spans):.1%}: their losses were moved to the budget along the law's slope"
         )
     for profile in fit.profiles:
         name = f"{profile.flops:.3g} FLOPs"

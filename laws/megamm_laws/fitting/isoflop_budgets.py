@@ -1,4 +1,4 @@
-"""Runs of equal compute, as real budgets are: which runs are one budget, their losses at it, and the noise of its curve."""
+"""Budgets as real ones are: which runs are of one budget, what their losses are at it, how noisy its curve is."""
 
 from statistics import NormalDist
 

@@ -203,9 +203,10 @@ def _read(path: Path, options: Options, progress: Callable[[str], None]) -> Coll
     if curves is None and path.suffix.lower() == ".csv":
         return _read_table(path, options)
     if curves is None:
+        what = "not a kind of log that is known" if path.stat().st_size else "empty"
         raise InputError(
-            f"{path}: {'empty' if not path.stat().st_size else 'not a kind of log that is known'}; give run directories, "
-            "TensorBoard event files, output of Megatron-LM, torchtitan, nanotron, OLMo-core, Composer or nanoGPT, "
+            f"{path}: {what}; give run directories, TensorBoard event files, output of Megatron-LM, torchtitan, "
+            "nanotron, OLMo-core, Composer or nanoGPT, "
             "metrics.jsonl of lingua, trainer_state.json, exports of W&B or a runs.csv"
         )
     _add_curves(found, curves, options)
@@ -238,7 +239,7 @@ def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) 
             # Older parts of a rotated log first.
             names = sorted((name for name in files if MARK not in name and LOG_NAME.fullmatch(name)), key=_oldest_first)
             logs += [folder / name for name in names]
-            others += [folder / name for name in files if MARK not in name and not LOG_NAME.fullmatch(name)]
+            others += [folder / name for name in sorted(files) if MARK not in name and not LOG_NAME.fullmatch(name)]
             for log in logs:
                 curves += _curves_below(log, found, options, progress)
     _add_curves(found, curves, options)

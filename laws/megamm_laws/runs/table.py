@@ -316,7 +316,7 @@ def unlike_validation(rows: list[dict[str, Any]], places: list[str]) -> str | No
 
 
 def suspicious_units(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
-    """A line per kind of count that is likely in another unit, with the number of runs, the first of them and the slip."""
+    """A line per kind of count that is likely in another unit: how many runs, the first of them, and the slip."""
     found: dict[str, list[str]] = {}
     for row, name in zip(rows, names):
         n, d, c = float(row["params"]), float(row["tokens"]), float(row["flops"])

@@ -1,8 +1,8 @@
 """Composer and llm-foundry: the text of the console logger and of the file logger (composer/loggers/).
 
-Read are the metrics below a line ``[batch=N/TOTAL]:`` (``Train NAME: X``) or ``[Eval batch=N/N] Eval on ... data:``, the lines
-``[metric][batch=N]: NAME: X``, and from the printed configuration ``n_params``, ``global_train_batch_size`` and
-``max_seq_len``. Cross-entropies are taken before total losses, which may hold other terms.
+Read are the metrics below a line ``[batch=N/TOTAL]:`` (``Train NAME: X``) or ``[Eval batch=N/N] Eval on ... data:``,
+the lines ``[metric][batch=N]: NAME: X``, and from the printed configuration ``n_params``, ``global_train_batch_size``
+and ``max_seq_len``. Cross-entropies are taken before total losses, which may hold other terms.
 """
 
 import re
@@ -17,8 +17,8 @@ _BATCH = re.compile(r"\[batch=(\d+)/(\d+)\]")
 _METRIC = re.compile(r"(?:\b(?:Train|Eval) |\[metric\]\[batch=(\d+)\]: )(\S+): ([\d.,eE+-]+|nan|inf)\s*$")
 _EVAL = re.compile(r"metrics/eval(?:/(\S+))?/LanguageCrossEntropy")
 _SETTING = re.compile(
-    r"^(?:\d+:\s*|\[hyperparameter\]: )?(n_params|n_active_params|global_train_batch_size|max_seq_len|max_duration|seed|"
-    r"global_seed|run_name): (\S+)\s*$"
+    r"^(?:\d+:\s*|\[hyperparameter\]: )?(n_params|n_active_params|global_train_batch_size|max_seq_len|max_duration|"
+    r"seed|global_seed|run_name): (\S+)\s*$"
 )
 _HEAD = re.compile(r"^(?:\d+:\s*)?Config:\s*$")
 _DURATION = re.compile(r"(\d+)ba")

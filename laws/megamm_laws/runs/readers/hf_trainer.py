@@ -1,8 +1,8 @@
 """transformers' Trainer: ``trainer_state.json`` in the folder of a run and in each of its checkpoints.
 
-Read are the entries of ``log_history``: ``loss``, ``learning_rate``, ``eval_loss`` and ``eval_NAME_loss`` by step, tokens
-where they were counted (``include_num_input_tokens_seen``), and the FLOPs so far (``total_flos``, 6ND without embeddings, of
-the last step alone). The number of parameters is not in it.
+Read are the entries of ``log_history``: ``loss``, ``learning_rate``, ``eval_loss`` and ``eval_NAME_loss`` by step, and
+tokens where they were counted (``include_num_input_tokens_seen``). The number of parameters is not in it, and
+``total_flos`` is left alone: how it counts depends on the model.
 """
 
 import json

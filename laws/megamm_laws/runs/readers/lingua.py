@@ -1,8 +1,8 @@
 """lingua: ``metrics.jsonl`` in the folder of a run (lingua/metrics.py), with the files that lie beside it.
 
 Read are ``loss/out``, ``optim/lr`` and ``optim/total_tokens`` per ``global_step``; validation losses from
-``metrics.validation.jsonl``, where nats per token stand as log-likelihoods, below zero; the size from ``train.log``; and
-the planned steps from ``config.yaml``. Exact FLOPs per token are the logged FLOPs/s over tokens/s.
+``metrics.validation.jsonl``, where nats per token stand as log-likelihoods, below zero; the size from ``train.log``;
+and the planned steps from ``config.yaml``. Exact FLOPs per token are the logged FLOPs/s over tokens/s.
 """
 
 import re

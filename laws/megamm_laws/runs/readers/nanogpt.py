@@ -1,8 +1,8 @@
 """nanoGPT: the text that ``train.py`` prints.
 
-Read are ``step N: train loss X, val loss Y`` and ``iter N: loss X, ...`` lines, ``tokens per iteration``, the parameters that
-the optimizer lists (the line ``number of parameters`` leaves learned positions out), and settings that were overridden. The
-learning rate is not printed.
+Read are ``step N: train loss X, val loss Y`` and ``iter N: loss X, ...`` lines, ``tokens per iteration``, the
+parameters that the optimizer lists (the line ``number of parameters`` leaves learned positions out), and settings
+that were overridden. The learning rate is not printed.
 """
 
 import re

@@ -1,9 +1,9 @@
 """nanotron: the text that training prints (nanotron/trainer.py and logging).
 
-Read are ``iteration: N / TOTAL | consumed_tokens: 2.1M | ... | lm_loss: X | lr: Y`` lines, the printed configuration and
-the number of parameters. Numbers are printed with three digits and K, M, G, B or T: the loss is no better than that. Tokens
-per step are taken from the configuration, and the size from the bytes of the weights, which have more digits. There is no
-validation.
+Read are ``iteration: N / TOTAL | consumed_tokens: 2.1M | ... | lm_loss: X | lr: Y`` lines, the printed configuration
+and the number of parameters. Numbers are printed with three digits and K, M, G, B or T: the loss is no better than
+that. Tokens per step are taken from the configuration, and the size from the bytes of the weights, which have more
+digits. There is no validation.
 """
 
 import re

@@ -1,7 +1,7 @@
 """OLMo-core: the text that training prints (olmo_core/train/callbacks/console_logger.py and evaluator_callback.py).
 
-Read are the metrics below a line ``[step=N/TOTAL,epoch=E]``: ``train/CE loss``, ``optim/LR``, ``throughput/total tokens``;
-validation losses below ``Finished NAME evals``; and the number of parameters. Numbers are printed with four digits.
+Read are the metrics below a line ``[step=N/TOTAL,epoch=E]``: ``train/CE loss``, ``optim/LR``, ``throughput/total
+tokens``; validation losses below ``Finished NAME evals``; the number of parameters. Numbers have four digits.
 """
 
 import re
