@@ -95,6 +95,8 @@ def refused(folder: Path, *parts: str) -> None:
         ("ranges.params", None, "two numbers above zero, the lower first"),
         ("ranges.params", [0, 0], "two numbers above zero, the lower first"),
         ("law", [], "a mapping with the parameters of a law"),
+        ("intervals", None, "a mapping of names to intervals, found nothing"),
+        ("noise_intervals", [1], "a mapping of names to intervals, found [1]"),
         ("holdout", {"relative_errors": [0.1], "runs": []}, "runs with as many relative_errors"),
     ],
 )

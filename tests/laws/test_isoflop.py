@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megamm_laws.fitting.isoflop import FLOOR, budgets, fit_isoflop_table, fit_isoflops
+from megamm_laws.fitting.isoflop import FLOOR, NOISE, fit_isoflop_table, fit_isoflops
+from megamm_laws.fitting.isoflop_budgets import at_budget, budgets, noise_of
 from megamm_laws.fitting.pictures import isoflop_chart
 from megamm_laws.law import power_law
 from megamm_laws.runs.table import RunTable, check_rows, read_runs
@@ -35,7 +36,7 @@ def made(budget_flops, factors, law=LAW, shift=1.0, **columns) -> RunTable:
 )
 def test_exponents_of_porian(name, exponent, interval):
     """Porian et al. 2024, RefinedWeb: exponents and 95% intervals of the authors' method."""
-    fit = fit_isoflops(read_runs(ROOT / "tests" / "data" / f"isoflop_refinedweb_{name}.csv"))
+    fit = fit_isoflops(read_runs(ROOT / "tests" / "data" / f"isoflop_refinedweb_{name}.csv"), noise=NOISE)
     assert fit.exponents["a"] == pytest.approx(exponent, abs=0.003)
     assert fit.intervals["a"] == pytest.approx(interval, abs=0.003)
     assert fit.exponents["a"] + fit.exponents["b"] == pytest.approx(1.0, abs=0.01)
@@ -59,7 +60,7 @@ def test_planted_law_gives_its_closed_form():
 
 def test_no_interval_is_narrower_than_the_sizes_can_tell():
     """On the cosine runs the minimum of the smallest budget sits at a kink that hardly a draw leaves."""
-    fit = fit_isoflops(read_runs(ROOT / "tests" / "data" / "isoflop_refinedweb_cosine.csv"))
+    fit = fit_isoflops(read_runs(ROOT / "tests" / "data" / "isoflop_refinedweb_cosine.csv"), noise=NOISE)
     bars = [series.y for series in isoflop_chart(fit, "isoflops").panels[1].series if series.name == "95%"]
     for profile, budget, bar in zip(fit.profiles, fit.to_json()["budgets"], bars, strict=True):
         low, high = budget["params_interval"]
@@ -98,6 +99,55 @@ def test_budgets_are_told_apart():
     assert [len(part) for part in budgets(table)] == [6, 3, 3]
 
 
+def jittered(jitter: float, noise: float, seed: int = 0) -> RunTable:
+    """8 budgets of 9 sizes; the FLOPs of each run are off by ``jitter``, spent on tokens."""
+    rng = np.random.default_rng(seed)
+    rows = made(np.geomspace(1e18, 1e21, 8), 1.5 ** (np.arange(-4, 5) + 0.3)).rows
+    for row in rows:
+        row["tokens"] *= np.exp(jitter * rng.standard_normal())
+        row["flops"] = 6 * row["params"] * row["tokens"]
+        row["loss"] = float(power_law.predict(LAW, [row["params"]], [row["tokens"]])[0] + noise * rng.standard_normal())
+    return check_rows(RunTable(path="made.csv", rows=rows, lines=list(range(2, len(rows) + 2))))
+
+
+@pytest.mark.parametrize("jitter", [0.02, 0.04])
+def test_budgets_that_jitter_stay_whole(jitter):
+    for seed in range(5):
+        assert [len(part) for part in budgets(jittered(jitter, 0.0, seed))] == [9] * 8
+
+
+def test_dense_budgets_are_not_joined():
+    """A tenth apart, without jitter."""
+    assert [len(part) for part in budgets(made(1e19 * 1.1 ** np.arange(6), [0.5, 1.0, 2.0]))] == [3] * 6
+
+
+def test_losses_are_moved_to_the_budget():
+    """By the law itself the runs are where they would be at equal FLOPs, and a is that of the law."""
+    table = jittered(0.04, 0.0)
+    level = at_budget(budgets(table)[3], "loss", LAW)
+    flops = 6 * level.numbers("params") * level.numbers("tokens")
+    np.testing.assert_allclose(flops, np.median(flops), rtol=1e-12)
+    np.testing.assert_allclose(
+        level.numbers("loss"), power_law.predict(LAW, level.numbers("params"), level.numbers("tokens")), rtol=1e-12
+    )
+    even = fit_isoflops(jittered(0.0, 0.0), noise=1e-5, draws=20).exponents["a"]
+    assert fit_isoflops(table, noise=1e-5, draws=20).exponents["a"] == pytest.approx(even, abs=0.01)
+    assert even == pytest.approx(0.37 / 0.72, abs=0.01)
+
+
+def test_noise_is_taken_from_the_curves():
+    rng = np.random.default_rng(3)
+    x = np.sort(rng.uniform(0, 4, (200, 9)), axis=1) + np.arange(9)
+    smooth = 3 + 0.1 * (x - 6) ** 2 - 0.01 * (x - 6) ** 3
+    assert noise_of(list(zip(x, smooth))) < 1e-10
+    assert noise_of(list(zip(x, smooth + 0.01 * rng.standard_normal(x.shape)))) == pytest.approx(0.01, rel=0.05)
+    assert noise_of([(x[0, :3], smooth[0, :3])]) is None
+    assert fit_isoflops(jittered(0.0, 0.01), draws=20).noise == pytest.approx(0.01, rel=0.3)
+    assert fit_isoflops(jittered(0.0, 0.0), draws=20).noise == NOISE
+    rough = fit_isoflops(read_runs(ROOT / "tests" / "data" / "isoflop_refinedweb_tuned.csv"))
+    assert 0.005 < rough.noise < 0.015 and rough.intervals["a"][0] < 0.4969 < rough.intervals["a"][1]
+
+
 def test_a_chain_of_small_gaps_is_not_one_budget():
     """Each run has 4% more FLOPs than the one before, 32% in all: joined, they would shift N* unseen."""
     table = made(1e19 * 1.04 ** np.arange(8), [1.0])
@@ -110,7 +160,8 @@ def test_uneven_flops_within_a_budget_are_told():
     for row, more in zip(table.rows, np.linspace(1, 1.04, 7)):
         row["flops"] *= more
     fit = fit_isoflops(table, draws=20)
-    assert [text.split(",")[0] for text in fit.warnings] == ["1.02e+18 FLOPs: its runs differ by 4.0% in FLOPs"]
+    (text,) = fit.warnings
+    assert "1 of 4 budgets have runs that differ in FLOPs, by up to 4.0%" in text
     assert fit.to_json()["budgets"][0]["flops_range"] == pytest.approx([1e18, 1.04e18])
 
 

@@ -146,8 +146,13 @@ def test_unfinished_and_not_finite_runs(tmp_path):
     assert [r["run"] for r in rows] == ["done"]
     assert any("run short: unfinished, step 60 of 100" in line for line in left_out)
     megatron_log(tmp_path / "nan.log", loss=lambda step: float("nan"))
-    with pytest.raises(InputError, match=r"nan\.log: run nan, step 100: column loss: nan is not a finite number"):
-        collect([tmp_path])
+    megatron_log(tmp_path / "up.log", loss=lambda step: 4.0 + (step > 90) * 8)
+    rows, left_out = collect([tmp_path])
+    assert [r["run"] for r in rows] == ["done"]
+    assert any("nan.log: run nan: diverged: its last training loss is nan" in line for line in left_out)
+    assert any("run up: diverged: its last training loss is 12, after 4 before" in line for line in left_out)
+    with pytest.raises(InputError, match=r"no finished run in .*left out 1: .*run nan: diverged"):
+        collect([tmp_path / "nan.log"])
 
 
 def test_a_restart_overwrites_the_steps_it_repeats(tmp_path):

@@ -117,6 +117,44 @@ def test_warnings_of_runs_that_did_not_finish(tmp_path):
     assert table_warnings(read_runs(table(tmp_path, head + rest))) == []
 
 
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("1e9,2e10,1.2e8", "FLOPs are not .1 to 10 times 6ND: FLOPs in TFLOP?"),  # 1.2e20
+        ("1e9,2e10,1.2e5", "FLOPs in PFLOP?"),
+        ("1e9,2e10,3e22", "FLOPs of another count, or params or tokens in another unit?"),
+        ("1300,2e10,", "fewer than 1e+04 parameters: params in thousands?"),
+        ("1.3,2e10,", "fewer than 1e+04 parameters: params in millions or billions?"),
+        (
+            "1e9,2e6,",
+            "tokens per parameter outside 0.01 to 1e+06: tokens in millions or billions, or counted in steps?",
+        ),
+        ("1e5,2e12,", "tokens per parameter outside 0.01 to 1e+06: params in thousands or millions?"),
+        ("1e9,2e10,1.2e20", None),
+        ("2e4,1e8,", None),
+    ],
+)
+def test_slips_of_units_are_warned_of(tmp_path, row, expected):
+    path = table(tmp_path, f"run,params,tokens,flops,loss\na,{row},3\nb,1e9,1e10,6e19,2.9\n")
+    lines = table_warnings(read_runs(path))
+    assert (len(lines) == 0) if expected is None else ("1 of 2 runs: " in lines[0] and expected in lines[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "embedding"),
+    [
+        ("model:\n  width: 8\n  vocab_size: 100\ndata:\n  width: 5\n", 1600),
+        ("train: {}\nmodel:\n  tied_embeddings: true\n  width: 8\n  vocab_size: 100\n", 800),
+        ("model: {width: 8, vocab_size: 100}\n", 1600),
+        ("model:\n  width: 8\n  vocab_size: null\n", None),
+    ],
+)
+def test_vocabulary_tables_are_counted_from_the_settings(tmp_path, text, embedding):
+    (run_dir(tmp_path / "a", "a") / "config.yaml").write_text(text)
+    (row,) = collect([tmp_path])[0]
+    assert row.get("params_embedding") == embedding and row.get("params_head") == (800 if embedding else None)
+
+
 def test_same_name_in_two_architectures_is_two_runs(tmp_path):
     text = "run,architecture,params,tokens,loss\nw64,early,1e6,1e7,3\nw64,late,1e6,1e7,3.1\n"
     assert list(read_runs(table(tmp_path, text)).groups("architecture")) == ["early", "late"]
@@ -137,7 +175,8 @@ def test_collect_round_trip(tmp_path):
     run_dir(study / "runs" / "b", "b", branch_from=str(trunk), tokens=819200, loss=3.2)
     run_dir(study / "runs" / "c", "c", flops=None, architecture="late")
     (study / "runs" / "d").mkdir()
-    (study / "runs" / "d" / "config.yaml").write_text("{}")
+    for file in ("config.yaml", "run.json"):
+        (study / "runs" / "d" / file).write_text("{}")
     rows, left_out = collect([study, study / "runs"])
     assert [row["run"] for row in rows] == ["a", "b", "c"]
     assert sum("unfinished" in line for line in left_out) == 1 and sum("not cooled" in x for x in left_out) == 1

@@ -1,8 +1,9 @@
 """Collect runs from training logs into one table, runs.csv.
 
-Reads our run directories, TensorBoard event files, the output of Megatron-LM and torchtitan, exports of Weights &
-Biases (CSV or JSON lines) and tables in the form of runs.csv. What was left out, and how other conventions would
-count the FLOPs, goes to stderr.
+Reads our run directories, TensorBoard event files, the output of Megatron-LM, torchtitan, nanotron, OLMo-core, Composer
+and nanoGPT, metrics.jsonl of lingua, trainer_state.json of transformers, exports of Weights & Biases (CSV or JSON
+lines) and tables in the form of runs.csv. What was left out, likely slips of units, and how other conventions would
+count the FLOPs, go to stderr.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from megamm_laws.errors import InputError, exit_on_error
 from megamm_laws.files import check_out
 from megamm_laws.runs.collect import LOSSES, Options, collect, parse_facts, read_facts
 from megamm_laws.runs.conventions import COLUMN, CONVENTIONS, conversion_lines
-from megamm_laws.runs.table import suspected_duplicates, write_runs
+from megamm_laws.runs.table import suspected_duplicates, suspicious_units, write_runs
 
 
 def parser() -> ArgumentParser:
@@ -57,6 +58,9 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--map", action="append", default=[], metavar="NAME=TAG", help="tag of a log that means NAME; repeatable"
     )
+    made.add_argument(
+        "--allow", action="store_true", help="take in losses that were measured on unlike validation sets, too"
+    )
     return made
 
 
@@ -73,6 +77,7 @@ def main() -> None:
         # key=1: several tags may mean one name, but no tag two names.
         mapping={tag: name for name, tag in _pairs("--map", arguments.map, key=1)},
         facts=facts,
+        allow_unlike=arguments.allow,
     )
     with Console(stderr=True).status("reading runs") as status:
         rows, left_out = collect(arguments.paths, options, status.update)
@@ -80,6 +85,8 @@ def main() -> None:
         print(f"left out: {line}", file=sys.stderr)
     for line in conversion_lines(rows):
         print(f"convention: {line}", file=sys.stderr)
+    for line in suspicious_units(rows, [row["run"] for row in rows]):
+        print(f"warning: {line}", file=sys.stderr)
     for line in suspected_duplicates(rows, [row["run"] for row in rows]):
         print(f"note: {line}", file=sys.stderr)
     unknown = sum(row.get("cooled") is None for row in rows)

@@ -21,7 +21,9 @@ def main() -> None:
     )
     parser.add_argument("--losses", default="loss", metavar="COLUMNS", help="columns, with commas, or 'all'")
     parser.add_argument(
-        "--noise", type=float, default=NOISE, help="spread of a loss between seeds, nats (default: %(default)s)"
+        "--noise",
+        type=float,
+        help=f"spread of a loss between seeds, nats (default: from the roughness of the curves, at least {NOISE})",
     )
     parser.add_argument("--draws", type=int, default=1000, help="noise draws for the intervals (default: %(default)s)")
     parser.add_argument("--seed", type=not_negative, default=0, help="seed of the draws (default: %(default)s)")

@@ -279,6 +279,8 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "kappa": ("a number above zero", _is_positive),
     "parameters": ("a mapping of names to numbers", lambda x: isinstance(x, dict)),
     "ranges": ("a mapping", lambda x: isinstance(x, dict)),
+    "intervals": ("a mapping of names to intervals", lambda x: isinstance(x, dict)),
+    "noise_intervals": ("a mapping of names to intervals", lambda x: isinstance(x, dict)),
     **{
         f"ranges.{name}": ("two numbers above zero, the lower first", _is_range)
         for name in ("params", "tokens", "flops")
@@ -306,7 +308,14 @@ def _check_entry(raw: Any, path: Path, number: int) -> dict[str, Any]:
         raise InputError(f"{path}: fit {number}: expected a mapping, found {_short(raw)}; {FIX}")
     if not _is_name(raw.get("group")):
         raise InputError(f"{path}: fit {number}: group: expected a name, found {_short(raw.get('group'))}; {FIX}")
-    entry: dict[str, Any] = {"loss_column": "loss", "warnings": [], "holdout": None} | raw
+    defaults: dict[str, Any] = {
+        "loss_column": "loss",
+        "warnings": [],
+        "holdout": None,
+        "intervals": {},
+        "noise_intervals": {},
+    }
+    entry = defaults | raw
     for name, (expected, holds) in FIELDS.items():
         section, _, key = name.rpartition(".")
         value = (entry[section] if section else entry).get(key)

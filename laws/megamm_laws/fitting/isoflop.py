@@ -3,7 +3,9 @@
 Approach 2 of Hoffmann et al. 2022 in the variant of Porian et al. 2024 (arXiv 2406.19146): at each budget an
 Akima spline of log loss over log N, its lowest point on a fine grid strictly inside the measured sizes; the
 spread of that point when every loss moves by seed noise; and log N* on log C by least squares, weighted by the
-spread. No law is assumed across budgets, so that the result is a check on the parametric fit.
+spread. No law is assumed across budgets, so that the result is a check on the parametric fit; only where the runs of
+a budget differ in FLOPs by some percent, each loss is moved these percent along a fitted law. The noise is taken from
+the roughness of the curves: what one size does better or worse than its neighbours moves the optimum like noise.
 
 Shapes: n runs of one budget, m grid points, R noise draws, k budgets.
 """
@@ -19,16 +21,17 @@ from scipy.interpolate import Akima1DInterpolator
 
 from megamm_laws.errors import InputError
 from megamm_laws.fitting.fit import check_draws
+from megamm_laws.fitting.isoflop_budgets import at_budget, budgets, law_of, noise_of
 from megamm_laws.law.percentiles import LEVEL
 from megamm_laws.runs.groups import native_groups
 from megamm_laws.runs.table import RunTable, table_warnings
 
 NOISE = 0.002
-"""Standard deviation of a loss between seeds, nats: the value of Porian et al. for losses below e^3."""
-SAME_BUDGET = 0.05
-"""Runs with at most this share more FLOPs than the smallest of a profile are on it."""
-EVEN_BUDGET = 0.02
-"""Difference in FLOPs within a profile above which it is warned of: more compute lowers a loss whatever the size."""
+"""Least standard deviation of a loss between seeds, nats: the value of Porian et al. for losses below e^3."""
+EVEN_BUDGET = 0.001
+"""Difference in FLOPs within a budget above which its losses are moved: more compute lowers a loss at any size."""
+TOLD_BUDGET = 0.02
+"""Such a difference that is told of."""
 GRID_PER_RUN = 25
 FLOOR = 0.33
 """Least spread of log N*, as a share of the mean distance of the runs in log N."""
@@ -148,14 +151,14 @@ def fit_isoflops(
     *,
     group: str = "all",
     loss_column: str = "loss",
-    noise: float = NOISE,
+    noise: float | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> IsoFlopFit:
     """Optima of every budget of ``table`` and the power laws through them.
 
     Args:
-        noise: standard deviation of a loss between seeds, nats.
+        noise: standard deviation of a loss between seeds, nats; None to take it from the curves, NOISE at least.
         draws: noise draws behind the intervals.
 
     Raises:
@@ -163,7 +166,7 @@ def fit_isoflops(
             a minimum.
     """
     check_draws("--draws", draws)
-    if not 0 < noise < 1:
+    if noise is not None and not 0 < noise < 1:
         raise InputError(f"--noise: {noise} is not between 0 and 1 nat")
     if loss_column not in table.loss_columns:
         raise InputError(f"{table.path}: no loss column {loss_column!r}; has {', '.join(table.loss_columns)}")
@@ -172,7 +175,7 @@ def fit_isoflops(
     table = table.select(measured)
     # By the group's name, so that a group has the same draws whichever others are in the table; by a checksum, since
     # Python's hash of a text differs from process to process.
-    profiles, left_out = _profiles(table, loss_column, noise, draws, [seed, zlib.crc32(group.encode())])
+    profiles, left_out, noise = _profiles(table, loss_column, noise, draws, [seed, zlib.crc32(group.encode())])
     warnings += left_out
     used = [profile for profile in profiles if profile.problem is None]
     if len(used) < MIN_BUDGETS:
@@ -202,39 +205,36 @@ def fit_isoflops(
 
 
 def _profiles(
-    table: RunTable, column: str, noise: float, draws: int, seed: list[int]
-) -> tuple[list[Profile], list[str]]:
-    """The profiles of all budgets of enough sizes, and a line on every run that is in none."""
+    table: RunTable, column: str, noise: float | None, draws: int, seed: list[int]
+) -> tuple[list[Profile], list[str], float]:
+    """The profiles of all budgets of enough sizes, a line on every run that is in none, and the noise."""
     rng = np.random.default_rng(seed)
-    profiles, lines = [], []
+    levels, lines, law = [], [], None
     for level in budgets(table):
+        flops = level.numbers("flops")
+        span = (float(flops.min()), float(flops.max()))
+        if span[1] > span[0] * (1 + EVEN_BUDGET):
+            law = law_of(table, column) if law is None else law
+            level = level if law is None else at_budget(level, column, law)
+        # After the move: of two runs of one size the one with more compute has the lower loss.
         level, repeated = _best_of_each_size(level, column)
         lines += repeated
         if len(level) < MIN_RUNS:
             left = ", ".join(level.places)
-            lines.append(f"{left}: fewer than {MIN_RUNS} sizes at {level.numbers('flops')[0]:.3g} FLOPs, left out")
+            lines.append(f"{left}: fewer than {MIN_RUNS} sizes at {float(np.median(flops)):.3g} FLOPs, left out")
             continue
-        profiles.append(profile_of(level, column, noise, draws, rng))
-    return profiles, lines
+        levels.append((level, span))
+    if noise is None:
+        curves = [(level.numbers("params"), level.numbers(column)) for level, _ in levels]
+        found = noise_of([(np.log(np.sort(n)), y[np.argsort(n)]) for n, y in curves])
+        noise = max(NOISE, found or 0.0)
+    return [profile_of(level, column, noise, draws, rng, span) for level, span in levels], lines, noise
 
 
-def budgets(table: RunTable) -> list[RunTable]:
-    """The runs of each budget, ascending; a run of over 5% more FLOPs than a budget's first begins another.
-
-    Not by the gap to the run before: a chain of small gaps would join budgets of quite different FLOPs.
-    """
-    flops = table.numbers("flops")
-    labels, label, first = np.empty(len(flops), int), -1, 0.0
-    for i in np.argsort(flops, kind="stable"):
-        # The first is zero at the start, so that the smallest run begins a budget, too.
-        if flops[i] > first * (1 + SAME_BUDGET):
-            label, first = label + 1, flops[i]
-        labels[i] = label
-    return [table.select(labels == i) for i in range(label + 1)]
-
-
-def profile_of(table: RunTable, column: str, noise: float, draws: int, rng: np.random.Generator) -> Profile:
-    """The profile of one budget's runs, whose sizes are distinct."""
+def profile_of(
+    table: RunTable, column: str, noise: float, draws: int, rng: np.random.Generator, span: tuple[float, float]
+) -> Profile:
+    """The profile of one budget's runs, whose sizes are distinct; ``span`` are its smallest and largest FLOPs."""
     order = np.argsort(table.numbers("params"))
     params, tokens, loss = (table.numbers(c)[order] for c in ("params", "tokens", column))
     x = np.log(params)
@@ -250,10 +250,9 @@ def profile_of(table: RunTable, column: str, noise: float, draws: int, rng: np.r
     inside = (lowest > 0) & (lowest < len(grid) - 1)
     found = np.stack([np.log(grid)[lowest], log_tokens[lowest], curves[lowest, np.arange(draws)]], axis=1)
     found[~inside] = np.nan
-    flops = table.numbers("flops")
     profile = Profile(
-        flops=float(np.median(flops)),
-        flops_range=(float(flops.min()), float(flops.max())),
+        flops=float(np.median(table.numbers("flops"))),
+        flops_range=span,
         params=params,
         tokens=tokens,
         loss=loss,
@@ -281,7 +280,7 @@ def fit_isoflop_table(
     *,
     group_by: str | None = None,
     losses: str = "loss",
-    noise: float = NOISE,
+    noise: float | None = None,
     draws: int = 1000,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
@@ -352,16 +351,17 @@ def _warnings(fit: IsoFlopFit) -> list[str]:
     found = table_warnings(fit.table)
     if len(fit.used) < FEW_BUDGETS:
         found.append(f"only {len(fit.used)} budgets have a minimum: the exponents are rough below {FEW_BUDGETS}")
+    spans = [high / low - 1 for low, high in (profile.flops_range for profile in fit.profiles)]
+    if max(spans) > TOLD_BUDGET:
+        found.append(
+            f"{sum(span > TOLD_BUDGET for span in spans)} of {len(spans)} budgets have runs that differ in FLOPs, by "
+            f"up to {max(spans):.1%}: their losses were moved to the budget along the law's slope"
+        )
     for profile in fit.profiles:
         name = f"{profile.flops:.3g} FLOPs"
         if profile.problem:
             found.append(f"{name}: {profile.problem}; not used")
             continue
-        span = profile.flops_range[1] / profile.flops_range[0] - 1
-        if span > EVEN_BUDGET:
-            found.append(
-                f"{name}: its runs differ by {span:.1%} in FLOPs, which shifts the minimum; train at equal FLOPs"
-            )
         if not np.isfinite(profile.parabola):
             found.append(f"{name}: the profile is not convex around its minimum")
         rise = np.diff(profile.loss)

@@ -44,8 +44,8 @@ def to_markdown(fits: list[IsoFlopFit]) -> str:
         parabola = "not available" if fit.parabola_a is None else f"{fit.parabola_a:.4f}"
         lines += [
             "",
-            f"- {len(fit.table)} runs, {len(fit.used)} of {len(fit.profiles)} budgets used; noise {fit.noise:g} nats, "
-            f"{len(fit.exponent_draws)} draws, seed {fit.seed}",
+            f"- {len(fit.table)} runs, {len(fit.used)} of {len(fit.profiles)} budgets used; noise {fit.noise:.2g} "
+            f"nats, {len(fit.exponent_draws)} draws, seed {fit.seed}",
             f"- a by parabolas through the runs around each minimum: {parabola}",
             "- intervals of exponents are percentiles of the draws; that of N* is 1.96 times their spread to either "
             f"side, taken as at least {FLOOR} of the distance between sizes, also in the plot",

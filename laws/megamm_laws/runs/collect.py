@@ -7,6 +7,8 @@ from ``facts``, by run name. To read another kind of log, add a function to :dat
 
 import csv
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,25 +16,55 @@ from typing import Any
 
 from megamm_laws.errors import InputError
 from megamm_laws.runs import conventions
-from megamm_laws.runs.readers.curve import Curve, curve_rows
+from megamm_laws.runs.readers.composer import read_composer
+from megamm_laws.runs.readers.curve import ROTATED, Curve, curve_rows
+from megamm_laws.runs.readers.hf_trainer import read_hf_trainer
+from megamm_laws.runs.readers.lingua import read_lingua
 from megamm_laws.runs.readers.megatron import read_megatron
 from megamm_laws.runs.readers.names import TagMap
-from megamm_laws.runs.readers.run_dirs import folders_set_aside, intermediate_rows, row_of_result
-from megamm_laws.runs.readers.tensorboard_events import MARK, has_events, read_events
+from megamm_laws.runs.readers.nanogpt import read_nanogpt
+from megamm_laws.runs.readers.nanotron import read_nanotron
+from megamm_laws.runs.readers.olmo_core import read_olmo_core
+from megamm_laws.runs.readers.parts import join_parts
+from megamm_laws.runs.readers.run_dirs import (
+    DivergedError,
+    folders_set_aside,
+    intermediate_rows,
+    is_run_dir,
+    row_of_result,
+)
+from megamm_laws.runs.readers.tensorboard_events import MARK, read_events
 from megamm_laws.runs.readers.torchtitan import read_torchtitan
 from megamm_laws.runs.readers.wandb_export import read_wandb
-from megamm_laws.runs.table import check_one_loss, csv_records, is_number, parse_number, read_runs
+from megamm_laws.runs.table import (
+    check_one_loss,
+    csv_records,
+    is_number,
+    parse_number,
+    read_runs,
+    unlike_validation,
+)
 
-TEXT_LOGS = (".log", ".out", ".txt", ".jsonl", ".ndjson", ".csv")
-"""Endings of the files that are tried as logs inside a folder."""
-READERS: list[Callable[[Path, dict[str, str]], list[Curve] | None]] = [
+LOG_NAME = re.compile(
+    r".+\.(log|out|err|txt|jsonl|ndjson)(\.\d+)?|.+\.csv|.+\.[oe]\d+|(.*[-_.])?(stdout|stderr|log)|trainer_state\.json",
+    re.IGNORECASE,
+)
+"""Names of the files that are tried as logs inside a folder; rotated ones and those of batch systems, too."""
+READERS: list[Callable[[Path], list[Curve] | None] | Callable[[Path, dict[str, str]], list[Curve] | None]] = [
     read_events,
+    read_lingua,
     read_wandb,
-    # These two read lines that the trainer words itself: there are no free tags to map.
-    lambda path, mapping: read_megatron(path),
-    lambda path, mapping: read_torchtitan(path),
+    read_hf_trainer,
+    read_megatron,
+    read_torchtitan,
+    read_nanotron,
+    read_olmo_core,
+    read_composer,
+    read_nanogpt,
 ]
 """Tried in turn on each file; a reader returns None for a file that is not of its kind."""
+MAPPED = (read_events, read_wandb)
+"""Readers of free tags, which take a mapping; the others read lines that the trainer words itself."""
 SHOWN = 3
 """Reasons named where nothing is left."""
 LOSSES = ("auto", "validation", "training")
@@ -49,6 +81,7 @@ class Options:
         convention: name in conventions.CONVENTIONS to count all rows by; None leaves each as its source counted it.
         mapping: tag of a log -> our name, over the usual names.
         facts: run name -> columns that hold for the run; those under ``*`` hold for all.
+        allow_unlike: take in losses that were measured on unlike validation sets.
     """
 
     loss: str = "auto"
@@ -57,6 +90,7 @@ class Options:
     convention: str | None = None
     mapping: dict[str, str] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    allow_unlike: bool = False
 
     def facts_of(self, run: str) -> dict[str, Any]:
         """Columns given by hand for a run."""
@@ -69,11 +103,15 @@ class Collected:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
+    keys: list[tuple] = field(default_factory=list)
+    """What tells a row from all others: one that is reached by two of the paths has the same key."""
     left_out: list[str] = field(default_factory=list)
 
-    def add(self, row: dict[str, Any], origin: str) -> None:
+    def add(self, row: dict[str, Any], origin: str, identity: str = "") -> None:
         self.rows.append(row)
         self.origins.append(origin)
+        # Two exports may name a run in two ways; its id is one.
+        self.keys.append((identity, row.get("checkpoint"), row["tokens"]) if identity else (origin, row["run"]))
 
 
 def collect(
@@ -106,6 +144,8 @@ def collect(
     left_out += _facts_of_no_run(options, rows)
     rows = _count(rows, places, options)
     check_one_loss(rows, places)
+    if not options.allow_unlike and (unlike := unlike_validation(rows, places)):
+        raise InputError(f"{unlike}: losses on unlike validation sets; leave one out, or take both with --allow")
     return rows, left_out
 
 
@@ -117,15 +157,15 @@ def _gather(
     places: list[str] = []
     excluded: list[str] = []
     left_out: list[str] = []
-    origins: set[str] = set()
+    seen: set[tuple] = set()
     named: dict[tuple, str] = {}
     for path in paths:
         found = _read(path, options, progress)
         left_out += found.left_out
-        for row, origin in zip(found.rows, found.origins):
-            if (key := f"{origin} {row['run']}") in origins:  # reached by two of the paths
+        for row, origin, key in zip(found.rows, found.origins, found.keys):
+            if key in seen:
                 continue
-            origins.add(key)
+            seen.add(key)
             reason = _excluded(row, options)
             if reason:
                 excluded.append(f"{origin}: {reason}")
@@ -163,9 +203,11 @@ def _read(path: Path, options: Options, progress: Callable[[str], None]) -> Coll
     if curves is None and path.suffix.lower() == ".csv":
         return _read_table(path, options)
     if curves is None:
+        what = "not a kind of log that is known" if path.stat().st_size else "empty"
         raise InputError(
-            f"{path}: not a kind of log that is known; give run directories, TensorBoard event files, output of "
-            "Megatron-LM or torchtitan, exports of W&B or a runs.csv"
+            f"{path}: {what}; give run directories, TensorBoard event files, output of Megatron-LM, torchtitan, "
+            "nanotron, OLMo-core, Composer or nanoGPT, "
+            "metrics.jsonl of lingua, trainer_state.json, exports of W&B or a runs.csv"
         )
     _add_curves(found, curves, options)
     return found
@@ -174,77 +216,122 @@ def _read(path: Path, options: Options, progress: Callable[[str], None]) -> Coll
 def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) -> Collected:
     """Everything at or below a folder; inside one of our run directories nothing further is looked for."""
     found = Collected()
-    events: dict[tuple[str, Path], Curve] = {}
+    curves: list[Curve] = []
+    others: list[Path] = []
     aside = folders_set_aside(root)
     for place, subfolders, files in os.walk(root):
-        subfolders.sort()  # the order of the file system would be the order of the table
+        subfolders.sort(key=_in_order)  # the order of the file system would be the order of the table
         folder = Path(place)
         progress(f"reading {folder}")
         # A folder whose own path is given is wanted, whatever its study says.
-        if folder != root and (reason := aside.get(folder.resolve())):
+        if aside and folder != root and (reason := aside.get(folder.resolve())):
             subfolders.clear()
             found.left_out.append(f"{folder}: set aside by its study: {reason}")
-        elif "result.json" in files:
+        elif is_run_dir(folder, files):
             subfolders.clear()
-            _add_run_directory(found, folder, root, options)
-        elif "config.yaml" in files and not has_events(folder):
-            subfolders.clear()
-            found.left_out.append(f"{folder}: unfinished (config.yaml but no result.json)")
+            if "result.json" in files:
+                _add_run_directory(found, folder, root, options)
+            else:
+                found.left_out.append(f"{folder}: unfinished (config.yaml but no result.json)")
         else:
-            if has_events(folder):  # every start of a run may have a folder of its own
-                for curve in read_events(folder, options.mapping) or []:
-                    # Folders come sorted, and those of starts are named by their time: what a later start wrote
-                    # overwrites.
-                    first = events.setdefault((curve.name, folder.parent), curve)
-                    if first is not curve:
-                        first.merge(curve)
-            texts = [folder / f for f in sorted(files) if Path(f).suffix.lower() in TEXT_LOGS and MARK not in f]
-            for text in texts:
-                progress(f"reading {text}")
-                curves = _curves(text, options)
-                if curves is None:  # a table may hold the very runs beside it
-                    table = "; a table is read where its own path is given" if text.suffix.lower() == ".csv" else ""
-                    found.left_out.append(f"{text}: not a kind of log that is known{table}")
-                _add_curves(found, curves or [], options)
-    _add_curves(found, list(events.values()), options)
+            # Every start of a run may have a folder of its own; they come sorted, and are named by their time.
+            logs = [folder] if any(MARK in name for name in files) else []
+            # Older parts of a rotated log first.
+            names = sorted((name for name in files if MARK not in name and LOG_NAME.fullmatch(name)), key=_oldest_first)
+            logs += [folder / name for name in names]
+            others += [folder / name for name in sorted(files) if MARK not in name and not LOG_NAME.fullmatch(name)]
+            for log in logs:
+                curves += _curves_below(log, found, options, progress)
+    _add_curves(found, curves, options)
+    if others:
+        found.left_out.append(_not_looked_at(root, others))
     if not found.rows and not found.left_out:
         raise InputError(f"{root}: no run at or below it: no folder with result.json, no event files, no log")
     return found
 
 
+def _curves_below(log: Path, found: Collected, options: Options, progress: Callable[[str], None]) -> list[Curve]:
+    """The parts of runs in a log that was come upon; a line where it cannot be read, as others may be."""
+    progress(f"reading {log}")
+    try:
+        curves = _curves(log, options)
+    except InputError as error:
+        found.left_out.append(str(error))
+        return []
+    if curves is None and not log.stat().st_size:
+        found.left_out.append(f"{log}: empty")
+    elif curves is None:  # a table may hold the very runs beside it
+        table = "; a table is read where its own path is given" if log.suffix.lower() == ".csv" else ""
+        found.left_out.append(f"{log}: not a kind of log that is known{table}")
+    for curve in curves or []:
+        curve.unit = curve.unit or log.parent
+    return curves or []
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Key that sorts checkpoint-9 before checkpoint-10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _oldest_first(name: str) -> tuple[str, int]:
+    whole = ROTATED.fullmatch(name)
+    return (whole[1], -int(name.rpartition(".")[2])) if whole else (name, 0)
+
+
+def _not_looked_at(root: Path, files: list[Path]) -> str:
+    endings = Counter(file.suffix or file.name for file in files).most_common()
+    shown = ", ".join(f"{number} {ending}" for ending, number in endings[:SHOWN])
+    more = f" and {len(endings) - SHOWN} other endings" if endings[SHOWN:] else ""
+    return f"{root}: {len(files)} files not looked at, by their names no logs: {shown}{more} (the first: {files[0]})"
+
+
 def _add_run_directory(found: Collected, folder: Path, root: Path, options: Options) -> None:
-    row = row_of_result(folder, root)
+    try:
+        row = row_of_result(folder, root)
+    except DivergedError as error:
+        found.left_out.append(str(error))
+        return
     # Before the intermediate rows, which are copies of this one.
     row |= options.facts_of(row["run"])
+    origin = str(folder.resolve())
     if options.include_intermediate:
         for early in intermediate_rows(folder, row):
-            found.add(early, str(folder.resolve()))
-    found.add(row, str(folder.resolve()))
+            found.add(early, origin)
+    found.add(row, origin)
 
 
 def _curves(path: Path, options: Options) -> list[Curve] | None:
-    # An empty list is an answer, too: a file of that kind without a run.
-    return next((c for c in (reader(path, options.mapping) for reader in READERS) if c is not None), None)
+    """The parts of runs in a file or a folder of events, as its reader gives them; None where none knows it."""
+    for reader in READERS:
+        if path.is_dir() and reader is not read_events:
+            continue
+        curves = reader(path, options.mapping) if reader in MAPPED else reader(path)  # type: ignore[call-arg]
+        # An empty list is an answer, too: a file of that kind without a run.
+        if curves is not None:
+            for curve in curves:
+                curve.kind = reader.__name__
+            return curves
+    return None
 
 
 def _add_curves(found: Collected, curves: list[Curve], options: Options) -> None:
-    for curve in curves:
+    for curve in join_parts(curves):
         curve.facts |= options.facts_of(curve.name)
         rows, left_out = curve_rows(curve, loss=options.loss, intermediate=options.include_intermediate)
         found.left_out += left_out
         for row in rows:
-            found.add(row, curve.origin)
+            found.add(row, curve.origin, curve.identity)
 
 
 def _read_table(path: Path, options: Options) -> Collected:
     """A file already in the form of `runs.csv`."""
     table = read_runs(path, comparable=False)  # rows can still be converted, or left out
-    found = Collected()
+    found, origin = Collected(), path.resolve()
     for row, line in zip(table.rows, table.lines):
         name = row.get("run") or f"{path.stem}-{line}"
         kept = {k: None if v == "" else v for k, v in row.items()}
         # Facts last: given by hand, they correct what the table says.
-        found.add({**kept, "run": name, **options.facts_of(name)}, f"{path.resolve()} line {line}")
+        found.add({**kept, "run": name, **options.facts_of(name)}, f"{origin} line {line}")
     return found
 
 

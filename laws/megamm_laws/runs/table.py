@@ -1,13 +1,14 @@
 """Tables of finished runs: written and read as `runs.csv`, checked row by row.
 
 A row is a dictionary with the columns of `runs.csv`: ``run, architecture, mixture, params, params_active,
-tokens, flops, loss``, a ``loss_*`` per source (nats), those of conventions.FACTS and four of our own:
+tokens, flops, loss``, a ``loss_*`` per source (nats), those of conventions.FACTS and some of our own:
 
 * ``flops_convention``: how params and FLOPs are counted, a name in conventions.CONVENTIONS;
 * ``checkpoint``: ``final`` or ``intermediate``;
 * ``cooled``: whether the learning rate was cooled down there;
 * ``trunk``: what the run shares steps with: the run directory of its constant-rate trunk, or the run of which it is
-  an intermediate checkpoint; empty if none.
+  an intermediate checkpoint; empty if none;
+* ``validation_set``: ``SOURCE:DIGEST`` of each source whose rows the loss was measured on; empty where it is not known.
 
 Columns beyond these are kept, so that a fit can be grouped by them.
 """
@@ -29,10 +30,26 @@ from megamm_laws.runs import conventions
 
 COLUMNS = ("run", "architecture", "mixture", "params", "params_active", "tokens", "flops", "loss")
 LOSS_COLUMNS = ("loss_text", "loss_caption", "loss_interleaved")
-OWN_COLUMNS = (conventions.COLUMN, "measured_on", "checkpoint", "cooled", "trunk")
+OWN_COLUMNS = (conventions.COLUMN, "measured_on", "checkpoint", "cooled", "trunk", "validation_set")
 REQUIRED = ("params", "tokens", "loss")
 POSITIVE = ("params", "params_active", "tokens", "flops", "params_total", "flops_exact")
 NOT_NEGATIVE = ("params_embedding", "params_head", "params_vision", "tokens_vision")
+KAPPA = (0.1, 10.0)
+"""FLOPs over 6ND of any usual count."""
+UNITS = {
+    1e3: "FLOPs in thousands?",
+    1e6: "FLOPs in MFLOP?",
+    1e9: "FLOPs in GFLOP?",
+    1e12: "FLOPs in TFLOP?",
+    1e15: "FLOPs in PFLOP?",
+    1e18: "FLOPs in EFLOP?",
+    1e21: "FLOPs in ZFLOP?",
+    86400e15: "FLOPs in PFLOP/s-days?",
+}
+"""What a column of FLOPs is a share of, by how many FLOPs one unit is."""
+FEWEST_PARAMS = 1e4
+PER_PARAM = (0.01, 1e6)
+"""Tokens per parameter that anyone trains with."""
 SMALLEST, LARGEST = 1e-6, 1e40
 """Numbers above zero outside this range are slips of the keyboard, and powers of them leave the range of floats."""
 
@@ -286,6 +303,49 @@ def check_one_loss(rows: list[dict[str, Any]], places: list[str]) -> None:
             )
 
 
+def unlike_validation(rows: list[dict[str, Any]], places: list[str]) -> str | None:
+    """A line on the first row that was validated on other content of a source than a row before; None if none was."""
+    first: dict[str, tuple[str, str]] = {}
+    for row, place in zip(rows, places):
+        for part in str(row.get("validation_set") or "").split():
+            source, _, digest = part.rpartition(":")
+            known, at = first.setdefault(source, (digest, place))
+            if known != digest:
+                return f"{place}: column validation_set: source {source} is {digest}, but {at} has {known}"
+    return None
+
+
+def suspicious_units(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """A line per kind of count that is likely in another unit: how many runs, the first of them, and the slip."""
+    found: dict[str, list[str]] = {}
+    for row, name in zip(rows, names):
+        n, d, c = float(row["params"]), float(row["tokens"]), float(row["flops"])
+        if (slip := _slip_of_flops(c / (6 * n * d))) is not None:
+            found.setdefault(f"FLOPs are not .1 to 10 times 6ND: {slip}", []).append(
+                f"{name}, kappa {c / (6 * n * d):.2g}"
+            )
+        if n < FEWEST_PARAMS:
+            slip = "params in millions or billions?" if n < 1e3 else "params in thousands?"
+            found.setdefault(f"fewer than {FEWEST_PARAMS:.0e} parameters: {slip}", []).append(f"{name}, {n:.4g}")
+        elif not PER_PARAM[0] <= d / n <= PER_PARAM[1]:
+            slip = (
+                "tokens in millions or billions, or counted in steps?" if d < n else "params in thousands or millions?"
+            )
+            text = f"tokens per parameter outside {PER_PARAM[0]:g} to {PER_PARAM[1]:g}: {slip}"
+            found.setdefault(text, []).append(f"{name}, {d / n:.2g}")
+    return [f"{len(where)} of {len(rows)} runs: {text} (the first: {where[0]})" for text, where in found.items()]
+
+
+def _slip_of_flops(kappa: float) -> str | None:
+    """What is likely wrong with FLOPs of ``kappa`` times 6ND; None where nothing need be."""
+    if KAPPA[0] <= kappa <= KAPPA[1]:
+        return None
+    for factor, slip in UNITS.items():
+        if KAPPA[0] <= kappa * factor <= KAPPA[1]:
+            return slip
+    return "FLOPs of another count, or params or tokens in another unit?"
+
+
 def suspected_duplicates(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
     """A line per pair of rows whose params, tokens and loss agree to the last digit."""
     seen: dict[tuple, str] = {}
@@ -310,7 +370,9 @@ def table_warnings(table: RunTable) -> list[str]:
                 f"{sum(flags)} of {len(table)} runs {what} (the first: {table.select(flags).places[0]}): their losses "
                 "lie above those of runs planned to end there; leave them out"
             )
-    return found + suspected_duplicates(table.rows, table.names)
+    if unlike := unlike_validation(table.rows, table.places):
+        found.append(f"losses of unlike validation sets: {unlike}; the law mixes two scales")
+    return found + suspicious_units(table.rows, table.names) + suspected_duplicates(table.rows, table.names)
 
 
 def write_runs(path: Path | str, rows: list[dict[str, Any]]) -> None:

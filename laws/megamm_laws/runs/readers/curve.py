@@ -27,15 +27,23 @@ AT_END = 0.99
 """A validation from this share of the steps on is the final one."""
 RATES = ("tokens_per_step", "flops_exact_per_token")
 """Facts of a curve that are not columns themselves."""
+DIVERGED = 2.0
+"""A run whose last loss is this many times its lowest has diverged."""
 GENERIC = re.compile(
-    r"metrics|history|logs?|train|stdout|out|output|tensorboard|tb|events|rank_?\d+|\d{8}[-_]\d{4,6}", re.IGNORECASE
+    r"metrics|history|logs?|train|job|console|stdout|stderr|out|err|output|tensorboard|tb|events|(logs?-)?rank_?\d+|"
+    r"trainer_state|checkpoint-\d+|lightning_logs|version_\d+|\d{8}[-_]\d{4,6}",
+    re.IGNORECASE,
 )
 """Names of files and folders that say nothing of the run in them; the last is the time of a start."""
+ROTATED = re.compile(r"(.+\.(?:log|out|err|txt|jsonl|ndjson))\.\d+", re.IGNORECASE)
+"""Older parts of a log: `train.log.1` was written before `train.log`."""
 
 
 def run_name(path: Path) -> str:
     """Name of the run that a file or folder holds: its own without the ending, or that of a folder above it."""
-    parts = [path.stem if path.suffix and not path.is_dir() else path.name, *(p.name for p in path.resolve().parents)]
+    whole = ROTATED.fullmatch(path.name)
+    own = Path(whole[1]).stem if whole else path.stem if path.suffix and not path.is_dir() else path.name
+    parts = [own, *(p.name for p in path.resolve().parents)]
     return next((part for part in parts if part and not GENERIC.fullmatch(part)), path.name)
 
 
@@ -58,6 +66,16 @@ class Curve:
     """What the log says of it; None to go by ``total_steps``."""
     missing: str = ""
     """Why a fact could not be read, for the message that asks for it."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """What the head of the log says beside facts and tells one run from another: learning rate, seed, data, ..."""
+    headed: bool = True
+    """Whether the log begins with the head of a run; one without goes on from another log."""
+    unit: Path | None = None
+    """Folder below which logs of the same name may be parts of one run; None for the file alone."""
+    kind: str = ""
+    """The reader."""
+    identity: str = ""
+    """What the source itself tells the run by (W&B's id): a run met twice counts once."""
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Values at a step; known ones are overwritten."""
@@ -68,12 +86,21 @@ class Curve:
         for step, values in later.points.items():
             self.add(step, values)
         self.facts |= later.facts
+        self.settings |= later.settings
+        self.headed |= later.headed
+        self.missing = "" if "params" in self.facts else later.missing or self.missing
         self.total_steps = later.total_steps or self.total_steps
+        self.cooled = self.cooled if later.cooled is None else later.cooled
+        self.finished = self.finished if later.finished is None else later.finished
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a key, by step: two float64 arrays."""
         pairs = sorted((step, values[key]) for step, values in self.points.items() if key in values)
         return np.array([s for s, _ in pairs], float), np.array([v for _, v in pairs], float)
+
+    @property
+    def first_step(self) -> int:
+        return min(self.points)
 
     @property
     def last_step(self) -> int:
@@ -99,6 +126,25 @@ def validation_steps(curve: Curve) -> list[int]:
     return sorted(step for step, values in curve.points.items() if losses_of(values))
 
 
+def divergence(curve: Curve, loss: str = "auto") -> str:
+    """Why the end of a run is no result, empty where it is one; ``loss`` is as in :func:`curve_rows`."""
+    steps = validation_steps(curve) if loss in ("auto", "validation") else []
+    if steps:
+        kind, values = "validation", [losses_of(curve.points[step])["loss"] for step in steps]
+    else:
+        kind, values = "training", curve.series("train_loss")[1].tolist()
+    if not values:
+        return ""
+    last = values[-1]
+    if not np.isfinite(last):
+        return f"diverged: its last {kind} loss is {last}"
+    lowest = min(value for value in values if np.isfinite(value))
+    # Not of negative ones: they are no losses, and are refused as such.
+    if last > DIVERGED * lowest > 0:
+        return f"diverged: its last {kind} loss is {last:.4g}, after {lowest:.4g} before"
+    return ""
+
+
 def curve_rows(
     curve: Curve, *, loss: str = "auto", intermediate: bool = False
 ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -109,11 +155,15 @@ def curve_rows(
         intermediate: also give a row per validation before the end, named RUN@STEP, and the last point of an
             unfinished run; they share their ``trunk`` with the final row, so that a bootstrap keeps them together.
 
+    A run that diverged, or whose log holds no step, gives no row but a line.
+
     Raises:
-        InputError: a loss that is not finite, or no value for a required column.
+        InputError: a count that is not finite, or no value for a required column.
     """
     if not curve.points:
         return [], [f"{curve.origin}: run {curve.name}: no step in it"]
+    if reason := divergence(curve, loss):
+        return [], [f"{curve.origin}: run {curve.name}: {reason}"]
     steps = validation_steps(curve) if loss in ("auto", "validation") else []
     if loss == "validation" and not steps:
         raise InputError(f"{curve.origin}: run {curve.name}: no validation loss in the log; --loss training takes it")

@@ -3,16 +3,18 @@
 Read are ``iteration N/TOTAL | ... | lm loss: X |`` lines, ``validation loss at iteration N`` lines (one set, or
 several named ones; the test set is not read), the parameters printed per model-parallel rank, and the arguments.
 Tokens are consumed samples times ``seq_length``. Exact FLOPs (matrix products, attention and logits) are throughput
-times time, printed with ``--log-throughput``. Files of several ranks or restarts may be concatenated.
+times time, printed with ``--log-throughput``. Files of several ranks, restarts or runs may be concatenated.
 """
 
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from megamm_laws.runs.readers.curve import Curve, run_name
+from megamm_laws.runs.readers.parts import holds
 
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+)\s*\|(.*)")
 _VALIDATION = re.compile(r"validation(?:-(\S+))? loss at iteration (\d+)(?: on (\w+) set)?\s*\|(.*)")
@@ -21,17 +23,43 @@ _VOCABULARY = re.compile(r"padded vocab \(size: \d+\).*\(new size: (\d+)\)")
 _PARAMETERS = re.compile(r"number of parameters on .*?model parallel rank \(?([\d, ]+?)\)?: (\d+)")
 
 
+_MARK = re.compile(rb"iteration\s+\d+/\s*\d+\s*\|.*lm loss")
+_HEAD = re.compile(r"-{5,} arguments -{5,}")
+_HEADS = ("train_iters", "seq_length", "hidden_size", "global_batch_size")
+_OF_A_START = re.compile(
+    r"load|save|rank|local_rank|world_size|.*parallel.*|.*interval|exit_.*|log_.*|tensorboard_.*|wandb_.*|.*_cache_path|"
+    r"num_workers|master_.*|.*timeout.*|recompute.*|micro_batch_size|iteration|consumed_.*|finetune|padded_vocab_size"
+)
+"""Arguments that may change when a run is started again."""
+
+
+@dataclass
+class _Part:
+    """What one start printed."""
+
+    curve: Curve
+    arguments: dict[str, str] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    iterations: int = 0
+
+
 def read_megatron(path: Path) -> list[Curve] | None:
-    """The run in a file of Megatron-LM's output; None if the file has no iteration line of that form."""
-    curve, iterations = Curve(name=run_name(path), origin=str(path)), 0
-    arguments: dict[str, str] = {}
-    ranks: dict[str, int] = {}
+    """The runs in a file of Megatron-LM's output; None if the file has no iteration line of that form.
+
+    The list of arguments begins a new part. What is concatenated by rank may have steps before it: those of the first
+    list.
+    """
+    if not holds(path, _MARK):
+        return None
+    parts = [_Part(Curve(name=run_name(path), origin=str(path)))]
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
+            part = parts[-1]
+            curve = part.curve
             if match := _ITERATION.search(line):
                 fields = _fields(match[3])
                 # DeepSpeed's fork and others share the first part of the line; the loss tells that it is a step.
-                iterations += "lm loss" in fields
+                part.iterations += "lm loss" in fields
                 curve.total_steps = int(match[2]) or None
                 curve.add(int(match[1]), _point(fields))
             elif match := _VALIDATION.search(line):
@@ -39,28 +67,40 @@ def read_megatron(path: Path) -> list[Curve] | None:
                     curve.add(int(match[2]), {f"loss_{match[1]}".lower() if match[1] else "loss": loss})
             elif match := _PARAMETERS.search(line):
                 # By rank, since every restart prints the same counts again.
-                ranks[match[1]] = int(match[2])
+                part.ranks[match[1]] = int(match[2])
             elif match := _VOCABULARY.search(line):
-                arguments["padded_vocab_size"] = match[1]
+                part.arguments["padded_vocab_size"] = match[1]
             elif match := _ARGUMENT.search(line):
-                arguments.setdefault(match[1], match[2])
-    if not iterations:
-        return None
-    # After the whole file: what is concatenated may have steps before the arguments.
+                part.arguments.setdefault(match[1], match[2])
+            elif _HEAD.search(line) and part.iterations and part.arguments:
+                parts.append(_Part(Curve(name=curve.name, origin=curve.origin)))
+    return [_finished(part) for part in parts]
+
+
+def _finished(part: _Part) -> Curve:
+    """The curve with what follows from the arguments."""
+    curve, arguments = part.curve, part.arguments
     sequence = _integer(arguments, "seq_length")
     for values in curve.points.values():
         samples = values.pop("samples", None)
         if samples is not None and sequence:
             values["tokens"] = samples * sequence
+    curve.headed = any(name in arguments for name in _HEADS)
+    curve.settings = settings_of(arguments)
     curve.facts = facts_of_arguments(arguments)
-    curve.facts |= _counts(arguments, ranks, curve)
+    curve.facts |= _counts(arguments, part.ranks, curve)
     world, per_step = _integer(arguments, "world_size"), curve.facts.get("tokens_per_step")
     speeds = [(v.pop("throughput", None), v.pop("milliseconds", None)) for v in curve.points.values()]
     done = [speed * time for speed, time in speeds if speed and time]
     if done and world and per_step:
         # 1e9: TFLOP/s times milliseconds. Throughput is that of one GPU, hence the world size.
         curve.facts["flops_exact_per_token"] = median(done) * 1e9 * world / per_step
-    return [curve]
+    return curve
+
+
+def settings_of(arguments: dict[str, str]) -> dict[str, str]:
+    """Arguments that do not change when a run is started again."""
+    return {name: value for name, value in arguments.items() if not _OF_A_START.fullmatch(name)}
 
 
 def facts_of_arguments(arguments: dict[str, str]) -> dict[str, Any]:

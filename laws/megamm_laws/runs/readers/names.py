@@ -79,6 +79,7 @@ ALIASES = {
     "total_steps": ("total_steps", "max_steps", "train_steps", "train_iters"),
     "step": ("step", "_step", "global_step", "trainer/global_step", "iteration", "train/global_step", "train/step"),
     "run": ("run", "run_name", "name"),
+    "id": ("id", "run_id", "run/id", "_run_id"),
     "state": ("state",),
     "architecture": ("architecture", "model/architecture"),
     "mixture": ("mixture", "data/mixture"),
@@ -88,6 +89,7 @@ _KEY_OF = {alias: key for key, aliases in ALIASES.items() for alias in aliases}
 _SOURCE = re.compile(
     r"(?:val|valid|validation|eval)[/_](?:lm/)?([\w.+-]+)[/_](?:ce )?loss|lm loss validation-(\S+)", re.I
 )
+_DOTTED_SOURCE = re.compile(r"(?:val|valid|validation|eval)\.(?:lm\.)?([\w.+-]+)\.(?:ce )?loss()", re.I)
 
 
 class TagMap(dict[str, str]):
@@ -107,10 +109,12 @@ def key_of_tag(tag: str, mapping: dict[str, str] | None = None) -> str | None:
     if mapping and tag in mapping:
         return mapping[tag]
     lower = tag.strip().lower()
-    for prefix in ("", "config/", "summary/"):
-        if lower.startswith(prefix) and lower.removeprefix(prefix) in _KEY_OF:
-            return _KEY_OF[lower.removeprefix(prefix)]
-    source = _SOURCE.fullmatch(tag.strip())
+    # Some trainers part their names by dots; names of sources may hold some, too.
+    for name in (lower, lower.replace(".", "/")):
+        for prefix in ("", "config/", "summary/"):
+            if name.startswith(prefix) and name.removeprefix(prefix) in _KEY_OF:
+                return _KEY_OF[name.removeprefix(prefix)]
+    source = _SOURCE.fullmatch(tag.strip()) or _DOTTED_SOURCE.fullmatch(tag.strip())
     return f"loss_{(source[1] or source[2]).lower()}" if source else None
 
 

@@ -1,6 +1,9 @@
 """Our own run directories: result.json of finished runs, metrics.jsonl for intermediate checkpoints."""
 
-from collections.abc import Iterator
+import hashlib
+import math
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,24 @@ COPIED = ("params_vision", "tokens_vision", "flops_exact", "init")
 """Columns of the table, beside those of `runs.csv`, that result.json holds."""
 STUDY_DEPTH = 4
 """Folders looked into for study.json, upwards: a run directory, its ladder, runs/, the study."""
+_MODEL = re.compile(r"^model:\n((?:[ #].*\n|\n)*)", re.MULTILINE)
+_SIZES = re.compile(r"^  (vocab_size|width|tied_embeddings): (\d+|true|false)$", re.MULTILINE)
+
+
+class DivergedError(Exception):
+    """A run without a result; the message says where and why."""
+
+
+def is_run_dir(folder: Path, files: Collection[str]) -> bool:
+    """Whether a folder that holds ``files`` is a run directory: by what they are, as others write these names, too."""
+    if "result.json" not in files:
+        return "run.json" in files and "config.yaml" in files
+    if "config.yaml" in files or "run.json" in files:
+        return True
+    try:
+        return {"name", *REQUIRED} <= set(read_json(folder / "result.json"))
+    except InputError:
+        return False
 
 
 def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
@@ -21,9 +42,13 @@ def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
 
     Raises:
         InputError: result.json is not valid or lacks a field.
+        DivergedError: its loss is not finite.
     """
     path = run_dir / "result.json"
     result = read_json(path)
+    loss = result.get("loss")
+    if isinstance(loss, float) and not math.isfinite(loss):
+        raise DivergedError(f"{path}: diverged: column loss: {loss}")
     missing = [key for key in ("name", *REQUIRED) if result.get(key) is None]
     if missing:
         raise InputError(f"{path}: no field {', '.join(missing)}; run the training again or move the folder away")
@@ -37,8 +62,10 @@ def row_of_result(run_dir: Path, root: Path) -> dict[str, Any]:
     trunk = Path(branch) if branch else None if cooled else run_dir
     row |= {"trunk": _relative(trunk, root) if trunk else None, "cooled": cooled}
     row |= {"checkpoint": "final", "measured_on": "validation", **_vocabulary(run_dir)}
+    row["validation_set"] = _validation_set(result.get("fingerprints"))
+    where = str(path)
     for column in filter(is_number, list(row)):
-        row[column] = parse_number(str(path), column, row[column])
+        row[column] = parse_number(where, column, row[column])
     if row["flops"] is not None:  # ours are the paper's
         row["flops_convention"] = "paper"
     return row
@@ -113,14 +140,31 @@ def _metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _vocabulary(run_dir: Path) -> dict[str, float]:
-    """Parameters of the two untied vocabulary tables, from config.yaml."""
-    path = run_dir / "config.yaml"
+    """Parameters of the vocabulary tables, two or a tied one, from config.yaml."""
     try:
-        model = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model") or {}
-        table = float(model["vocab_size"]) * float(model["width"])
+        text = (run_dir / "config.yaml").read_text(encoding="utf-8")
+        # As the trainer writes it. A parser of YAML would take most of the time of a collection of thousands of runs.
+        section = _MODEL.search(text)
+        found = dict(_SIZES.findall(section[1])) if section else {}
+        if not {"vocab_size", "width"} <= set(found):
+            found = (yaml.safe_load(text) or {}).get("model") or {}
+        table = float(found["vocab_size"]) * float(found["width"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         return {}  # conventions without the tables then say that they are missing
-    return {"params_embedding": 2 * table, "params_head": table}
+    tied = str(found.get("tied_embeddings")).lower() == "true"
+    return {"params_embedding": table if tied else 2 * table, "params_head": table}
+
+
+def _validation_set(fingerprints: Any) -> str | None:
+    """``SOURCE:DIGEST`` for each source, of what its validation rows hold; None where the run does not say."""
+    if not isinstance(fingerprints, dict):
+        return None
+    parts = []
+    for source, found in sorted(fingerprints.items()):
+        if isinstance(found, dict) and found.get("val"):
+            content = "".join(str(found.get(key)) for key in ("val", "tokenizer", "preprocessing"))
+            parts.append(f"{source}:{hashlib.sha256(content.encode()).hexdigest()[:12]}")
+    return " ".join(parts) or None
 
 
 def _source_losses(path: Path, losses: Any) -> dict[str, float]:

@@ -4,12 +4,16 @@ A folder of event files is one run, resumed ones included; scalars are float32 i
 arguments as texts, from which the tokens per step and the vocabulary tables are known.
 """
 
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megamm_laws.errors import InputError
 from megamm_laws.runs.readers.curve import Curve, run_name
-from megamm_laws.runs.readers.megatron import facts_of_arguments
+from megamm_laws.runs.readers.megatron import facts_of_arguments, settings_of
 from megamm_laws.runs.readers.names import key_of_tag, whole_number
 
 MARK = "tfevents"
@@ -29,48 +33,74 @@ def read_events(path: Path, mapping: dict[str, str] | None = None) -> list[Curve
     """
     if not (MARK in path.name if path.is_file() else has_events(path)):
         return None
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
-
-    # 0 keeps all: by default a long series is thinned to a random sample.
-    accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
-    accumulator.Reload()
+    files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if MARK in entry.name)
     curve = Curve(name=run_name(path.parent if path.is_file() else path), origin=str(path))
-    scalars = accumulator.Tags()["scalars"]
-    for tag in scalars:
-        key = key_of_tag(tag, mapping)
-        if key is None:
+    curve.unit = path.parent
+    tags: dict[str, str | None] = {}
+    texts: dict[str, str] = {}
+    for step, value in (pair for file in files for pair in _values(file)):  # in the order of writing: the last stays
+        tag = value.tag
+        scalar = _scalar(value)
+        if scalar is None:
+            if tag.endswith("/text_summary") and value.tensor.string_val:
+                texts[tag.removesuffix("/text_summary")] = value.tensor.string_val[0].decode("utf-8", "replace")
             continue
-        for event in accumulator.Scalars(tag):  # in the order of writing: what a resumed run wrote comes last
-            if key in _FACTS or key == "tokens_per_step":
-                curve.facts[key] = event.value
-            elif key == "total_steps":
-                curve.total_steps = whole_number(event.value)
-            else:
-                curve.add(event.step, {key: event.value})
-    arguments = _texts(accumulator)
+        if tag not in tags:
+            tags[tag] = key_of_tag(tag, mapping)
+        key = tags[tag]
+        if key in _FACTS or key == "tokens_per_step":
+            curve.facts[key] = scalar
+        elif key == "total_steps":
+            curve.total_steps = whole_number(scalar)
+        elif key is not None:
+            curve.add(step, {key: scalar})
     # What was logged as a number goes before what follows from the arguments.
-    curve.facts = facts_of_arguments(arguments) | curve.facts
-    if arguments.get("train_iters", "").isdigit():
-        curve.total_steps = int(arguments["train_iters"])
-    if not scalars:
+    curve.facts = facts_of_arguments(texts) | curve.facts
+    curve.settings = settings_of(texts)
+    if texts.get("train_iters", "").isdigit():
+        curve.total_steps = int(texts["train_iters"])
+    if not tags:
         raise InputError(f"{path}: no scalar can be read from its event files: empty or damaged")
     if not curve.points:
-        shown = ", ".join(scalars[:8])
+        shown = ", ".join(list(tags)[:8])
         raise InputError(
             f"{path}: no tag of a usual name; has {shown}; name them with --map loss=TAG, tokens=TAG, lr=TAG"
         )
     return [curve]
 
 
-def _texts(accumulator: Any) -> dict[str, str]:
-    """Texts by tag, as ``SummaryWriter.add_text`` stores them."""
-    from tensorboard.util.tensor_util import make_ndarray
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Step and value of each entry, up to the first damaged record.
 
-    found = {}
-    for tag in accumulator.Tags()["tensors"]:
-        name, _, kind = tag.rpartition("/")
-        if kind == "text_summary":
-            value = make_ndarray(accumulator.Tensors(tag)[-1].tensor_proto).ravel()
-            if value.size:
-                found[name] = value[0].decode("utf-8", "replace") if isinstance(value[0], bytes) else str(value[0])
-    return found
+    Records are read here: the accumulator of tensorboard keeps and sorts everything, at twenty times the cost.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.event_pb2 import Event  # slow to import, both
+
+    data = path.read_bytes()
+    place = 0
+    while place + 12 <= len(data):  # length, its checksum, the event, its checksum
+        (length,) = struct.unpack_from("<Q", data, place)
+        if place + 12 + length > len(data):  # cut short by a kill
+            return
+        try:
+            event = Event.FromString(data[place + 12 : place + 12 + length])
+        except DecodeError:
+            return
+        place += 16 + length
+        for value in event.summary.value:
+            yield event.step, value
+
+
+def _scalar(value: Any) -> float | None:
+    """The number of an entry, in the older or the newer form; None if it is no scalar."""
+    if value.HasField("simple_value"):
+        return value.simple_value
+    if value.metadata.plugin_data.plugin_name != "scalars":
+        return None
+    tensor = value.tensor
+    for numbers in (tensor.float_val, tensor.double_val):
+        if numbers:
+            return float(numbers[0])
+    kind = {1: "<f4", 2: "<f8"}.get(tensor.dtype)  # DT_FLOAT, DT_DOUBLE
+    return float(np.frombuffer(tensor.tensor_content, kind)[0]) if kind and tensor.tensor_content else None

@@ -7,12 +7,14 @@ token are the printed TFLOP/s over the printed tokens/s: matrix products and att
 """
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from megamm_laws.runs.readers.curve import COOLED, Curve, run_name
 from megamm_laws.runs.readers.names import number
+from megamm_laws.runs.readers.parts import holds
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(r"(validate )?step:\s*(\d+)\s+loss:\s*([\d.]+(?:e[+-]?\d+)?|nan|inf)", re.I)
@@ -28,39 +30,63 @@ _TOTAL = re.compile(r"total steps (\d+)")
 _DECAY = re.compile(r"""["'](min_lr_factor|lr_min|decay_ratio)["']:\s*(null|None|[\d.eE+-]+)""")
 
 
+_MARK = re.compile(rb"step:\s*\d+.*loss:")
+_HEAD = re.compile(r"Starting job|Running with config|total parameters|Trainer is initialized with")
+_SETTING = re.compile(r"""["'](lr|seed|dataset|dataset_path|weight_decay|warmup_steps|decay_type)["']:\s*([^,}]+)""")
+
+
 def read_torchtitan(path: Path) -> list[Curve] | None:
-    """The run in a file of torchtitan's output; None if the file has no step line of that form."""
-    curve, steps = Curve(name=run_name(path), origin=str(path)), 0
-    decay: dict[str, str] = {}
-    per_token: list[float] = []
+    """The runs in a file of torchtitan's output; None if the file has no step line of that form.
+
+    What is printed before the first step - configuration, size, batch - begins a new part where it comes after steps.
+    """
+    if not holds(path, _MARK):
+        return None
+    parts = [_Part(Curve(name=run_name(path), origin=str(path)))]
     with path.open(encoding="utf-8", errors="replace") as lines:
         for raw in lines:
-            line = _COLOUR.sub("", raw)
+            part, line = parts[-1], _COLOUR.sub("", raw)
             # Other trainers may print steps and losses in these words as well: the second pattern is torchtitan's own.
             if (match := _STEP.search(line)) and _LINE.search(line):
                 if (loss := number(match[3])) is None:
                     continue
-                steps += 1
-                curve.add(int(match[2]), {"loss" if match[1] else "train_loss": loss})
+                part.curve.add(int(match[2]), {"loss" if match[1] else "train_loss": loss})
                 if (speed := _SPEED.search(line)) and (tokens := number(speed[1])) and (tera := number(speed[2])):
                     # TFLOP/s and tokens/s are both of one GPU: their number cancels.
-                    per_token.append(1e12 * tera / tokens)
+                    part.per_token.append(1e12 * tera / tokens)
                 continue
+            if part.curve.points and _HEAD.search(line):
+                part = _Part(Curve(name=part.curve.name, origin=part.curve.origin))
+                parts.append(part)
             for key, value in _DECAY.findall(line):
-                decay.setdefault(key, value)
-            curve.facts |= _facts(line)
+                part.decay.setdefault(key, value)
+            part.curve.settings |= {key: value.strip() for key, value in _SETTING.findall(line)}
+            part.curve.facts |= _facts(line)
             if match := _TOTAL.search(line):
-                curve.total_steps = int(match[1])
-    if not steps:
-        return None
-    curve.cooled = _cools_down(decay)
+                part.curve.total_steps = int(match[1])
+    return [_finished(part) for part in parts] if any(part.curve.points for part in parts) else None
+
+
+@dataclass
+class _Part:
+    """What one start printed."""
+
+    curve: Curve
+    decay: dict[str, str] = field(default_factory=dict)
+    per_token: list[float] = field(default_factory=list)
+
+
+def _finished(part: _Part) -> Curve:
+    curve = part.curve
+    curve.headed = bool(curve.facts or curve.settings)
+    curve.cooled = _cools_down(part.decay)
     # The printed TFLOP/s leave the encoder out, and so would the FLOPs of a run that has one.
-    if per_token and "params_vision" not in curve.facts:
-        curve.facts["flops_exact_per_token"] = median(per_token)
+    if part.per_token and "params_vision" not in curve.facts:
+        curve.facts["flops_exact_per_token"] = median(part.per_token)
     # The active count is given without the encoder.
     if "params_active" in curve.facts:
         curve.facts["params_active"] += curve.facts.get("params_vision", 0)
-    return [curve]
+    return curve
 
 
 def _facts(line: str) -> dict[str, Any]:

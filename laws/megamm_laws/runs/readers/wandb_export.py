@@ -11,6 +11,7 @@ Whether a run was cooled down shows only where both its planned learning rate an
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megamm_laws.runs.readers.curve import Curve, run_name
 from megamm_laws.runs.readers.names import flatten, key_of_tag, number, whole_number
 from megamm_laws.runs.table import csv_records, parse_record
 
-TEXTS = ("run", "state", "architecture", "mixture")
+TEXTS = ("run", "id", "state", "architecture", "mixture")
 CURVES = ("train_loss", "tokens", "lr", "flops", "flops_exact")
 """Keys whose values belong to a step; with every validation loss."""
 
@@ -38,7 +39,7 @@ def read_wandb(path: Path, mapping: dict[str, str] | None = None) -> list[Curve]
         if any("summary" in record or "summary_metrics" in record for _, record in records):
             return _runs(path, [(line, _opened(r, f"{path}: line {line}")) for line, r in records], mapping)
         if any("_step" in record or "step" in record for _, record in records):
-            return [_history(path, records, mapping)]
+            return _histories(path, records, mapping)
         return None
     if path.suffix.lower() != ".csv":
         return None
@@ -49,8 +50,13 @@ def read_wandb(path: Path, mapping: dict[str, str] | None = None) -> list[Curve]
         if "Name" in header and "State" in header:
             return _runs(path, csv_records(path, reader), mapping)
         if "_step" in header:
-            return [_history(path, csv_records(path, reader), mapping)]
+            return _histories(path, csv_records(path, reader), mapping)
         if header and any(" - " in column for column in header[1:]):
+            if repeated := [column for column, number in Counter(header).items() if number > 1]:
+                raise InputError(
+                    f"{path}: line 1: column {repeated[0]} appears twice: two runs of one name; export the chart "
+                    "grouped by run id, or the runs one by one"
+                )
             return _chart(path, header, csv_records(path, reader), mapping)
     return None
 
@@ -97,10 +103,11 @@ def _runs(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[s
             else:
                 facts.setdefault(key, parsed)
         name, state = facts.pop("run", f"{path.stem}-{line}"), facts.pop("state", "finished")
+        identity = str(facts.pop("id", "") or "")
         total = whole_number(facts.pop("total_steps", None)) or None
         # Any step will do where none is told: a summary is one point, the end.
         step = whole_number(point.pop("step", None)) or total or 1
-        curve = Curve(name=name, origin=f"{path} line {line}", facts=facts, total_steps=total)
+        curve = Curve(name=name, origin=f"{path} line {line}", facts=facts, total_steps=total, identity=identity)
         # A script may end well before the steps that were planned.
         curve.finished = str(state).lower() == "finished" and (not total or step >= total)
         if planned and "lr" in point:
@@ -109,7 +116,16 @@ def _runs(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[s
             point.pop("lr", None)  # one rate alone says nothing of a fall
         curve.add(step, point)
         curves.append(curve)
+    _tell_apart(curves)
     return curves
+
+
+def _tell_apart(curves: list[Curve]) -> None:
+    """Names of runs that share one, with their ids."""
+    counts = Counter(curve.name for curve in curves)
+    for curve in curves:
+        if counts[curve.name] > 1 and curve.identity:
+            curve.name = f"{curve.name}-{curve.identity}"
 
 
 def _of_config(tag: str) -> bool:
@@ -119,6 +135,43 @@ def _of_config(tag: str) -> bool:
 def _is_planned(tag: str) -> bool:
     """Whether a learning rate is a setting: in a runs table, logged metrics have a section and settings none."""
     return _of_config(tag) or "/" not in tag
+
+
+def _histories(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[str, str] | None) -> list[Curve]:
+    """A run per id or name that the records hold; a new part where the steps begin anew."""
+    found: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {}
+    for line, record in records:
+        said = {
+            key_of_tag(tag, mapping): value for tag, value in record.items() if isinstance(value, str) and tag != "name"
+        }
+        found.setdefault((str(said.get("run") or ""), str(said.get("id") or "")), []).append((line, record))
+    curves = []
+    for (name, identity), own in found.items():
+        for part in _parts(own):
+            curve = _history(path, part, mapping)
+            curve.name, curve.identity = name or identity or curve.name, identity
+            curves.append(curve)
+    if len({curve.identity for curve in curves}) > 1:
+        for curve in curves:
+            sharing = {other.identity for other in curves if other.name == curve.name}
+            if len(sharing) > 1:
+                curve.name = f"{curve.name}-{curve.identity}"
+    return curves
+
+
+def _parts(records: list[tuple[int, dict[str, Any]]]) -> list[list[tuple[int, dict[str, Any]]]]:
+    """The records cut where the step falls back to the first one or below it."""
+    parts: list[list[tuple[int, dict[str, Any]]]] = [[]]
+    first = last = float("-inf")  # of the part
+    for line, record in records:
+        step = number(record.get("_step", record.get("step")))
+        if step is not None:
+            if last > first >= step:
+                parts.append([])
+                first = float("-inf")
+            first, last = (step if first == float("-inf") else first), step
+        parts[-1].append((line, record))
+    return parts
 
 
 def _history(path: Path, records: list[tuple[int, dict[str, Any]]], mapping: dict[str, str] | None) -> Curve:
