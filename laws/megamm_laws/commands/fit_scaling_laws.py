@@ -1,10 +1,11 @@
 """Fit scaling laws to a table of runs: fits.json, fits.md, bootstrap.npz and plots."""
 
 import sys
+from argparse import BooleanOptionalAction
 
 from rich.console import Console
 
-from megamm_laws.arguments import ArgumentParser, not_negative
+from megamm_laws.arguments import ArgumentParser, flops_list, not_negative
 from megamm_laws.errors import exit_on_error
 from megamm_laws.files import check_out
 from megamm_laws.fitting.outputs import fit_table, write_fits
@@ -41,6 +42,19 @@ def main() -> None:
         help="resamples for the intervals (default: %(default)s)",
     )
     parser.add_argument("--seed", type=not_negative, default=0, help="seed of the bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--rivals",
+        action=BooleanOptionalAction,
+        default=True,
+        help="of the default form: whether other forms fit the runs as well, and what they would decide",
+    )
+    parser.add_argument(
+        "--at",
+        type=flops_list,
+        default=(),
+        metavar="FLOPS,...",
+        help="with rivals: further budgets to give the optimum at (always: the largest run, and ten times that)",
+    )
     arguments = parser.parse_args()
     check_out(arguments.out, folder=True)
     with Console(stderr=True).status("reading runs") as status:
@@ -51,6 +65,8 @@ def main() -> None:
             form=arguments.form,
             resamples=arguments.bootstrap,
             seed=arguments.seed,
+            rivals=arguments.rivals,
+            budgets=arguments.at,
             progress=status.update,
             left_out=lambda text: print(f"left out: {text}", file=sys.stderr),
         )

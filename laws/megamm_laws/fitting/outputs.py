@@ -28,6 +28,7 @@ from megamm_laws.pictures.plots import frontiers, residuals
 from megamm_laws.runs.groups import native_groups
 from megamm_laws.runs.table import RunTable
 from megamm_laws.uncertainty.pairing import pair_fits
+from megamm_laws.uncertainty.rivals import judge_rivals
 
 
 def fit_table(
@@ -38,6 +39,8 @@ def fit_table(
     form: str = "chinchilla",
     resamples: int = 1000,
     seed: int = 0,
+    rivals: bool = False,
+    budgets: tuple[float, ...] = (),
     progress: Callable[[str], None] = lambda text: None,
     left_out: Callable[[str], None] = lambda text: None,
 ) -> list[Fit | FormFit]:
@@ -48,7 +51,8 @@ def fit_table(
     ``loss_*`` that at least 5 runs of the group have.
     Beside a group of 5 runs or more, smaller ones (baselines) are not fitted but told to ``left_out``.
 
-    ``form`` is `chinchilla`, `shared` (one pair of exponents for all groups) or a name in forms.FORMS.
+    ``form`` is `chinchilla`, `shared` (one pair of exponents for all groups) or a name in forms.FORMS. With ``rivals``,
+    the first is judged against other forms, and its optimum is also told at ``budgets`` (FLOPs).
 
     Raises:
         InputError: every group has fewer than 5 runs; see also fit.fit_group and runs.RunTable.groups.
@@ -74,6 +78,10 @@ def fit_table(
             few = [c for c in columns if every and c != "loss" and _measured(runs, c) < MIN_RUNS]
             kept = [column for column in columns if column not in few]
             fits += _fit_columns(runs, group, kept, form, options, progress)
+        for fit in fits:
+            if rivals and isinstance(fit, Fit):
+                progress(f"fitting rivals, {fit.group}, {fit.loss_column}")
+                fit.checks |= judge_rivals(fit, budgets)
         for column in columns:
             progress(f"pairing groups, {column}")
             pair_fits([fit for fit in fits if isinstance(fit, Fit) and fit.loss_column == column])
