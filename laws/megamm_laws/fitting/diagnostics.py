@@ -10,7 +10,7 @@ from megamm_laws.fitting.fit import HOLDOUT_SHARE, Fit, distinct, hold_out
 from megamm_laws.fitting.form_fit import FormFit
 from megamm_laws.fitting.stability import drop_table, drop_warnings
 from megamm_laws.law import power_law
-from megamm_laws.law.solver import EXPONENT_BOUNDS
+from megamm_laws.law.constraints import EXPONENT_BOUNDS
 from megamm_laws.runs.table import RunTable, table_warnings
 from megamm_laws.uncertainty.intervals import joint_intervals, optimum_intervals, profile_intervals
 

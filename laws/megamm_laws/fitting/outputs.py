@@ -6,6 +6,7 @@ plots.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from megamm_laws.fitting.pictures import colours, fitted_group
 from megamm_laws.fitting.shared import NAME as SHARED
 from megamm_laws.fitting.shared import examine_shared, fit_shared
 from megamm_laws.law import power_law
+from megamm_laws.law.constraints import Constraints
+from megamm_laws.law.fitted import CHINCHILLA
 from megamm_laws.law.forms import FORMS
 from megamm_laws.law.forms.simplex import mixture_entry
 from megamm_laws.pictures.charts import to_pdf, to_png
@@ -41,6 +44,7 @@ def fit_table(
     seed: int = 0,
     rivals: bool = False,
     budgets: tuple[float, ...] = (),
+    constraints: Constraints | None = None,
     progress: Callable[[str], None] = lambda text: None,
     left_out: Callable[[str], None] = lambda text: None,
 ) -> list[Fit | FormFit]:
@@ -52,7 +56,7 @@ def fit_table(
     Beside a group of 5 runs or more, smaller ones (baselines) are not fitted but told to ``left_out``.
 
     ``form`` is `chinchilla`, `shared` (one pair of exponents for all groups) or a name in forms.FORMS. With ``rivals``,
-    the first is judged against other forms, and its optimum is also told at ``budgets`` (FLOPs).
+    the first is judged against other forms, and its optimum is also told at ``budgets`` (FLOPs). ``constraints`` hold for every group.
 
     Raises:
         InputError: every group has fewer than 5 runs; see also fit.fit_group and runs.RunTable.groups.
@@ -66,7 +70,11 @@ def fit_table(
         for group in [group for group, runs in groups.items() if len(runs) < MIN_RUNS]:
             text = f"group {group} has {len(groups.pop(group))} runs, fewer than {MIN_RUNS}: not fitted"
             left_out("; ".join([text, *initialised[group]]))
-    options = {"resamples": resamples, "seed": seed}
+    if constraints is not None and form != CHINCHILLA:
+        raise InputError(f"--fix and --tie: only with --form {CHINCHILLA}, not {form}")
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    if constraints is not None:
+        options["constraints"] = constraints
     fits: list[Fit | FormFit] = []
     if form == SHARED:
         enough = [c for c in columns if not every or all(_measured(runs, c) >= MIN_RUNS for runs in groups.values())]
@@ -95,7 +103,7 @@ def _fit_columns(
     group: str,
     columns: list[str],
     form: str,
-    options: dict[str, int],
+    options: dict[str, Any],
     progress: Callable[[str], None],
 ) -> list[Fit | FormFit]:
     """The fits of one group, one per loss column, with their warnings."""

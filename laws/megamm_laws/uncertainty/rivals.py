@@ -45,6 +45,8 @@ class _Candidate:
     formula: str
     source: str
     values: dict[str, float]
+    number: int
+    """Constants that were fitted, not given."""
     objective: float
     residuals: np.ndarray
     """log prediction - log loss, (n,)."""
@@ -97,6 +99,7 @@ def _itself(fit: Fit) -> _Candidate:
         formula=power_law.FORMS[fit.form].formula,
         source="equation 10 of arXiv 2203.15556",
         values=dict(zip(power_law.PARAMETERS, fit.parameters.tolist())),
+        number=len(power_law.PARAMETERS) if fit.constraints is None else fit.constraints.number,
         objective=_huber(fit.residuals).sum(),
         residuals=fit.residuals,
     )
@@ -121,6 +124,7 @@ def _fitted(fit: Fit, problem: FormProblem) -> _Candidate:
         formula=problem.form.formula,
         source=problem.form.source,
         values=dict(zip(problem.names, problem.to_parameters(ends[0]).tolist())),
+        number=len(problem.names),
         objective=float(objectives[0]),
         residuals=problem.log_prediction(ends[:1])[0] - problem.y,
         problem=problem,
@@ -138,8 +142,8 @@ def _reject(fit: Fit, fitted: list[_Candidate]) -> float:
     """Set ``statistic`` and ``rejected`` of each; return the value that rejects."""
     # Of the form with the lowest objective, whose residuals hold least that is no noise.
     lowest = min(fitted, key=lambda c: c.objective)
-    scale = deviance_scale(lowest.residuals, len(lowest.values))
-    criterion = [2 * c.objective / scale + 2 * len(c.values) for c in fitted]
+    scale = deviance_scale(lowest.residuals, lowest.number)
+    criterion = [2 * c.objective / scale + 2 * c.number for c in fitted]
     best = fitted[int(np.argmin(criterion))]
     units = offset_labels(fit.table)
     number = int(units.max()) + 1
