@@ -106,6 +106,17 @@ def test_chinchilla_rivals(judged):
     assert high / low < 20
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_few_of_the_runs_do_not_look_surer_than_all(judged, chinchilla, seed):
+    """Few runs may follow one form by luck, with narrow intervals (seed 3); but then they reject no other form."""
+    kept = np.random.default_rng(seed).choice(len(chinchilla), 30, replace=False)
+    few = chinchilla.select(np.isin(np.arange(len(chinchilla)), kept))
+    part = judge_rivals(fit_group(few, resamples=100), (5.76e23,))["decision"]
+    whole = judged["decision"]
+    assert np.ptp(part["exponents"]["a"]) > np.ptp(whole["exponents"]["a"])
+    assert np.ptp(np.log(part["optimum"][-1]["params"])) > np.ptp(np.log(whole["optimum"][-1]["params"]))
+
+
 def test_an_optimum_is_the_lowest_loss_of_the_budget(judged, chinchilla):
     forms = {f.name: f for f in rival_forms(chinchilla.numbers("params"), chinchilla.numbers("tokens"))}
     for name, form in forms.items():

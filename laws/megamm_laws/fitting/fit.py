@@ -394,7 +394,8 @@ def hold_out_entry(
 
 def fit_problem(table: RunTable, loss_column: str, constraints: Constraints | None = None) -> solver.Problem:
     """The runs of ``table`` as megamm_laws.law.solver needs them."""
-    return solver.Problem.of(*(table.numbers(c) for c in ("params", "tokens", loss_column)), constraints)
+    params, tokens, loss = (table.numbers(c) for c in ("params", "tokens", loss_column))
+    return solver.Problem.of(params, tokens, loss, constraints)
 
 
 def optima(problem: solver.Problem) -> tuple[np.ndarray, np.ndarray]:

@@ -56,7 +56,8 @@ def fit_table(
     Beside a group of 5 runs or more, smaller ones (baselines) are not fitted but told to ``left_out``.
 
     ``form`` is `chinchilla`, `shared` (one pair of exponents for all groups) or a name in forms.FORMS. With ``rivals``,
-    the first is judged against other forms, and its optimum is also told at ``budgets`` (FLOPs). ``constraints`` hold for every group.
+    the first is judged against other forms, and its optimum is also told at ``budgets`` (FLOPs).
+    ``constraints`` hold for every group.
 
     Raises:
         InputError: every group has fewer than 5 runs; see also fit.fit_group and runs.RunTable.groups.
