@@ -20,3 +20,14 @@ def not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of zero or more")
     return value
+
+
+def flops_list(text: str) -> tuple[float, ...]:
+    """Budgets with commas, such as 1e21,1e22."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (0.0,)
+    if not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(f"{text} is not FLOPs above zero with commas, such as 1e21,1e22")
+    return values

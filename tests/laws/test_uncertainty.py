@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megamm_laws.fitting.approaches import disagreement, envelope, side_by_side
-from megamm_laws.fitting.diagnostics import examine, extrapolation, hold_outs, warnings_of
+from megamm_laws.fitting.diagnostics import examine, extrapolation, hold_outs, shared_errors, warnings_of
 from megamm_laws.fitting.fit import Fit, fit_group
 from megamm_laws.fitting.page import to_markdown
 from megamm_laws.fitting.stability import drop_table, drop_warnings
@@ -19,6 +19,7 @@ from megamm_laws.uncertainty.intervals import (
     profile_intervals,
     simultaneous,
 )
+from megamm_laws.uncertainty.model_error import Component, ModelError
 from scipy.optimize import curve_fit, minimize
 from scipy.stats import t as student
 
@@ -273,3 +274,16 @@ def test_everything_is_on_the_page(everything):
         assert part in page, part
     assert "A and B must not be read alone" in page and "half-widths of its interval" in page
     assert 1 <= fit.condition_number < 1e6
+
+
+@pytest.mark.parametrize(("number", "word"), [(4, "cannot tell whether"), (5, "is each tuned alike")])
+def test_few_sizes_are_not_told_to_be_mistuned(number, word):
+    """Of four sizes the law takes up three; what is left says nothing of how each was tuned."""
+    offsets = Component(probability=0.9, sd=0.003, interval=[0.0, 0.01])
+    n, d = (x.ravel() for x in np.meshgrid(np.geomspace(1e8, 1e10, number), np.geomspace(2e9, 2e11, 5)))
+    loss = power_law.predict(LAW, n, d) * np.exp(0.003 * np.random.default_rng(0).standard_normal(len(n)))
+    fit = fit_group(table_of(n, d, loss), resamples=20)
+    none = Component(probability=0.0, sd=0.0, interval=[0.0, 0.0])
+    fit.model_error = ModelError(bend=none, offsets=offsets)
+    (text,) = shared_errors(fit)
+    assert word in text and ("err together, by" in text) == (number > 4)

@@ -1,13 +1,15 @@
 """Fit scaling laws to a table of runs: fits.json, fits.md, bootstrap.npz and plots."""
 
 import sys
+from argparse import BooleanOptionalAction
 
 from rich.console import Console
 
-from megamm_laws.arguments import ArgumentParser, not_negative
+from megamm_laws.arguments import ArgumentParser, flops_list, not_negative
 from megamm_laws.errors import exit_on_error
 from megamm_laws.files import check_out
 from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.law.constraints import Constraints
 from megamm_laws.law.forms import FORMS
 from megamm_laws.law.power_law import FORMS as PLAIN_FORMS
 from megamm_laws.runs.table import read_runs
@@ -41,7 +43,31 @@ def main() -> None:
         help="resamples for the intervals (default: %(default)s)",
     )
     parser.add_argument("--seed", type=not_negative, default=0, help="seed of the bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--rivals",
+        action=BooleanOptionalAction,
+        default=True,
+        help="of the default form: whether other forms fit the runs as well, and what they would decide",
+    )
+    parser.add_argument(
+        "--at",
+        type=flops_list,
+        default=(),
+        metavar="FLOPS,...",
+        help="with rivals: further budgets to give the optimum at (always: the largest run, and ten times that)",
+    )
+    parser.add_argument(
+        "--fix",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the default form: a constant that is given, such as E=1.7; may be repeated, and holds for all groups",
+    )
+    parser.add_argument(
+        "--tie", action="append", default=[], metavar="alpha=beta", help="of the default form: one exponent for both"
+    )
     arguments = parser.parse_args()
+    constraints = Constraints.of(arguments.fix, arguments.tie)
     check_out(arguments.out, folder=True)
     with Console(stderr=True).status("reading runs") as status:
         fits = fit_table(
@@ -51,6 +77,9 @@ def main() -> None:
             form=arguments.form,
             resamples=arguments.bootstrap,
             seed=arguments.seed,
+            rivals=arguments.rivals,
+            budgets=arguments.at,
+            constraints=constraints,
             progress=status.update,
             left_out=lambda text: print(f"left out: {text}", file=sys.stderr),
         )

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from megamm_laws.fitting.approaches import disagreement, side_by_side
-from megamm_laws.fitting.fit import HOLDOUT_SHARE, Fit, distinct, hold_out
+from megamm_laws.fitting.fit import HOLDOUT_SHARE, Fit, distinct, hold_out, offset_labels
 from megamm_laws.fitting.form_fit import FormFit
 from megamm_laws.fitting.stability import drop_table, drop_warnings
 from megamm_laws.law import power_law
-from megamm_laws.law.solver import EXPONENT_BOUNDS
+from megamm_laws.law.constraints import EXPONENT_BOUNDS
 from megamm_laws.runs.table import RunTable, table_warnings
 from megamm_laws.uncertainty.intervals import joint_intervals, optimum_intervals, profile_intervals
 
@@ -26,6 +26,8 @@ FAR = 10.0
 """Multiple of the largest measured compute beyond which a prediction is told to be an extrapolation."""
 WIDTHS_APART = 2.5
 HOLDOUT_SHARES = (0.1, HOLDOUT_SHARE, 0.4)
+FEW_UNITS = 5
+"""Sizes or trunks below which what each is off cannot be told from the three constants of the law along that axis."""
 LIKELY = 0.5
 """Probability from which an error that runs share is told."""
 
@@ -168,6 +170,13 @@ def shared_errors(fit: Fit) -> list[str]:
     if error.offsets and error.offsets.probability > LIKELY:
         # As in the fit: runs of one trunk share an offset where trunks are the units, else those of one size.
         unit = "size" if fit.clusters == len(fit.table) else "trunk"
+        number = int(offset_labels(fit.table).max()) + 1
+        if number < FEW_UNITS:
+            return [
+                *found,
+                f"cannot tell whether the runs of one {unit} err together: {number} {unit}s are too few for the law "
+                f"and for what each {unit} is off; the intervals allow for it, and at least {FEW_UNITS} would tell",
+            ]
         found.append(
             f"the runs of one {unit} err together, by {error.offsets.sd:.2%} of the loss (probability "
             f"{error.offsets.probability:.2f}): is each tuned alike? More of them count, more runs of each do not"

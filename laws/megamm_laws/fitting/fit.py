@@ -14,6 +14,7 @@ import numpy as np
 
 from megamm_laws.errors import InputError
 from megamm_laws.law import power_law, solver
+from megamm_laws.law.constraints import Constraints
 from megamm_laws.law.fitted import Law, Pairing
 from megamm_laws.law.percentiles import percentile_intervals
 from megamm_laws.runs.table import RunTable
@@ -64,6 +65,7 @@ class Fit:
     checks: dict[str, Any] = field(default_factory=dict)
     """Further entries of `fits.json`, made by diagnostics.examine."""
     warnings: list[str] = field(default_factory=list)
+    constraints: Constraints | None = None
     pairings: dict[str, Pairing] = field(default_factory=dict)
     """By the name of the other group: draws of both fits together, where their runs match (uncertainty.pairing)."""
 
@@ -125,6 +127,7 @@ class Fit:
             "starts": {"total": self.starts_total, "at_optimum": self.starts_at_optimum},
             "noise_intervals": self.noise_intervals,
             "standard_errors": dict(zip(power_law.PARAMETERS, self.resampled.std(axis=0, ddof=1).tolist())),
+            **({} if self.constraints is None else {"constraints": asdict(self.constraints)}),
             **({} if self.model_error is None else {"model_error": asdict(self.model_error)}),
             **common_entry(self),
             **self.checks,
@@ -164,11 +167,12 @@ def fit_group(
     form: str = "chinchilla",
     resamples: int = 1000,
     seed: int = 0,
+    constraints: Constraints | None = None,
 ) -> Fit:
     """Fit the runs of ``table`` that have a ``loss_column``.
 
     Raises:
-        InputError: unknown form or column, too few resamples, or fewer than 5 runs.
+        InputError: unknown form or column, too few resamples, fewer than 5 runs, or a given E that no loss is above.
     """
     if form != "chinchilla":
         raise InputError(f"--form: {form!r} is unknown; known: chinchilla (see outputs.fit_table for the others)")
@@ -179,13 +183,18 @@ def fit_group(
             f"{table.path}: group {group!r}, column {loss_column}: {len(table)} runs (line {lines}), but the "
             f"{len(power_law.PARAMETERS)} parameters need at least {MIN_RUNS}; add runs or remove the group"
         )
-    problem = fit_problem(table, loss_column)
+    problem = fit_problem(table, loss_column, constraints)
+    floor, lowest = (constraints.fixed if constraints else {}).get("E", 0.0), float(table.numbers(loss_column).min())
+    if floor >= lowest:
+        raise InputError(f"--fix E={floor:g}: expected less than the lowest {loss_column} of {group!r}, {lowest:g}")
     ends, objectives = optima(problem)
     theta, objective = ends[0], float(objectives[0])
     _, gradient, _, reweighted = solver.evaluate(problem, theta[None], np.ones((1, len(table))), solver.DELTA)
-    gradient = solver.projected_gradient(problem, theta[None], gradient)[0]
-    # The batch works on centred logarithms; the chain rule takes the gradient back to log A and log B.
-    gradient[[2, 4]] -= gradient[[1, 3]] * [problem.mean_log_n, problem.mean_log_d]
+    free, at, gradient, (reweighted,) = solver.reduced(problem, theta[None], gradient, reweighted)
+    gradient = solver.projected_gradient(free, at, gradient)[0]
+    if constraints is None:
+        # The batch works on centred logarithms; the chain rule takes the gradient back to log A and log B.
+        gradient[[2, 4]] -= gradient[[1, 3]] * [problem.mean_log_n, problem.mean_log_d]
     # Of the group's name, so that a group has the same draws whichever others are in the table.
     rng = np.random.default_rng([seed, zlib.crc32(group.encode())])
     # Where the runs leave a direction flat, the starts end all along it, and so must the draws.
@@ -204,6 +213,7 @@ def fit_group(
         condition_number=solver.condition_number(reweighted[0]),
         kappa=power_law.flops_factor(table.numbers("params"), table.numbers("tokens"), table.numbers("flops")),
         seed=seed,
+        constraints=constraints,
         **found,
     )
     fit.holdout = hold_out(fit)
@@ -340,7 +350,7 @@ def hold_out(fit: Fit, share: float = HOLDOUT_SHARE) -> dict[str, Any]:
     for column in ("params", "tokens"):
         if distinct(rest.numbers(column)).max() < 2:
             return {"skipped": f"fewer than 3 distinct {column} would be left"}
-    problem = fit_problem(rest, fit.loss_column)
+    problem = fit_problem(rest, fit.loss_column, fit.constraints)
     parameters = problem.to_parameters(optima(problem)[0][0])
     kept_back = table.select(held)
     error = np.expm1(log_residuals(parameters, kept_back, fit.loss_column))
@@ -382,9 +392,10 @@ def hold_out_entry(
     }
 
 
-def fit_problem(table: RunTable, loss_column: str) -> solver.Problem:
+def fit_problem(table: RunTable, loss_column: str, constraints: Constraints | None = None) -> solver.Problem:
     """The runs of ``table`` as megamm_laws.law.solver needs them."""
-    return solver.Problem.of(table.numbers("params"), table.numbers("tokens"), table.numbers(loss_column))
+    params, tokens, loss = (table.numbers(c) for c in ("params", "tokens", loss_column))
+    return solver.Problem.of(params, tokens, loss, constraints)
 
 
 def optima(problem: solver.Problem) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ plots.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from megamm_laws.fitting.pictures import colours, fitted_group
 from megamm_laws.fitting.shared import NAME as SHARED
 from megamm_laws.fitting.shared import examine_shared, fit_shared
 from megamm_laws.law import power_law
+from megamm_laws.law.constraints import Constraints
+from megamm_laws.law.fitted import CHINCHILLA
 from megamm_laws.law.forms import FORMS
 from megamm_laws.law.forms.simplex import mixture_entry
 from megamm_laws.pictures.charts import to_pdf, to_png
@@ -28,6 +31,7 @@ from megamm_laws.pictures.plots import frontiers, residuals
 from megamm_laws.runs.groups import native_groups
 from megamm_laws.runs.table import RunTable
 from megamm_laws.uncertainty.pairing import pair_fits
+from megamm_laws.uncertainty.rivals import judge_rivals
 
 
 def fit_table(
@@ -38,6 +42,9 @@ def fit_table(
     form: str = "chinchilla",
     resamples: int = 1000,
     seed: int = 0,
+    rivals: bool = False,
+    budgets: tuple[float, ...] = (),
+    constraints: Constraints | None = None,
     progress: Callable[[str], None] = lambda text: None,
     left_out: Callable[[str], None] = lambda text: None,
 ) -> list[Fit | FormFit]:
@@ -48,7 +55,9 @@ def fit_table(
     ``loss_*`` that at least 5 runs of the group have.
     Beside a group of 5 runs or more, smaller ones (baselines) are not fitted but told to ``left_out``.
 
-    ``form`` is `chinchilla`, `shared` (one pair of exponents for all groups) or a name in forms.FORMS.
+    ``form`` is `chinchilla`, `shared` (one pair of exponents for all groups) or a name in forms.FORMS. With ``rivals``,
+    the first is judged against other forms, and its optimum is also told at ``budgets`` (FLOPs).
+    ``constraints`` hold for every group.
 
     Raises:
         InputError: every group has fewer than 5 runs; see also fit.fit_group and runs.RunTable.groups.
@@ -62,7 +71,11 @@ def fit_table(
         for group in [group for group, runs in groups.items() if len(runs) < MIN_RUNS]:
             text = f"group {group} has {len(groups.pop(group))} runs, fewer than {MIN_RUNS}: not fitted"
             left_out("; ".join([text, *initialised[group]]))
-    options = {"resamples": resamples, "seed": seed}
+    if constraints is not None and form != CHINCHILLA:
+        raise InputError(f"--fix and --tie: only with --form {CHINCHILLA}, not {form}")
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    if constraints is not None:
+        options["constraints"] = constraints
     fits: list[Fit | FormFit] = []
     if form == SHARED:
         enough = [c for c in columns if not every or all(_measured(runs, c) >= MIN_RUNS for runs in groups.values())]
@@ -74,6 +87,10 @@ def fit_table(
             few = [c for c in columns if every and c != "loss" and _measured(runs, c) < MIN_RUNS]
             kept = [column for column in columns if column not in few]
             fits += _fit_columns(runs, group, kept, form, options, progress)
+        for fit in fits:
+            if rivals and isinstance(fit, Fit):
+                progress(f"fitting rivals, {fit.group}, {fit.loss_column}")
+                fit.checks |= judge_rivals(fit, budgets)
         for column in columns:
             progress(f"pairing groups, {column}")
             pair_fits([fit for fit in fits if isinstance(fit, Fit) and fit.loss_column == column])
@@ -87,7 +104,7 @@ def _fit_columns(
     group: str,
     columns: list[str],
     form: str,
-    options: dict[str, int],
+    options: dict[str, Any],
     progress: Callable[[str], None],
 ) -> list[Fit | FormFit]:
     """The fits of one group, one per loss column, with their warnings."""

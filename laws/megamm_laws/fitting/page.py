@@ -6,6 +6,7 @@ import numpy as np
 
 from megamm_laws.fitting.fit import Fit
 from megamm_laws.fitting.form_fit import FormFit
+from megamm_laws.fitting.known import known
 from megamm_laws.law import power_law
 
 MEANINGS = {"a": "a (N* ~ C^a)", "b": "b (D* ~ C^b)", "c": "c (L* ~ C^c)", "d": "d (D* ~ N*^d)"}
@@ -17,7 +18,7 @@ def to_markdown(fits: list[Fit | FormFit]) -> str:
     for fit in fits:
         entry = fit.to_json()
         formula = entry["formula"] if isinstance(fit, FormFit) else power_law.FORMS[fit.form].formula
-        lines += [f"## {title(fit)}: {escape(formula)}", "", *_warnings(fit), ""]
+        lines += [f"## {title(fit)}: {escape(formula)}", "", *known(fit, entry), "", *_warnings(fit), ""]
         lines += [*_constants(fit, entry), "", *_facts(fit, entry), ""]
         for key, section in SECTIONS.items():
             if key in entry:
@@ -231,7 +232,29 @@ def _sparsities(entry: dict[str, Any]) -> list[str]:
     return [f"Optimum at {entry['optimum_by_sparsity'][0]['flops']:.3g} FLOPs:", "", *markdown_table(head, rows)]
 
 
+def _rivals(entry: dict[str, Any]) -> list[str]:
+    last = len(entry["decision"]["optimum"]) - 1
+    rows = []
+    for name, rival in entry["rivals"]["forms"].items():
+        best = rival["optimum"][last]
+        size = "none" if best["params"] is None else f"{best['params']:.3g}"
+        slope = "none" if rival["exponents"]["a"] is None else f"{rival['exponents']['a']:.4f}"
+        verdict = f"{'rejected' if rival['rejected'] else 'not rejected'} ({rival['statistic']:.2f})"
+        ends = interval_text(rival["intervals"]["a"], 4), interval_text(best["params_interval"], 3)
+        rows.append(
+            [name, escape(rival["formula"]), f"{rival['objective']:.4g}", verdict, slope, ends[0], size, ends[1]]
+        )
+    flops = entry["decision"]["optimum"][last]["flops"]
+    head = ["form", "law", "objective", "verdict", "a", "95% by noise", f"N* at {flops:.3g} FLOPs", "95% by noise"]
+    return [
+        f"Rival forms; rejected above {entry['rivals']['critical']:.2f} spreads behind the best (Vuong's test):",
+        "",
+        *markdown_table(head, rows),
+    ]
+
+
 SECTIONS = {
+    "rivals": _rivals,
     "optimum": _optimum,
     "approaches": _approaches,
     "drop_k": _drop_table,

@@ -104,7 +104,7 @@ def _spans(table: RunTable, keep: np.ndarray) -> bool:
 
 def _refit(fit: Fit, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Optimum for each row of ``weights`` (m, n): parameters (m, 5) and objective (m,)."""
-    problem = fit_problem(fit.table, fit.loss_column)
+    problem = fit_problem(fit.table, fit.loss_column, fit.constraints)
     starts = np.concatenate([problem.to_theta(fit.parameters)[None], solver.starts(problem, STARTS_PER_AXIS)])
     theta, objective = refit(problem, np.clip(starts, *problem.bounds), weights)
     return problem.to_parameters(theta), objective

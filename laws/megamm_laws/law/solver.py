@@ -17,10 +17,11 @@ from typing import Protocol
 
 import numpy as np
 
+from megamm_laws.law.constraints import EXPONENT_BOUNDS, Constraints, Subspace
+
 # That of Hoffmann et al. 2022.
 DELTA = 1e-3
 CONTINUATION = (3e-2, 5e-3)
-EXPONENT_BOUNDS = (0.01, 3.0)
 CHUNK = 64
 """Problems solved together: their arrays stay in the cache."""
 
@@ -32,6 +33,8 @@ class Solvable(Protocol):
     """(n,) log loss."""
     continuation: tuple[float, ...]
     held: tuple[int, ...]
+    subspace: Subspace | None
+    """Where theta is bound by constraints."""
 
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]: ...
@@ -51,13 +54,17 @@ class Problem:
     continuation: tuple[float, ...] = CONTINUATION
     held: tuple[int, ...] = ()
     """Components of theta that stay where a start puts them, as a profile likelihood needs."""
+    subspace: Subspace | None = None
 
     @classmethod
-    def of(cls, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> "Problem":
+    def of(
+        cls, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, constraints: Constraints | None = None
+    ) -> "Problem":
         log_n, log_d = np.log(np.asarray(params, float)), np.log(np.asarray(tokens, float))
         mean_n, mean_d = float(log_n.mean()), float(log_d.mean())
         y = np.log(np.asarray(loss, float))
-        return cls(u=log_n - mean_n, v=log_d - mean_d, y=y, mean_log_n=mean_n, mean_log_d=mean_d)
+        bound = None if constraints is None else constraints.within(mean_n, mean_d)
+        return cls(u=log_n - mean_n, v=log_d - mean_d, y=y, mean_log_n=mean_n, mean_log_d=mean_d, subspace=bound)
 
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +159,13 @@ def starts(problem: Problem, per_axis: int = 6) -> np.ndarray:
         best[np.ix_(better, subset)] = solution[better]
     floor = 1e-2 * np.exp(np.median(problem.y))  # a term of exactly zero could not grow again
     E, A, B = np.maximum(best, floor).T
-    return np.clip(np.stack([E, np.log(A), alpha, np.log(B), beta], axis=-1), *problem.bounds)
+    return within(problem, np.stack([E, np.log(A), alpha, np.log(B), beta], axis=-1))
+
+
+def within(problem: Solvable, theta: np.ndarray) -> np.ndarray:
+    """``theta`` (b, P) within the bounds and the constraints of ``problem``."""
+    clipped = np.clip(theta, *problem.bounds)
+    return clipped if problem.subspace is None else problem.subspace.project(clipped)
 
 
 def minimise(
@@ -162,7 +175,7 @@ def minimise(
 
     Returns theta (b, 5) and objective (b,) at the optima found.
     """
-    theta = np.array(theta, float)
+    theta = np.array(theta, float) if problem.subspace is None else problem.subspace.project(np.asarray(theta, float))
     # A view: one row of weights may stand for a thousand starts.
     weights = np.broadcast_to(weights, (len(theta), len(problem.y)))
     objective = np.empty(len(theta))
@@ -176,6 +189,40 @@ def minimise(
                 problem, theta[part], weights[part], stage, 200 if last else 6, 1e-11 if last else 1e-3
             )
     return theta, objective
+
+
+@dataclass(kw_only=True)
+class _Free:
+    """The free components (k,) of a problem with constraints."""
+
+    bounds: tuple[np.ndarray, np.ndarray]
+    y: np.ndarray
+    continuation: tuple[float, ...] = ()
+    held: tuple[int, ...] = ()
+    subspace: Subspace | None = None
+
+    def evaluate(self, theta: np.ndarray, weights: np.ndarray, delta: float) -> tuple[np.ndarray, ...]:
+        raise NotImplementedError("only its steps are made here")
+
+
+def reduced(
+    problem: Solvable, theta: np.ndarray, gradient: np.ndarray, *matrices: np.ndarray
+) -> tuple[Solvable, np.ndarray, np.ndarray, list[np.ndarray]]:
+    """A problem, theta, gradient (b, k) and matrices (b, k, k) in the free components; all as they are where all are.
+
+    The problem knows bounds only.
+    """
+    bound = problem.subspace
+    if bound is None:
+        return problem, theta, gradient, list(matrices)
+    low, high = problem.bounds
+    free, P = bound.free, bound.directions
+    return (
+        _Free(bounds=(low[free], high[free]), y=problem.y),
+        theta[:, free],
+        gradient @ P,
+        [P.T @ matrix @ P for matrix in matrices],
+    )
 
 
 def projected_gradient(problem: Solvable, theta: np.ndarray, gradient: np.ndarray) -> np.ndarray:
@@ -200,7 +247,6 @@ def _descend(
     problem: Solvable, theta: np.ndarray, weights: np.ndarray, delta: float, steps: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Projected, damped Newton at one delta; problems leave the batch as they converge."""
-    low, high = problem.bounds
     theta = theta.copy()
     result = np.empty(len(theta))
     live = np.arange(len(theta))
@@ -209,7 +255,7 @@ def _descend(
     damping = np.full(len(x), 0.3)
     value, gradient, hessian, reweighted = problem.evaluate(x, w, delta)
     for _ in range(steps):
-        trial = np.clip(x + _step(problem, x, gradient, hessian, reweighted, damping), low, high)
+        trial = within(problem, x + _step(problem, x, gradient, hessian, reweighted, damping))
         new = problem.evaluate(trial, w, delta)
         # Also false for NaN: a trial that overflowed is turned away.
         better = new[0] < value
@@ -246,6 +292,21 @@ def _step(
     damping: np.ndarray,
 ) -> np.ndarray:
     """Solve (hessian + damping * reweighted) step = -gradient over the components free to move: (b, 5)."""
+    bound = problem.subspace
+    problem, theta, gradient, (hessian, reweighted) = reduced(problem, theta, gradient, hessian, reweighted)
+    step = _free_step(problem, theta, gradient, hessian, reweighted, damping)
+    return step if bound is None else step @ bound.directions.T
+
+
+def _free_step(
+    problem: Solvable,
+    theta: np.ndarray,
+    gradient: np.ndarray,
+    hessian: np.ndarray,
+    reweighted: np.ndarray,
+    damping: np.ndarray,
+) -> np.ndarray:
+    """The step where all components may move but for bounds and ``held``."""
     projected = projected_gradient(problem, theta, gradient)
     # What a bound blocks is where the projection took something away; a gradient that is zero by itself may still move
     # with the others.

@@ -91,7 +91,10 @@ def profile_intervals(fit: Fit) -> dict[str, list[float | None]]:
 
     The rise of the objective is judged by the robust likelihood-ratio test of M-estimators (Ronchetti 1982): twice
     the rise, times mean psi' / mean psi^2, is F-distributed with 1 and n - 5 degrees of freedom.
+    None where constants are given: a profile holds one component still that another may be bound to.
     """
+    if fit.constraints is not None:
+        return {}
     problem = fit_problem(fit.table, fit.loss_column)
     theta = np.clip(problem.to_theta(fit.parameters), *problem.bounds)
     allowed = _allowed_rise(fit)

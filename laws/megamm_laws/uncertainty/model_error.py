@@ -149,9 +149,11 @@ def free_residual(problem: Problem, theta: np.ndarray) -> tuple[np.ndarray, np.n
     """
     low, high = problem.bounds
     inside = (theta > low + 1e-9) & (theta < high - 1e-9)  # what a bound holds follows nothing
-    J = sensitivities(problem, theta[None], *_runs(problem))[0] * inside
+    J = sensitivities(problem, theta[None], *_runs(problem))[0]
+    # Constants that are given follow nothing either.
+    J = J * inside if (bound := problem.subspace) is None else (J @ bound.directions) * inside[bound.free]
     residual = problem.y - log_law(problem, theta[None])[0]
-    size, n, through = np.sort(np.abs(residual)), len(residual), min(len(theta), len(residual) - 1)
+    size, n, through = np.sort(np.abs(residual)), len(residual), min(J.shape[1], len(residual) - 1)
     limit = CLIP * np.median(size[through:]) / NormalDist().inv_cdf((3 * n + through) / (4 * n))
     left, singular, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
     basis = left[:, singular > 1e-8 * singular[0]]

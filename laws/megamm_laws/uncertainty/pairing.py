@@ -67,7 +67,7 @@ def joint_draws(
         matches: (m, 2), rows of both tables that match.
     """
     pair = (first, second)
-    problems = [fit_problem(fit.table, fit.loss_column) for fit in pair]
+    problems = [fit_problem(fit.table, fit.loss_column, fit.constraints) for fit in pair]
     thetas = [problem.to_theta(fit.parameters) for problem, fit in zip(problems, pair)]
     free = [model_error.free_residual(problem, theta) for problem, theta in zip(problems, thetas)]
     model = _Model.of(problems, [offset_labels(fit.table) for fit in pair], matches)

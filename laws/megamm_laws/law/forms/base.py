@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from megamm_laws.errors import InputError
+from megamm_laws.law.constraints import Subspace
 from megamm_laws.runs.table import RunTable
 
 COMPLEX_STEP = 1e-30
@@ -258,6 +259,7 @@ class FormProblem:
     y: np.ndarray
     declared: list[Parameter]
     held: tuple[int, ...] = ()
+    subspace: Subspace | None = None
     continuation: tuple[float, ...] = (1.0, 0.1, 3e-2, 5e-3)
     """Begins wider than the plain law's, whose starts are nearer: least squares found their amplitudes."""
     index: dict[str, int] = field(default_factory=dict)
