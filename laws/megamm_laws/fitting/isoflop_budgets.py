@@ -68,7 +68,8 @@ def law_of(table: RunTable, column: str) -> np.ndarray | None:
     """Parameters of the law through all runs, None for too few of them."""
     if len(table) <= len(power_law.PARAMETERS):
         return None
-    problem = solver.Problem.of(*(table.numbers(c) for c in ("params", "tokens", column)))
+    params, tokens, loss = (table.numbers(name) for name in ("params", "tokens", column))
+    problem = solver.Problem.of(params, tokens, loss)
     theta, values = solver.minimise(problem, solver.starts(problem), np.ones((1, len(table))))
     return problem.to_parameters(theta[int(np.nanargmin(values))])
 
