@@ -58,7 +58,7 @@ def load_answerer(arguments: argparse.Namespace):
     """The model, asked as the command line says."""
     import torch  # slow: not for --help
 
-    from megamm.generation.answers import Answerer, Options
+    from megamm.generation.answers import Answerer, AnswerOptions
     from megamm.generation.load import load_for_generation
     from megamm.generation.sampling import Sampling
 
@@ -67,7 +67,7 @@ def load_answerer(arguments: argparse.Namespace):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_for_generation(arguments.checkpoint, device, arguments.tokenizer, arguments.fit)
-    options = Options(
+    options = AnswerOptions(
         max_length=loaded.max_length,
         max_new_tokens=arguments.max_new_tokens,
         stop=arguments.stop,

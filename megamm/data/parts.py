@@ -53,7 +53,7 @@ class Entry:
     num_images: int = 0
 
 
-class Parts:
+class PreparedParts:
     """The folder of parts of one preparation.
 
     Args:

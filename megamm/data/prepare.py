@@ -27,7 +27,7 @@ from megamm import files
 from megamm.data import images
 from megamm.data.dataset_info import FILE, FORMAT_VERSION, make_info
 from megamm.data.documents import Document, Skipped, Task, Text, unread
-from megamm.data.parts import Entry, Parts, listing_digest, read_part, write_part
+from megamm.data.parts import Entry, PreparedParts, listing_digest, read_part, write_part
 from megamm.data.readers import open_inputs
 from megamm.data.shards import DIGEST_BYTES, document_digest
 from megamm.data.splits import Documents
@@ -144,7 +144,7 @@ def prepare(
     settings.check()
     try:
         with _replaced_folder(out) as folder:
-            parts = Parts(folder / PARTS, _identity(settings, tokenizer))
+            parts = PreparedParts(folder / PARTS, _identity(settings, tokenizer))
 
             def run(jobs: Iterable[tuple]) -> Iterator[Sequence[Entry]]:
                 return run_jobs(_part, ((parts.folder, settings, *job) for job in jobs), workers=workers, ray=ray)
@@ -257,7 +257,7 @@ class _Skipped:
 
 def _write(
     entries: Iterator[Entry],
-    parts: Parts,
+    parts: PreparedParts,
     pictures: dict[str, str],
     folder: Path,
     settings: PrepareSettings,
@@ -304,7 +304,7 @@ def _write(
     }
 
 
-def _deal(folder: Path, parts: Parts, documents: Documents, val_fraction: float) -> tuple[dict, dict]:
+def _deal(folder: Path, parts: PreparedParts, documents: Documents, val_fraction: float) -> tuple[dict, dict]:
     """Copy the pieces to the folders of their splits; returns entries and fingerprints of these."""
     # Whole documents: pieces of one must not be on both sides.
     in_val = np.repeat(documents.hold_out(val_fraction), documents.num_pieces)

@@ -15,7 +15,7 @@ from megamm.sequence import EOS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class AnswerOptions:
     """How a model is asked.
 
     Attributes:
@@ -60,7 +60,7 @@ def make_prompt(maker: PromptMaker, max_length: int, text: str, images: Sequence
 class Answerer:
     """Answers prompts that ``maker`` makes for ``model``."""
 
-    def __init__(self, model: MultimodalModel, maker: PromptMaker, options: Options):
+    def __init__(self, model: MultimodalModel, maker: PromptMaker, options: AnswerOptions):
         self.model, self.maker, self.options = model, maker, options
 
     def prompt(self, text: str, images: Sequence[Path | str], where: str) -> Prompt:

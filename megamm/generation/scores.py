@@ -11,7 +11,7 @@ from torch import nn
 from megamm.config import Config, ModelConfig, TaskConfig
 from megamm.data.tokenizer import Tokenizer
 from megamm.errors import InputError
-from megamm.generation.answers import Answerer, Options, make_prompt
+from megamm.generation.answers import Answerer, AnswerOptions, make_prompt
 from megamm.generation.load import TrainingData
 from megamm.generation.prompts import PromptMaker
 from megamm.generation.questions import Question, answer, read_questions, score
@@ -20,16 +20,16 @@ from megamm.parallel.whole import gather_model
 
 
 @dataclass(kw_only=True)
-class Task:
+class EvalTask:
     """One of ``eval.tasks``, and what makes its prompts."""
 
     config: TaskConfig
     questions: list[Question]
     maker: PromptMaker
-    options: Options
+    options: AnswerOptions
 
 
-def open_tasks(config: Config) -> dict[str, Task]:
+def open_tasks(config: Config) -> dict[str, EvalTask]:
     """The tasks of a run with a resolved config, by name; images are looked for, but not read.
 
     Raises:
@@ -52,18 +52,18 @@ def open_tasks(config: Config) -> dict[str, Task]:
             if missing:
                 raise InputError(f"{missing[0].where}: {missing[1]} does not exist; put the image there")
         fit = task.fit or (data.fit(model, f"{setting}.fit") if images else "squash")
-        options = Options(
+        options = AnswerOptions(
             max_length=config.data.row_length,
             max_new_tokens=task.max_new_tokens,
             stop=task.stop,
             dtype=getattr(torch, config.train.dtype),
         )
         maker = PromptMaker(tokenizer, model.image_size, model.patch_size, fit)
-        found[name] = Task(config=task, questions=questions, maker=maker, options=options)
+        found[name] = EvalTask(config=task, questions=questions, maker=maker, options=options)
     return found
 
 
-def check_prompts(tasks: dict[str, Task], world: World) -> None:
+def check_prompts(tasks: dict[str, EvalTask], world: World) -> None:
     """Read this rank's share of the images, and see that each prompt leaves room for an answer.
 
     Raises:
@@ -75,7 +75,7 @@ def check_prompts(tasks: dict[str, Task], world: World) -> None:
                 make_prompt(task.maker, task.options.max_length, one.prompt, one.images, one.where)
 
 
-def score_tasks(tasks: dict[str, Task], model: nn.Module, config: ModelConfig, world: World) -> dict[str, float]:
+def score_tasks(tasks: dict[str, EvalTask], model: nn.Module, config: ModelConfig, world: World) -> dict[str, float]:
     """The score of each task, the same on all ranks, which must all call.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megamm_laws.fitting.isoflop import FLOOR, NOISE, fit_isoflop_table, fit_isoflops
-from megamm_laws.fitting.isoflop_budgets import at_budget, budgets, noise_of
+from megamm_laws.fitting.isoflop_budgets import at_budget, budgets, noise_of_curves
 from megamm_laws.fitting.pictures import isoflop_chart
 from megamm_laws.law import power_law
 from megamm_laws.runs.table import RunTable, check_rows, read_runs
@@ -139,9 +139,9 @@ def test_noise_is_taken_from_the_curves():
     rng = np.random.default_rng(3)
     x = np.sort(rng.uniform(0, 4, (200, 9)), axis=1) + np.arange(9)
     smooth = 3 + 0.1 * (x - 6) ** 2 - 0.01 * (x - 6) ** 3
-    assert noise_of(list(zip(x, smooth))) < 1e-10
-    assert noise_of(list(zip(x, smooth + 0.01 * rng.standard_normal(x.shape)))) == pytest.approx(0.01, rel=0.05)
-    assert noise_of([(x[0, :3], smooth[0, :3])]) is None
+    assert noise_of_curves(list(zip(x, smooth))) < 1e-10
+    assert noise_of_curves(list(zip(x, smooth + 0.01 * rng.standard_normal(x.shape)))) == pytest.approx(0.01, rel=0.05)
+    assert noise_of_curves([(x[0, :3], smooth[0, :3])]) is None
     assert fit_isoflops(jittered(0.0, 0.01), draws=20).noise == pytest.approx(0.01, rel=0.3)
     assert fit_isoflops(jittered(0.0, 0.0), draws=20).noise == NOISE
     rough = fit_isoflops(read_runs(ROOT / "tests" / "data" / "isoflop_refinedweb_tuned.csv"))

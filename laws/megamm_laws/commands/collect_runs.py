@@ -15,7 +15,7 @@ from rich.console import Console
 from megamm_laws.arguments import ArgumentParser
 from megamm_laws.errors import InputError, exit_on_error
 from megamm_laws.files import check_out
-from megamm_laws.runs.collect import LOSSES, Options, collect, parse_facts, read_facts
+from megamm_laws.runs.collect import LOSSES, CollectOptions, collect, parse_facts, read_facts
 from megamm_laws.runs.conventions import COLUMN, CONVENTIONS, conversion_lines
 from megamm_laws.runs.table import suspected_duplicates, suspicious_units, write_runs
 
@@ -69,7 +69,7 @@ def main() -> None:
     check_out(arguments.out, folder=False)
     facts = read_facts(arguments.facts) if arguments.facts else {}
     facts["*"] = parse_facts(dict(_pairs("--set", arguments.set, key=0)), "--set")
-    options = Options(
+    options = CollectOptions(
         loss=arguments.loss,
         include_uncooled=arguments.include_uncooled,
         include_intermediate=arguments.include_intermediate,

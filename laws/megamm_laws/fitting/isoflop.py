@@ -21,7 +21,7 @@ from scipy.interpolate import Akima1DInterpolator
 
 from megamm_laws.errors import InputError
 from megamm_laws.fitting.fit import check_draws
-from megamm_laws.fitting.isoflop_budgets import at_budget, budgets, law_of, noise_of
+from megamm_laws.fitting.isoflop_budgets import at_budget, budgets, law_of, noise_of_curves
 from megamm_laws.law.percentiles import LEVEL
 from megamm_laws.runs.groups import native_groups
 from megamm_laws.runs.table import RunTable, table_warnings
@@ -226,7 +226,7 @@ def _profiles(
         levels.append((level, span))
     if noise is None:
         curves = [(level.numbers("params"), level.numbers(column)) for level, _ in levels]
-        found = noise_of([(np.log(np.sort(n)), y[np.argsort(n)]) for n, y in curves])
+        found = noise_of_curves([(np.log(np.sort(n)), y[np.argsort(n)]) for n, y in curves])
         noise = max(NOISE, found or 0.0)
     return [profile_of(level, column, noise, draws, rng, span) for level, span in levels], lines, noise
 

@@ -74,7 +74,7 @@ def law_of(table: RunTable, column: str) -> np.ndarray | None:
     return problem.to_parameters(theta[int(np.nanargmin(values))])
 
 
-def noise_of(profiles: list[tuple[np.ndarray, np.ndarray]]) -> float | None:
+def noise_of_curves(profiles: list[tuple[np.ndarray, np.ndarray]]) -> float | None:
     """Standard deviation of a loss by the roughness of the curves, nats; None where no curve has 4 runs.
 
     Args:

@@ -71,7 +71,7 @@ LOSSES = ("auto", "validation", "training")
 
 
 @dataclass(kw_only=True)
-class Options:
+class CollectOptions:
     """What to take from the logs.
 
     Attributes:
@@ -115,7 +115,9 @@ class Collected:
 
 
 def collect(
-    paths: Iterable[Path | str], options: Options | None = None, progress: Callable[[str], None] = lambda text: None
+    paths: Iterable[Path | str],
+    options: CollectOptions | None = None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of all ``paths`` and lines on what was left out.
 
@@ -126,7 +128,7 @@ def collect(
         InputError: a path of no known kind, a bad value, one name for two runs, two conventions or two kinds of
             loss, a tag of the mapping that no log has, or nothing found.
     """
-    options = options or Options()
+    options = options or CollectOptions()
     mapping = TagMap(options.mapping)
     options = replace(options, mapping=mapping)
     if options.loss not in LOSSES:
@@ -150,7 +152,7 @@ def collect(
 
 
 def _gather(
-    paths: Iterable[Path], options: Options, progress: Callable[[str], None]
+    paths: Iterable[Path], options: CollectOptions, progress: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """The rows that the options take in, the place of each, and lines on the rest, whole runs first."""
     rows: list[dict[str, Any]] = []
@@ -179,7 +181,7 @@ def _gather(
     return rows, places, list(dict.fromkeys(excluded + left_out))
 
 
-def _excluded(row: dict[str, Any], options: Options) -> str | None:
+def _excluded(row: dict[str, Any], options: CollectOptions) -> str | None:
     """Why a row is left out; None if it is not."""
     if row.get("checkpoint") == "intermediate":
         return None if options.include_intermediate else "intermediate checkpoint; --include-intermediate takes it in"
@@ -191,7 +193,7 @@ def _excluded(row: dict[str, Any], options: Options) -> str | None:
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def _read(path: Path, options: Options, progress: Callable[[str], None]) -> Collected:
+def _read(path: Path, options: CollectOptions, progress: Callable[[str], None]) -> Collected:
     if not path.exists():
         raise InputError(f"{path}: does not exist; give run directories, logs or CSV files")
     if path.is_dir():
@@ -213,7 +215,7 @@ def _read(path: Path, options: Options, progress: Callable[[str], None]) -> Coll
     return found
 
 
-def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) -> Collected:
+def _read_folder(root: Path, options: CollectOptions, progress: Callable[[str], None]) -> Collected:
     """Everything at or below a folder; inside one of our run directories nothing further is looked for."""
     found = Collected()
     curves: list[Curve] = []
@@ -250,7 +252,7 @@ def _read_folder(root: Path, options: Options, progress: Callable[[str], None]) 
     return found
 
 
-def _curves_below(log: Path, found: Collected, options: Options, progress: Callable[[str], None]) -> list[Curve]:
+def _curves_below(log: Path, found: Collected, options: CollectOptions, progress: Callable[[str], None]) -> list[Curve]:
     """The parts of runs in a log that was come upon; a line where it cannot be read, as others may be."""
     progress(f"reading {log}")
     try:
@@ -285,7 +287,7 @@ def _not_looked_at(root: Path, files: list[Path]) -> str:
     return f"{root}: {len(files)} files not looked at, by their names no logs: {shown}{more} (the first: {files[0]})"
 
 
-def _add_run_directory(found: Collected, folder: Path, root: Path, options: Options) -> None:
+def _add_run_directory(found: Collected, folder: Path, root: Path, options: CollectOptions) -> None:
     try:
         row = row_of_result(folder, root)
     except DivergedError as error:
@@ -300,7 +302,7 @@ def _add_run_directory(found: Collected, folder: Path, root: Path, options: Opti
     found.add(row, origin)
 
 
-def _curves(path: Path, options: Options) -> list[Curve] | None:
+def _curves(path: Path, options: CollectOptions) -> list[Curve] | None:
     """The parts of runs in a file or a folder of events, as its reader gives them; None where none knows it."""
     for reader in READERS:
         if path.is_dir() and reader is not read_events:
@@ -314,7 +316,7 @@ def _curves(path: Path, options: Options) -> list[Curve] | None:
     return None
 
 
-def _add_curves(found: Collected, curves: list[Curve], options: Options) -> None:
+def _add_curves(found: Collected, curves: list[Curve], options: CollectOptions) -> None:
     for curve in join_parts(curves):
         curve.facts |= options.facts_of(curve.name)
         rows, left_out = curve_rows(curve, loss=options.loss, intermediate=options.include_intermediate)
@@ -323,7 +325,7 @@ def _add_curves(found: Collected, curves: list[Curve], options: Options) -> None
             found.add(row, curve.origin, curve.identity)
 
 
-def _read_table(path: Path, options: Options) -> Collected:
+def _read_table(path: Path, options: CollectOptions) -> Collected:
     """A file already in the form of `runs.csv`."""
     table = read_runs(path, comparable=False)  # rows can still be converted, or left out
     found, origin = Collected(), path.resolve()
@@ -338,7 +340,7 @@ def _read_table(path: Path, options: Options) -> Collected:
 # ------------------------------------------------------------------------------------- checks over all rows
 
 
-def _count(rows: list[dict[str, Any]], places: list[str], options: Options) -> list[dict[str, Any]]:
+def _count(rows: list[dict[str, Any]], places: list[str], options: CollectOptions) -> list[dict[str, Any]]:
     """The rows under one convention."""
     if options.convention:
         return conventions.convert_rows(rows, places, options.convention)
@@ -354,7 +356,7 @@ def _count(rows: list[dict[str, Any]], places: list[str], options: Options) -> l
     return labelled
 
 
-def _facts_of_no_run(options: Options, rows: list[dict[str, Any]]) -> list[str]:
+def _facts_of_no_run(options: CollectOptions, rows: list[dict[str, Any]]) -> list[str]:
     """A line on each run of the facts that was not found, as it may be misspelt; InputError where none was."""
     # Intermediate checkpoints are named RUN@STEP, and facts hold for RUN.
     names = {str(row["run"]).partition("@")[0] for row in rows} | {str(row["run"]) for row in rows}
