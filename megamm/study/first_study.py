@@ -101,7 +101,7 @@ def rate(value: float) -> str:
 def _late(images: bool) -> list[str]:
     if images:
         return [
-            "  # A vision transformer before it; it learns more slowly than the rest (docs/lab-log.md).",
+            "  # A vision transformer before it; it learns more slowly than the rest (docs/lab-log/studies.md).",
             "  late: {optimizer: {vision_lr_factor: 0.03}}",
         ]
     return [

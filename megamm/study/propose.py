@@ -2,7 +2,7 @@
 
 The order is that of ``megamm-start``: vocabulary, images and pieces before preparation; then the mixture, the budget of
 the longest run and the widths, from the prepared counts and a measured speed. The numbers are those of the demo's
-ladders (docs/lab-log.md), stretched by simple rules; each is a start and can be edited in the study's YAML.
+ladders (docs/lab-log/studies.md), stretched by simple rules; each is a start and can be edited in the study's YAML.
 """
 
 import math
