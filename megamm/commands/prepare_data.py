@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megamm.data.dataset_info import KINDS
+from megamm.data.images import DEFAULT_FIT
 from megamm.data.prepare import PrepareSettings, prepare
 from megamm.data.verify import verify
 from megamm.errors import exit_on_error
@@ -68,7 +69,7 @@ def make_parser() -> ArgumentParser:
     add("--image-size", type=int, default=224, help="height and width in pixels (default 224)")
     add("--patch-size", type=int, default=14, help="divides the image size (default 14)")
     add("--max-length", type=int, default=1024, help="positions above which a document is cut in parts (1024)")
-    add("--fit", choices=("squash", "crop", "pad"), default="squash", help="how images become square (squash)")
+    add("--fit", choices=("squash", "crop", "pad"), default=DEFAULT_FIT, help="how images become square (%(default)s)")
     add("--val-fraction", type=float, default=0.02, help="share of tokens held out for validation (0.02)")
     add("--min-tokens", type=int, default=1, help="leave out documents of fewer text tokens (1)")
     add("--max-pixels", type=int, default=50_000_000, help="refuse larger images, before decoding (50 million)")

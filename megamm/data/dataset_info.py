@@ -42,7 +42,7 @@ def make_info(
     max_length: int,
     splits: Mapping[str, dict],
     fingerprints: Mapping[str, str],
-    fit: images.Fit = "squash",
+    fit: images.Fit = images.DEFAULT_FIT,
     settings: Mapping[str, Any] | None = None,
     num_repeats: int = 0,
     skipped_by_reason: Mapping[str, int] | None = None,

@@ -18,6 +18,8 @@ import simplejpeg
 from PIL import Image as PillowImage
 
 Fit = Literal["squash", "crop", "pad"]
+DEFAULT_FIT: Fit = "pad"
+"""Nothing is lost, and a circle stays one."""
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO")
 """Pillow decoders in use; the list keeps out those that run other programs (EPS) or unpack archives."""
@@ -74,7 +76,7 @@ def read_rgb(data: bytes, max_pixels: int) -> np.ndarray:
     return np.ascontiguousarray(_upright(image, orientation))
 
 
-def resize(image: np.ndarray, size: int, fit: Fit = "squash") -> np.ndarray:
+def resize(image: np.ndarray, size: int, fit: Fit = DEFAULT_FIT) -> np.ndarray:
     """Resize to [size, size, 3]: area average on axes that shrink, cubic on axes that grow.
 
     squash keeps all content and wastes no patch, at the price of the aspect ratio; crop keeps the middle

@@ -68,7 +68,7 @@ class PrepareSettings:
     image_size: int = 224
     patch_size: int = 14
     max_length: int = 1024
-    fit: images.Fit = "squash"
+    fit: images.Fit = images.DEFAULT_FIT
     val_fraction: float = 0.02
     min_tokens: int = 1
     max_pixels: int = 50_000_000

@@ -45,7 +45,7 @@ def load_for_generation(
 
     Args:
         tokenizer: a tokenizer.json; by default that of the run's prepared data.
-        fit: how images become square; by default as in the data that the run was trained on, else squash.
+        fit: how images become square; by default as in the data that the run was trained on, else images.DEFAULT_FIT.
 
     Raises:
         InputError: something is missing or damaged, the tokenizer is not the model's, or the run was trained on images
@@ -66,7 +66,7 @@ def load_for_generation(
     if data and data.tokenizers and words.sha256 not in data.tokenizers:
         raise InputError(f"{tokenizer}: not the tokenizer on which {path} was trained")
     if fit is None:
-        fit = data.fit(config, "--fit") if data else "squash"
+        fit = data.fit(config, "--fit") if data else images.DEFAULT_FIT
     with torch.device("meta"):
         model = MultimodalModel(config)
     model.to_empty(device=device)
@@ -120,7 +120,7 @@ class TrainingData:
             InputError: not all in one way.
         """
         if config.image_size is None or config.patch_size is None:
-            return "squash"  # nothing has images
+            return images.DEFAULT_FIT  # nothing has images
         digests = {
             images.preprocessing_fingerprint(config.image_size, config.patch_size, fit): fit
             for fit in get_args(images.Fit)
@@ -135,4 +135,4 @@ class TrainingData:
         if len(found) > 1:
             ways = ", ".join(f"{name}: {fit}" for fit, name in found.items())
             raise InputError(f"{setting}: the run's sources made images square in unlike ways ({ways}); name one")
-        return next(iter(found), "squash")
+        return next(iter(found), images.DEFAULT_FIT)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megamm.config import Config, ModelConfig, TaskConfig
+from megamm.data.images import DEFAULT_FIT
 from megamm.data.tokenizer import Tokenizer
 from megamm.errors import InputError
 from megamm.generation.answers import Answerer, AnswerOptions, make_prompt
@@ -51,7 +52,7 @@ def open_tasks(config: Config) -> dict[str, EvalTask]:
             missing = next(((one, image) for one, image in images if not image.is_file()), None)
             if missing:
                 raise InputError(f"{missing[0].where}: {missing[1]} does not exist; put the image there")
-        fit = task.fit or (data.fit(model, f"{setting}.fit") if images else "squash")
+        fit = task.fit or (data.fit(model, f"{setting}.fit") if images else DEFAULT_FIT)
         options = AnswerOptions(
             max_length=config.data.row_length,
             max_new_tokens=task.max_new_tokens,

@@ -18,7 +18,7 @@ from task_factory import make_words
 
 from megamm.commands import generate as tool
 from megamm.config import ExpertsConfig
-from megamm.data.images import preprocessing_fingerprint
+from megamm.data.images import DEFAULT_FIT, preprocessing_fingerprint
 from megamm.data.shards import Example
 from megamm.data.tokenizer import Tokenizer, train_tokenizer
 from megamm.errors import InputError, exit_on_error
@@ -277,12 +277,12 @@ def test_bad_input_is_one_line(run, arguments, message):
 def test_the_run_itself_says_its_tokenizer_and_fit(run, tmp_path):
     """Whether its data are at hand, only its record is, or only the data are; images as the source with images."""
     record = json.loads((run / "run" / "run.json").read_text())
-    record["fingerprints"]["caption"]["preprocessing"] = preprocessing_fingerprint(16, 8, "crop")  # text: squash
+    record["fingerprints"]["caption"]["preprocessing"] = preprocessing_fingerprint(16, 8, "crop")  # text: the default
     shutil.copytree(run / "run", tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     assert load_for_generation(tmp_path / "run").prompts.fit == "crop"
     (tmp_path / "run" / "run.json").unlink()
-    assert load_for_generation(tmp_path / "run").prompts.fit == "squash"
+    assert load_for_generation(tmp_path / "run").prompts.fit == DEFAULT_FIT
 
     config = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(config.replace(str(run), "/nowhere"))
@@ -293,7 +293,7 @@ def test_the_run_itself_says_its_tokenizer_and_fit(run, tmp_path):
             del record["fingerprints"]["text"]
             (tmp_path / "run" / "run.json").write_text(json.dumps(record))
         loaded = load_for_generation(tmp_path / "run", tokenizer=run / "tokenizer.json")
-        assert loaded.prompts.fit == ("crop" if with_record else "squash")
+        assert loaded.prompts.fit == ("crop" if with_record else DEFAULT_FIT)
     train_tokenizer(["other words altogether " * 9], 300, tmp_path / "tokenizer.json")
     with pytest.raises(InputError, match="not the tokenizer on which"):
         load_for_generation(tmp_path / "run", tokenizer=tmp_path / "tokenizer.json")
@@ -303,12 +303,12 @@ def test_images_of_several_fits_need_a_choice(run, tmp_path):
     shutil.copytree(run / "run", tmp_path / "run")
     record = json.loads((run / "run" / "run.json").read_text())
     record["fingerprints"]["more"] = record["fingerprints"]["caption"] | {
-        "preprocessing": preprocessing_fingerprint(16, 8, "pad")
+        "preprocessing": preprocessing_fingerprint(16, 8, "squash")
     }
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match=r"--fit: .*caption: squash, more: pad"):
+    with pytest.raises(InputError, match=r"--fit: .*caption: pad, more: squash"):
         load_for_generation(tmp_path / "run")
-    assert load_for_generation(tmp_path / "run", fit="pad").prompts.fit == "pad"
+    assert load_for_generation(tmp_path / "run", fit="squash").prompts.fit == "squash"
 
 
 def test_prompts_are_what_preparation_makes(run):
