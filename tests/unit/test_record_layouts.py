@@ -142,7 +142,7 @@ def test_notebooks(tmp_path):
     kind, documents, skipped = read(tmp_path)
     words = documents["a.ipynb"].split()
     assert kind == "interleaved" and list(documents) == ["a.ipynb"]
-    assert "".join(words) == "TitleWords.[1]a<bTrue[1]E:bad"
+    assert "".join(words) == "TitleWords.[1]xa<bTrue[1]E:bad"
     assert len(skipped) == 3 and all(reason.startswith("damaged notebook: ") for reason in skipped.values())
 
 
@@ -192,3 +192,7 @@ def test_a_table_of_unknown_columns_is_refused_with_what_it_has(tmp_path):
     (tmp_path / "versions.json").write_text('[{"version": "1", "description": "old"}]')
     with pytest.raises(InputError, match=r"of no known layout: .*found version, description"):
         open_inputs([str(tmp_path)])
+    for content in ("3", "null", "[]", "[[1]]", '"a"', "{}", "{", '{"annotations": [3]}', '{"annotations": 1}'):
+        (tmp_path / "versions.json").write_text(content)
+        with pytest.raises(InputError, match="no text field found"):
+            open_inputs([str(tmp_path)])

@@ -38,7 +38,8 @@ def json_records(file: BinaryIO, id: str) -> Iterator[tuple[str, dict] | Skipped
     elif isinstance(value, dict) and isinstance(value.get("annotations"), list):
         yield from _coco(value, id)
     else:
-        keys = value if isinstance(value, dict) else next((v for v in value if isinstance(v, dict)), ())
+        entries = value if isinstance(value, list) else [value]
+        keys = next((entry for entry in entries if isinstance(entry, dict)), {})
         listed = ", ".join(map(printable, list(keys)[:10])) or "nothing with names"
         yield Skipped(
             id=id, reason=f"JSON of no known layout: expected a list of records or COCO's captions, found {listed}"
@@ -52,7 +53,7 @@ def _is_record(entry) -> bool:
 def _coco(value: dict, id: str) -> Iterator[tuple[str, dict] | Skipped]:
     """One record for each picture, with its captions a line each (https://cocodataset.org/#format-data)."""
     # A picture with five captions as five pairs could not be held out for validation: it would repeat.
-    captions: dict[object, list[str]] = {}
+    captions: dict[str, list[str]] = {}
     for number, annotation in enumerate(value["annotations"]):
         if isinstance(annotation, dict) and isinstance(annotation.get("caption"), str):
             captions.setdefault(str(annotation.get("image_id")), []).append(annotation["caption"].strip())
