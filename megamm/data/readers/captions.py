@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megamm.data.documents import Document, Image, Skipped, Text
+from megamm.data.documents import Document, Image, Skipped, Text, printable
 from megamm.data.readers.streams import RefusedError, decode_text, read_file, read_picture
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -30,6 +30,16 @@ def read_pair(image: Path, caption: Path, root: Path, id: str) -> Iterator[Docum
         yield Skipped(id=id, reason=str(error))
     else:
         yield captioned(id, [picture], without_translations(text))
+
+
+def read_class(image: Path, root: Path, id: str) -> Iterator[Document | Skipped]:
+    """Read a picture of a class; its caption is the name of its folder, with underscores as blanks."""
+    try:
+        picture = read_picture(image, root, image.name)
+    except RefusedError as error:
+        yield Skipped(id=id, reason=str(error))
+    else:
+        yield captioned(id, [picture], printable(image.parent.name.replace("_", " ")))
 
 
 def without_translations(text: str) -> str:

@@ -10,15 +10,15 @@ from pathlib import Path
 from megamm.data.dataset_info import KINDS
 from megamm.data.documents import Document, Skipped, Task, given, printable, unread
 from megamm.data.readers import tables
-from megamm.data.readers.captions import IMAGE_SUFFIXES, VECTOR_SUFFIXES, match_captions, read_pair
-from megamm.data.readers.pages import HTML_SUFFIXES, MARKDOWN_SUFFIXES, read_page
+from megamm.data.readers.captions import IMAGE_SUFFIXES, VECTOR_SUFFIXES, match_captions, read_class, read_pair
+from megamm.data.readers.pages import HTML_SUFFIXES, MARKDOWN_SUFFIXES, NOTEBOOK_SUFFIXES, read_page
 from megamm.data.readers.streams import inside
 from megamm.data.readers.text import SUFFIXES as TEXT_SUFFIXES
 from megamm.data.readers.text import read_text
 from megamm.errors import InputError
 
 SCENES = "scenes:"
-PAGE_SUFFIXES = HTML_SUFFIXES + MARKDOWN_SUFFIXES
+PAGE_SUFFIXES = HTML_SUFFIXES + MARKDOWN_SUFFIXES + NOTEBOOK_SUFFIXES
 ABOUT = frozenset(
     """
     readme license licence copying copyright notice authors contributors changelog changes news todo index robots
@@ -72,6 +72,8 @@ def open_inputs(
         else:
             files = _Files(Path(name), prefix)
             found = files.detect() if kind == "auto" else kind
+            if kind == "caption":
+                files.take_classes()
             # Also of a kind that was asked for: an empty dataset helps nobody.
             if not files.of(found):
                 raise InputError(f"{name}: nothing of kind {found} found; give another folder, file or --kind")
@@ -97,7 +99,7 @@ class _Files:
         elif path.is_file():
             self.root, names = path.parent, [path.name]
             if not path.name.lower().endswith(PAGE_SUFFIXES + TEXT_SUFFIXES + tables.SUFFIXES):
-                known = " ".join((*PAGE_SUFFIXES, *TEXT_SUFFIXES, *tables.SUFFIXES))
+                known = " ".join((*PAGE_SUFFIXES, *TEXT_SUFFIXES, *tables.SHOWN_SUFFIXES))
                 raise InputError(f"{path}: unknown format; expected a folder or one of {known}")
             if not inside(path, path.parent):  # whoever names a link means what it leads to
                 self.root, names = path.resolve().parent, [path.resolve().name]
@@ -106,13 +108,21 @@ class _Files:
         else:
             raise InputError(f"{path}: not found; expected a folder, a file or scenes:KIND")
         self.names = names
-        self.pages = [n for n in names if n.lower().endswith(PAGE_SUFFIXES)]
+        # Sphinx offers pages as notebooks, too: the same text twice.
+        double = {n for n in names if n.lower().endswith(NOTEBOOK_SUFFIXES) and "_downloads" in Path(n).parts}
+        self.pages = [n for n in names if n.lower().endswith(PAGE_SUFFIXES) and n not in double]
         self.pairs, self.unpaired = match_captions(names)
         captions = {caption for _, caption in self.pairs}
         self.texts = [n for n in names if n.lower().endswith(TEXT_SUFFIXES) and n not in captions]
+        self.classes: list[str] = []
         self.tables: dict[str, str] = {}
+        stems = {str(Path(image).with_suffix("")) for image in names if image.lower().endswith(IMAGE_SUFFIXES)}
         for name in names:
-            if name.lower().endswith(tables.SUFFIXES):
+            if name.lower().endswith(".json") and name[:-5] in stems:
+                self._skip(name, "metadata of an image: not read")
+            elif Path(name).name.startswith("cache-") and name.endswith(".arrow"):
+                self._skip(name, "cache of a data set: not read")
+            elif name.lower().endswith(tables.SUFFIXES):
                 try:
                     self.tables[name] = tables.table_kind(self.root / name)
                 except InputError as error:
@@ -125,10 +135,18 @@ class _Files:
         for name in names:
             if not name.lower().endswith(read):
                 self._skip(name, f"file type not read: {Path(name).suffix.lower()}")
+            elif name.lower().endswith(NOTEBOOK_SUFFIXES) and name not in self.pages:
+                self._skip(name, "download of a page: not read")
+
+    def take_classes(self) -> None:
+        """Take the pictures of folders as those of the class that the folder is named after (ImageFolder)."""
+        if not self.of("caption"):
+            self.classes = [n for n in self.names if "/" in n and n.lower().endswith(IMAGE_SUFFIXES)]
 
     def of(self, kind: str) -> list[str]:
         """Files that are read as ``kind``."""
-        loose = {"interleaved": self.pages, "caption": [image for image, _ in self.pairs], "text": self.texts}[kind]
+        captioned = [image for image, _ in self.pairs]
+        loose = {"interleaved": self.pages, "caption": captioned or self.classes, "text": self.texts}[kind]
         if kind == "text" and not loose:
             loose = self.pages  # pages without their pictures
         return [*loose, *(name for name, found in self.tables.items() if found == kind)]
@@ -141,7 +159,7 @@ class _Files:
         """
         # A .txt beside a picture is its caption, so texts that are not more than pairs are strays.
         texts = self.texts if len(self.texts) > len(self.pairs) else []  # else captions that lost their pictures
-        found = {"interleaved": self.pages, "caption": self.of("caption"), "text": texts}
+        found = {"interleaved": self.of("interleaved"), "caption": self.of("caption"), "text": texts}
         found["text"] = [*texts, *(name for name, kind in self.tables.items() if kind == "text")]
         # A folder of pictures may have a README.md, and pages their sources, without being of another kind.
         data = {kind: [n for n in names if not _is_about(n)] for kind, names in found.items()}
@@ -150,9 +168,13 @@ class _Files:
         if not kinds:
             reasons = Counter(skipped.reason.split(":")[0] for skipped in self.skipped)
             listed = "".join(f"; {count} x {reason}" for reason, count in reasons.most_common(5))
+            tried = next((s for s in self.skipped if s.id.lower().endswith(tables.SUFFIXES)), None)
+            listed += f"; first table {printable(tried.id)}: {tried.reason}" if tried else ""
+            if any("/" in image.id for image in self.unpaired if image.id.lower().endswith(IMAGE_SUFFIXES)):
+                listed += "; there are pictures in folders: --kind caption takes the folders' names as captions"
             raise InputError(
                 f"{self.root}: no pages ({' '.join(PAGE_SUFFIXES)}), no images with caption files (x.png + x.txt), "
-                f"no text ({' '.join(TEXT_SUFFIXES)}) and no tables ({' '.join(tables.SUFFIXES)}) in it{listed}"
+                f"no text ({' '.join(TEXT_SUFFIXES)}) and no tables ({' '.join(tables.SHOWN_SUFFIXES)}) in it{listed}"
             )
         if len(kinds) > 1:
             listed = ", ".join(f"{len(found[kind])} {kind} ({found[kind][0]})" for kind in kinds)
@@ -178,7 +200,10 @@ class _Files:
             if name in self.tables:
                 id = self._id(name)
                 yield from _to_the_end(tables.table_tasks(self.root / name, self.root, id, kind), id)
-            elif kind != "caption":
+            elif kind == "caption":
+                if name in self.classes:
+                    yield self._task(name, read_class, self.root / name, self.root)
+            else:
                 yield self._task(name, read_text if name in self.texts else read_page, self.root / name, self.root)
             used.add(name)
         pictures = set(self.pictures(kind).values())

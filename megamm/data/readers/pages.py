@@ -1,4 +1,4 @@
-"""Web pages: HTML and Markdown files with the images beside them."""
+"""Web pages: HTML, Markdown and notebook files with the images in them and beside them."""
 
 import codecs
 import os
@@ -12,10 +12,12 @@ from markdown_it import MarkdownIt
 
 from megamm.data.documents import Document, Image, Skipped, printable
 from megamm.data.readers.html import html_spans
+from megamm.data.readers.notebooks import NotebookError, notebook_page
 from megamm.data.readers.streams import RefusedError, decode_text, read_file, read_picture
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 MARKDOWN_SUFFIXES = (".md", ".markdown")
+NOTEBOOK_SUFFIXES = (".ipynb",)
 
 MAX_PAGE_BYTES = 8 * 2**20
 """Of a larger page reading would take over half a gigabyte."""
@@ -48,7 +50,9 @@ def read_page(path: Path, root: Path, id: str) -> Iterator[Document | Skipped]:
         yield Skipped(id=id, reason=str(error))
         return
     is_markdown = path.suffix.lower() in MARKDOWN_SUFFIXES
-    declared = None if is_markdown else _CHARSET.search(content[:2048])  # browsers look at the first bytes only, too
+    is_notebook = path.suffix.lower() in NOTEBOOK_SUFFIXES
+    # Browsers look at the first bytes only, too.
+    declared = None if is_markdown or is_notebook else _CHARSET.search(content[:2048])
     try:
         page = _decode(content, declared.group(1).decode() if declared else "utf-8")
     except (UnicodeError, LookupError):
@@ -57,7 +61,13 @@ def read_page(path: Path, root: Path, id: str) -> Iterator[Document | Skipped]:
     if is_markdown:
         # Through HTML: pages of both kinds are read by the same rules. Front matter is for a site generator, not for
         # readers.
-        page = _markdown().render(_FRONT_MATTER.sub("", page.replace("\r\n", "\n")))
+        page = render_markdown(_FRONT_MATTER.sub("", page.replace("\r\n", "\n")))
+    elif is_notebook:
+        try:
+            page = notebook_page(page, render_markdown)
+        except NotebookError as error:
+            yield Skipped(id=id, reason=f"damaged notebook: {error}")
+            return
     skipped: list[Skipped] = []
 
     def note(source: str, reason: str) -> None:
@@ -113,6 +123,11 @@ def _load_image(source: str, folder: Path, root: Path) -> Image | str:
         return read_picture(Path(path), root, name)
     except RefusedError as error:
         return str(error)
+
+
+def render_markdown(text: str) -> str:
+    """Markdown as HTML."""
+    return _markdown().render(text)
 
 
 @lru_cache(maxsize=1)

@@ -1,14 +1,18 @@
 """Records of tables: which fields are text and pictures, and a record as a document."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from megamm.data.documents import Document, Image, Skipped, Text
 from megamm.data.readers.captions import IMAGE_SUFFIXES, VECTOR_SUFFIXES, captioned
 from megamm.data.readers.html import load_data_uri
+from megamm.data.readers.interleaved import FIELDS as INTERLEAVED_FIELDS
+from megamm.data.readers.interleaved import BadRecordError, is_conversation, is_interleaved, parts
 from megamm.data.readers.streams import RefusedError, read_picture
 
 TEXT_FIELDS = ("text", "caption", "description", "content")
@@ -18,6 +22,8 @@ FILE_FIELDS = ("file_name", "filename", "file", "path")
 URL_FIELDS = ("url", "image_url")
 CAPTION_FIELDS = ("caption", "description")
 """Text that tells of a picture: a URL beside it is a picture's, whatever its name."""
+SIZE_FIELDS = ("width", "height", "original_width", "original_height")
+"""Only of pictures: a URL beside them is a picture's, too (LAION, COYO)."""
 
 
 def pick(fields, names: tuple[str, ...]) -> str | None:
@@ -29,7 +35,8 @@ def pick(fields, names: tuple[str, ...]) -> str | None:
 
 def picture_fields(fields) -> list[str]:
     """Fields that may hold a text or pictures."""
-    names = (TEXT_FIELDS, *((name,) for name in (*IMAGE_FIELDS, *FILE_FIELDS, *URL_FIELDS)))
+    single = (*IMAGE_FIELDS, *FILE_FIELDS, *URL_FIELDS, *INTERLEAVED_FIELDS, *SIZE_FIELDS)
+    names = (TEXT_FIELDS, *((name,) for name in dict.fromkeys(single)))
     return [field for field in (pick(fields, name) for name in names) if field is not None]
 
 
@@ -48,11 +55,17 @@ def pictures(record: dict) -> list:
             return value if isinstance(value, list) else [value]
     for name in FILE_FIELDS:
         value = record.get(pick(record, (name,)))
+        # Tables of source code: an SVG's path beside its source is no picture.
+        if pick(record, TEXT_FIELDS) == pick(record, ("content",)) and str(value).lower().endswith(VECTOR_SUFFIXES):
+            continue
         if isinstance(value, bytes) or _names_picture(value):
             return [value]
     for name in URL_FIELDS:
         value = record.get(pick(record, (name,)))
-        if value and isinstance(value, str) and (_names_picture(value) or pick(record, TEXT_FIELDS) in CAPTION_FIELDS):
+        if not value or not isinstance(value, str):
+            continue
+        told = pick(record, CAPTION_FIELDS) or pick(record, SIZE_FIELDS)
+        if _names_picture(value) or told:
             return [value]
     return []
 
@@ -82,6 +95,9 @@ def read_record(record: dict, root: Path, folder: Path, id: str, kind: str) -> I
 
     Names of files are looked up from ``folder``, and have to lie in ``root``.
     """
+    if kind == "interleaved":
+        yield from _read_interleaved(record, root, folder, id)
+        return
     text, found = text_of(record), pictures(record)
     if text is None:
         yield Skipped(id=id, reason="no text field")
@@ -98,6 +114,30 @@ def read_record(record: dict, root: Path, folder: Path, id: str, kind: str) -> I
             yield Skipped(id=id, reason=str(error))
         else:
             yield captioned(id, images, text)
+
+
+def _read_interleaved(record: dict, root: Path, folder: Path, id: str) -> Iterator[Document | Skipped]:
+    """A web document without the pictures that cannot be had, or a conversation, which is nothing without them."""
+    if not is_interleaved(record):
+        yield Skipped(id=id, reason=f"no conversation or web document: none of {', '.join(INTERLEAVED_FIELDS)}")
+        return
+    try:
+        spans: list[Text | Image] = []
+        for number, part in enumerate(parts(record, pictures(record))):
+            if isinstance(part, list):
+                try:
+                    spans.append(_load(part[0], root, folder))
+                except RefusedError as error:
+                    if is_conversation(record):
+                        raise
+                    yield Skipped(id=f"{id}: image {number}", reason=str(error))
+            elif part:
+                spans.append(Text(text=part))
+    except (BadRecordError, RefusedError) as error:
+        yield Skipped(id=id, reason=str(error))
+    else:
+        files = tuple(span.file for span in spans if isinstance(span, Image) and span.file)
+        yield Document(id=id, spans=tuple(spans), files=files)
 
 
 def _load(value, root: Path, folder: Path) -> Image:
@@ -121,7 +161,28 @@ def _load(value, root: Path, folder: Path) -> Image:
         raise RefusedError("remote image")
     if value.lower().endswith(VECTOR_SUFFIXES):
         raise RefusedError("SVG image")
-    return read_picture(folder / value, root, value)
+    return read_picture(_place(value, root, folder), root, value)
+
+
+def _place(name: str, root: Path, folder: Path) -> Path:
+    """Where a picture lies: beside its table, in the input folder, or in one folder below that.
+
+    Raises:
+        RefusedError: it could be one of several.
+    """
+    # COCO and LLaVA keep tables and pictures in folders beside each other.
+    if os.path.lexists(folder / name) or ".." in Path(name).parts:
+        return folder / name
+    found = [place for place in (root, *_folders(root)) if os.path.lexists(place / name)]
+    if len(found) > 1 and found[0] != root:
+        raise RefusedError(f"image in several folders: {', '.join(place.name for place in found)}")
+    return (found or [folder])[0] / name
+
+
+@lru_cache(maxsize=8)
+def _folders(root: Path) -> list[Path]:
+    """Folders in the input folder."""
+    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
 
 
 def _names_picture(value) -> bool:

@@ -19,7 +19,8 @@ class BadRow:
 
 
 def read_rows(file: io.BufferedReader, delimiter: str) -> Iterator[dict[str, str] | BadRow]:
-    """Records under the names of the first row; what cannot be read comes as a BadRow.
+    """Records under the names of the first row, or as caption and URL where that row is a record by itself; what
+    cannot be read comes as a BadRow.
 
     Fields may be quoted, and then hold line ends and doubled quotes (RFC 4180). A quote that is never closed, or
     closed in the middle of a field, spoils its line alone: reading goes on at the next one. In tab-separated files
@@ -37,9 +38,17 @@ def read_rows(file: io.BufferedReader, delimiter: str) -> Iterator[dict[str, str
             if isinstance(row, BadRow):
                 yield row
             elif names is None:
-                names = row
+                names = _names_without_header(row) or row
+                if names is not row:
+                    yield dict(zip(names, row, strict=True))
             else:
                 yield dict(zip(names, row, strict=False))  # a short row lacks its last fields
+
+
+def _names_without_header(row: list[str]) -> list[str] | None:
+    """Names for a first row that is a record by itself: a caption and a URL, in either order (CC3M, CC12M)."""
+    urls = [value.startswith(("http://", "https://")) for value in row]
+    return ["url" if is_url else "caption" for is_url in urls] if len(row) == 2 and sum(urls) == 1 else None
 
 
 class _Lines:

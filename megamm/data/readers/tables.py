@@ -14,6 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megamm.data.documents import Skipped, Task, given, one_line, printable
+from megamm.data.readers.interleaved import FIELDS as INTERLEAVED_FIELDS
+from megamm.data.readers.interleaved import is_interleaved
+from megamm.data.readers.json_files import json_records
 from megamm.data.readers.records import (
     TEXT_FIELDS,
     json_record,
@@ -28,8 +31,16 @@ from megamm.data.readers.streams import COMPRESSED_SUFFIXES, open_stream, withou
 from megamm.data.readers.tars import tar_tasks
 from megamm.errors import InputError
 
-_PLAIN = (".jsonl", ".ndjson", ".csv", ".tsv", ".tar")
-SUFFIXES = (*_PLAIN, *(plain + packed for plain in _PLAIN for packed in COMPRESSED_SUFFIXES), ".tgz", ".parquet")
+_PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tar")
+SUFFIXES = (
+    *_PLAIN,
+    *(plain + packed for plain in _PLAIN for packed in COMPRESSED_SUFFIXES),
+    ".tgz",
+    ".parquet",
+    ".arrow",
+)
+SHOWN_SUFFIXES = (*_PLAIN, ".parquet", ".arrow", f"packed or not ({' '.join(COMPRESSED_SUFFIXES)})")
+"""For people: every combination would be a page of its own."""
 
 PARQUET_BATCH = 64
 PROBE_RECORDS = 1000
@@ -37,7 +48,8 @@ PROBE_RECORDS = 1000
 
 
 def table_kind(path: Path) -> str:
-    """caption if one of the first records of a file has a picture, else text.
+    """interleaved if one of the first records of a file is a conversation or a web document, caption if one has a
+    picture, else text.
 
     Raises:
         InputError: no record with a text field was found.
@@ -54,6 +66,8 @@ def table_kind(path: Path) -> str:
             continue
         record = json_record(found[1]) if isinstance(found[1], bytes) else found[1]
         if isinstance(record, dict):
+            if is_interleaved(record):
+                return "interleaved"
             fields |= dict.fromkeys(map(printable, record))
             has_text, has_picture = has_text or text_of(record) is not None, has_picture or bool(pictures(record))
         else:
@@ -62,7 +76,8 @@ def table_kind(path: Path) -> str:
             return "caption"
     if not has_text:
         instead = f"it has {', '.join(fields)}" if fields else damage
-        raise InputError(f"{path}: no text field found (one of {', '.join(TEXT_FIELDS)}); {instead}")
+        wanted = ", ".join((*TEXT_FIELDS, *INTERLEAVED_FIELDS))
+        raise InputError(f"{path}: no text field found (one of {wanted}); {instead}")
     return "text"
 
 
@@ -93,10 +108,15 @@ def _records(path: Path, id: str) -> Iterator[tuple[str, dict | bytes] | Skipped
     if _format(path) == ".parquet":
         yield from _parquet_records(path, id)
         return
+    if _format(path) == ".arrow":
+        yield from _arrow_records(path, id)
+        return
     stream, file = open_stream(path)
     with file:
         if _format(path) == ".jsonl":
             yield from _lines(file, id)
+        elif _format(path) == ".json":
+            yield from json_records(file, id)
         else:
             for number, row in enumerate(read_rows(file, "\t" if _format(path) == ".tsv" else ",")):
                 name = f"{id}:{number}"
@@ -153,6 +173,26 @@ def _parquet_records(path: Path, id: str) -> Iterator[tuple[str, dict] | Skipped
                 yield Skipped(id=f"{id}:{lost}", reason=f"damaged Parquet: row group {group}, {detail}")
 
 
+def _arrow_records(path: Path, id: str) -> Iterator[tuple[str, dict] | Skipped]:
+    """Rows of an Arrow file or stream, as ``save_to_disk`` of Hugging Face's datasets writes them."""
+    number = 0
+    try:
+        with pa.OSFile(str(path)) as file:
+            if file.read(6) == b"ARROW1":
+                whole = pa.ipc.open_file(file)
+                batches = (whole.get_batch(i) for i in range(whole.num_record_batches))
+            else:
+                file.seek(0)
+                batches = iter(pa.ipc.open_stream(file))
+            for batch in batches:
+                for row in _rows(batch):
+                    name = f"{id}:{number}"
+                    yield Skipped(id=name, reason=row) if isinstance(row, str) else (name, row)
+                    number += 1
+    except Exception as error:  # Arrow raises many kinds on damaged bytes
+        yield Skipped(id=id, reason=f"damaged Arrow file: {one_line(error)}, the rest is lost")
+
+
 def _rows(batch: pa.RecordBatch) -> Iterator[dict | str]:
     """Rows of a batch; a row that is no valid data by itself as the reason."""
     for i in range(len(batch)):
@@ -162,4 +202,4 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict | str]:
         except UnicodeDecodeError:
             yield "wrong encoding: record is not UTF-8"
         except Exception as error:
-            yield f"damaged Parquet: {one_line(error)}"
+            yield f"damaged record: {one_line(error)}"
