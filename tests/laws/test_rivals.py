@@ -149,7 +149,7 @@ def test_the_page_begins_with_what_is_known(chinchilla, tmp_path):
     assert [best["flops"] for best in entry["decision"]["optimum"]][-1] == 1e23
     page = (tmp_path / "fits.md").read_text().splitlines()
     at = next(i for i, line in enumerate(page) if line.startswith("## "))
-    assert page[at + 2].startswith("- **Growth of size**") and page[at + 3].startswith("- **Best size at 1e+23 FLOPs**")
+    assert page[at + 2].startswith("- **Growth of size**") and page[at + 3].startswith("- **Best size at 10²³ FLOPs**")
     assert "not reject" in page[at + 4]
 
 

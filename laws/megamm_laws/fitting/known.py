@@ -4,6 +4,7 @@ from typing import Any
 
 from megamm_laws.fitting.fit import Fit
 from megamm_laws.fitting.form_fit import FormFit
+from megamm_laws.pictures.units import count, power
 
 WIDE_FACTOR = 10.0
 """Ratio of the ends of an interval of N* from which the runs do not tell the size."""
@@ -56,9 +57,9 @@ def _exponent(entry: dict[str, Any], ends: list[float] | None, over: str) -> str
 
 
 def _size(flops: float, value: float | None, ends: list[float] | None, over: str) -> str:
-    head = f"- **Best size at {flops:.3g} FLOPs**"
+    head = f"- **Best size at {power(flops)} FLOPs**"
     if value is None or ends is None:
         return f"{head}: cannot tell; at least one form that is left has no optimum there ({over})."
     factor = ends[1] / ends[0]
-    text = f"{value:.3g} parameters, 95% {ends[0]:.3g} to {ends[1]:.3g}, a factor of {factor:.2g} ({over})"
+    text = f"{count(value)} parameters, 95% {count(ends[0])} to {count(ends[1])}, a factor of {factor:.2g} ({over})"
     return f"{head}: cannot tell: {text}." if factor > WIDE_FACTOR else f"{head}: {text}."
