@@ -2,6 +2,7 @@
 
 import sys
 from argparse import BooleanOptionalAction
+from pathlib import Path
 
 from rich.console import Console
 
@@ -13,6 +14,9 @@ from megamm_laws.law.constraints import Constraints
 from megamm_laws.law.forms import FORMS
 from megamm_laws.law.power_law import FORMS as PLAIN_FORMS
 from megamm_laws.runs.table import read_runs
+
+SHOWN = 3
+"""Warnings printed of a fit; fits.md has all."""
 
 
 def main() -> None:
@@ -87,8 +91,15 @@ def main() -> None:
     for fit in fits:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in fit.exponents.items())
         print(f"{fit.group}, {fit.loss_column}: {len(fit.table)} runs, {numbers}, {len(fit.warnings)} warnings")
-        for text in fit.warnings:
+    told = 0
+    for fit in fits:
+        # The gravest come first. Other losses than the first mostly have the same ones.
+        for text in fit.warnings[:SHOWN] if fit.loss_column == fits[0].loss_column else []:
             print(f"warning: {fit.group}, {fit.loss_column}: {text}", file=sys.stderr)
+            told += 1
+    rest = sum(len(fit.warnings) for fit in fits) - told
+    if rest:
+        print(f"{rest} more warnings are in {Path(arguments.out) / 'fits.md'}", file=sys.stderr)
     print(f"-> {', '.join(str(path) for path in written)}")
 
 
