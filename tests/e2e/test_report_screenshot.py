@@ -105,8 +105,11 @@ def test_without_scripts_there_are_pictures(page, tmp_path):
     browse(plain, tmp_path / "profile", f"--screenshot={picture}")
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("RGB"), float)
+    for band in np.split(pixels, 10):
+        assert band.std() > 6, "a part of the page is blank"
+    # Lines of the charts in the colours of early and late fusion, which a smaller picture with few colours still has.
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
-        assert (abs(pixels - colour).max(-1) < 24).sum() > 1000
+        assert (abs(pixels - colour).max(-1) < 24).sum() > 300
 
 
 def test_headings_are_in_order(page):
