@@ -195,7 +195,7 @@ def test_training_ends_with_the_study(study, undisturbed):
     finally:
         process.kill()
         process.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30  # a busy machine takes its time; without the study they would train for longer
     while _members(group):
         assert time.monotonic() < deadline, "training goes on without its study"
         time.sleep(0.05)
