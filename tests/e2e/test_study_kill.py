@@ -184,9 +184,13 @@ def test_a_study_told_to_stop_saves_what_is_in_training(study, undisturbed, numb
 
 
 @pytest.mark.slow
-def test_training_ends_with_the_study(study, undisturbed):
+def test_training_ends_with_the_study(study):
+    values = yaml.safe_load(study.read_text())
+    values["tokens"] = [50 * LONG, 100 * LONG]  # minutes, so that training does not end by itself
+    long = study.with_name("long.yaml")
+    long.write_text(yaml.safe_dump(values))
     out = study.parent / "orphans"
-    process = subprocess.Popen(command(study, "orphans"), env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(long, "orphans"), env=environment(), stderr=subprocess.DEVNULL)
     try:
         while not list(out.glob("runs/*/*/metrics.jsonl")):
             assert process.poll() is None
@@ -195,7 +199,7 @@ def test_training_ends_with_the_study(study, undisturbed):
     finally:
         process.kill()
         process.wait()
-    deadline = time.monotonic() + 30  # a busy machine takes its time; without the study they would train for longer
+    deadline = time.monotonic() + 30  # a busy machine takes its time
     while _members(group):
         assert time.monotonic() < deadline, "training goes on without its study"
         time.sleep(0.05)
