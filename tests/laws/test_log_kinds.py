@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from megamm_laws.runs.collect import Options, collect
+from megamm_laws.runs.collect import CollectOptions, collect
 
 STEPS = range(10, 101, 10)
 
 
 def one(path, **facts) -> dict:
-    (row,) = collect([path], Options(facts={"*": facts}))[0]
+    (row,) = collect([path], CollectOptions(facts={"*": facts}))[0]
     return row
 
 
@@ -129,7 +129,7 @@ def test_transformers(tmp_path):
     trainer_state(tmp_path / "gpt", 100)
     assert one(tmp_path, params=1e6) == row
     (tmp_path / "gpt" / "trainer_state.json").write_text("{")
-    rows, left_out = collect([tmp_path], Options(facts={"*": {"params": 1e6}}))
+    rows, left_out = collect([tmp_path], CollectOptions(facts={"*": {"params": 1e6}}))
     assert rows == [row] and any("no log_history can be read" in line for line in left_out)
 
 

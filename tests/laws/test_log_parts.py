@@ -4,14 +4,14 @@ import csv
 import json
 
 import pytest
-from megamm_laws.runs.collect import Options, collect
+from megamm_laws.runs.collect import CollectOptions, collect
 from megamm_laws.runs.readers.names import key_of_tag
 from test_logs import megatron_log, titan_log, write_events
 from test_runs import run_dir
 
 from megamm.errors import InputError
 
-PARAMS = Options(facts={"*": {"params": 1e6}})
+PARAMS = CollectOptions(facts={"*": {"params": 1e6}})
 
 
 def losses(paths, options=None) -> dict[str, float]:
@@ -96,7 +96,7 @@ def test_a_folder_is_ours_by_its_content(tmp_path):
     (tmp_path / "begun").mkdir()
     for file in ("config.yaml", "run.json"):
         (tmp_path / "begun" / file).write_text("{}")
-    rows, left_out = collect([tmp_path], Options(loss="auto", facts={"ours": {"measured_on": "training"}}))
+    rows, left_out = collect([tmp_path], CollectOptions(loss="auto", facts={"ours": {"measured_on": "training"}}))
     assert sorted(r["run"] for r in rows) == ["large", "ours", "small"]
     assert f"{tmp_path / 'begun'}: unfinished (config.yaml but no result.json)" in left_out
     assert any("2 files not looked at" in line and "1 .yaml" in line for line in left_out)
@@ -181,4 +181,4 @@ def test_unlike_validation_sets_do_not_enter_one_table(tmp_path):
     run_dir(tmp_path / "c", "c", fingerprints={"text": prints["text"] | {"val": "v2"}})
     with pytest.raises(InputError, match=r"run c: column validation_set: source text is .*unlike.*--allow"):
         collect([tmp_path])
-    assert len(collect([tmp_path], Options(allow_unlike=True))[0]) == 3
+    assert len(collect([tmp_path], CollectOptions(allow_unlike=True))[0]) == 3

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megamm_laws.runs.collect import Options, collect
+from megamm_laws.runs.collect import CollectOptions, collect
 from megamm_laws.runs.readers.curve import Curve, curve_rows
 from megamm_laws.runs.readers.names import key_of_tag
 
@@ -83,7 +83,7 @@ def test_megatron_counts_tokens_params_and_takes_the_last_validation(tmp_path):
 
 def test_megatron_intermediate_checkpoints_are_marked(tmp_path):
     log = megatron_log(tmp_path / "a.log", validations={50: 3.4, 100: 3.2})
-    rows, _ = collect([log], Options(include_intermediate=True, include_uncooled=True))
+    rows, _ = collect([log], CollectOptions(include_intermediate=True, include_uncooled=True))
     assert [(r["run"], r["loss"], r["checkpoint"], r["cooled"]) for r in rows] == [
         ("a@50", 3.4, "intermediate", False),
         ("a", 3.2, "final", True),
@@ -97,7 +97,7 @@ def test_megatron_without_validation_gives_the_mean_of_the_last_steps(tmp_path):
     other = megatron_log(tmp_path / "b.log", validations={100: 3.2})
     with pytest.raises(InputError, match=r"b\.log: run b: column measured_on: validation, but .*a\.log.* --loss"):
         collect([tmp_path / "a.log", other])
-    rows, _ = collect([tmp_path / "a.log", other], Options(loss="training"))
+    rows, _ = collect([tmp_path / "a.log", other], CollectOptions(loss="training"))
     assert [r["measured_on"] for r in rows] == ["training"] * 2
 
 
@@ -133,10 +133,10 @@ def test_megatron_says_why_params_are_missing_and_takes_them_from_facts(tmp_path
     log = megatron_log(tmp_path / "a.log", ranks={"0, 0": 150_000})
     with pytest.raises(InputError, match=r"run a: column params is not in the log \(.*1 of 2 model-parallel ranks\)"):
         collect([log])
-    row = collect([log], Options(facts={"a": {"params": 3e5, "mixture": "x"}}))[0][0]
+    row = collect([log], CollectOptions(facts={"a": {"params": 3e5, "mixture": "x"}}))[0][0]
     assert row["params"] == 3e5 and row["mixture"] == "x"
     with pytest.raises(InputError, match="none of these runs was found: b"):
-        collect([log], Options(facts={"*": {"params": 3e5}, "b": {"mixture": "x"}}))
+        collect([log], CollectOptions(facts={"*": {"params": 3e5}, "b": {"mixture": "x"}}))
 
 
 def test_unfinished_and_not_finite_runs(tmp_path):
@@ -159,7 +159,7 @@ def test_a_restart_overwrites_the_steps_it_repeats(tmp_path):
     log = megatron_log(tmp_path / "a.log", steps=80, validations={50: 9.0})
     again = megatron_log(tmp_path / "b.log", validations={50: 3.4, 100: 3.2})
     log.write_text(log.read_text() + again.read_text())
-    rows, _ = collect([log], Options(include_intermediate=True, include_uncooled=True))
+    rows, _ = collect([log], CollectOptions(include_intermediate=True, include_uncooled=True))
     assert [r["loss"] for r in rows] == [3.4, 3.2]
 
 
@@ -203,7 +203,7 @@ def test_torchtitan(tmp_path, colour):
 def test_torchtitan_experts_and_encoder(tmp_path):
     extra = "\n[titan] - Total parameter count: dense 1,000,000, sparse 4,000,000, vision 500,000, active 2,000,000"
     log = titan_log(tmp_path / "a.log", extra=extra)
-    row = collect([log], Options(facts={"*": {"tokens_vision": 1e6, "params": 5.5e6}}))[0][0]
+    row = collect([log], CollectOptions(facts={"*": {"tokens_vision": 1e6, "params": 5.5e6}}))[0][0]
     assert row["params_active"] == 2_500_000 and row["params_vision"] == 500_000
     assert row["flops"] == 6 * (2e6 * row["tokens"] + 5e5 * 1e6)
     with pytest.raises(InputError, match="column tokens_vision is missing"):
@@ -252,7 +252,7 @@ def test_tensorboard_of_megatron(tmp_path):
     }
     texts = {"global_batch_size": "8", "seq_length": "128", "train_iters": "100", "hidden_size": "64"}
     write_events(tmp_path / "big-run" / "tensorboard", scalars, texts | {"padded_vocab_size": "512"})
-    rows, _ = collect([tmp_path], Options(facts={"big-run": {"params": 3e5}}))
+    rows, _ = collect([tmp_path], CollectOptions(facts={"big-run": {"params": 3e5}}))
     (row,) = rows
     assert (row["run"], row["loss"], row["tokens"], row["cooled"]) == ("big-run", 3.25, 100 * 8 * 128, True)
     assert row["params_head"] == 512 * 64
@@ -262,7 +262,7 @@ def test_tensorboard_of_a_run_that_was_started_twice(tmp_path):
     for start, steps, loss in (("20260821-1200", range(1, 61), 5.0), ("20260821-1830", range(51, 101), 4.0)):
         folder = tmp_path / "llama" / "tb" / start
         write_events(folder, {"train/loss": [(s, loss) for s in steps], "n_tokens_seen": [(s, s * 8.0) for s in steps]})
-    rows, _ = collect([tmp_path], Options(facts={"llama": {"params": 1e6}}))
+    rows, _ = collect([tmp_path], CollectOptions(facts={"llama": {"params": 1e6}}))
     assert [(r["run"], r["loss"], r["tokens"]) for r in rows] == [("llama", 4.0, 800)]
 
 
@@ -272,7 +272,7 @@ def test_tensorboard_of_torchtitan_and_unknown_tags(tmp_path):
         "n_tokens_seen": [(s, s * 1024.0) for s in range(1, 101)],
     }
     write_events(tmp_path / "a", scalars)
-    row = collect([tmp_path / "a"], Options(facts={"*": {"params": 1e6}}))[0][0]
+    row = collect([tmp_path / "a"], CollectOptions(facts={"*": {"params": 1e6}}))[0][0]
     assert row["loss"] == 4.0 and row["tokens"] == 102400 and row["cooled"] is None
     write_events(tmp_path / "b", {"my/ce": [(5, 3.5)], "my/seen": [(5, 64.0)]})
     with pytest.raises(InputError, match=r"has my/ce, my/seen; name them with --map"):
@@ -282,7 +282,7 @@ def test_tensorboard_of_torchtitan_and_unknown_tags(tmp_path):
     with pytest.raises(InputError, match=r"no scalar can be read from its event files: empty or damaged"):
         collect([tmp_path / "c"])
     mapping = {"my/ce": "loss", "my/seen": "tokens"}
-    row = collect([tmp_path / "b"], Options(mapping=mapping, facts={"*": {"params": 1e6}}))[0][0]
+    row = collect([tmp_path / "b"], CollectOptions(mapping=mapping, facts={"*": {"params": 1e6}}))[0][0]
     assert (row["loss"], row["tokens"]) == (3.5, 64)
 
 
@@ -317,7 +317,7 @@ def test_wandb_chart_of_several_runs(tmp_path):
         '"50","3.5","3.4","3.6",""\n"100","3.2","3.1","3.3","3.9"\n'
     )
     facts = {"*": {"tokens_per_step": 1000.0}, "wide": {"params": 2e6}, "thin": {"params": 1e6}}
-    rows, _ = collect([path], Options(facts=facts))
+    rows, _ = collect([path], CollectOptions(facts=facts))
     assert [(r["run"], r["loss"], r["tokens"]) for r in rows] == [("wide", 3.2, 1e5), ("thin", 3.9, 1e5)]
 
 
@@ -333,11 +333,11 @@ def test_wandb_history_as_json_lines_and_csv(tmp_path):
         writer.writerows([i, *("nan" if v is None else v for v in r.values())] for i, r in enumerate(records))
     facts = {"*": {"params": 1e6}}
     for name in ("run-a.jsonl", "run-b.csv"):
-        row = collect([tmp_path / name], Options(facts=facts))[0][0]
+        row = collect([tmp_path / name], CollectOptions(facts=facts))[0][0]
         assert (row["run"], row["loss"], row["tokens"], row["cooled"]) == (name[:5], 3.75, 9000, True)
     (tmp_path / "run-a.jsonl").write_text('{"_step": 0}\n{"_st')
     with pytest.raises(InputError, match=r"run-a\.jsonl: line 2: not JSON"):
-        collect([tmp_path / "run-a.jsonl"], Options(facts=facts))
+        collect([tmp_path / "run-a.jsonl"], CollectOptions(facts=facts))
 
 
 def test_wandb_runs_as_json_lines(tmp_path):
@@ -372,7 +372,7 @@ def test_wandb_runs_are_cooled_if_the_last_rate_is_far_below_that_of_the_config(
     tags = counts | losses | config | summary
     (tmp_path / "b.csv").write_text(f"Name,State,{','.join(tags)}\nb,finished,{','.join(map(str, tags.values()))}\n")
     for file in ("a.jsonl", "b.csv"):
-        rows, _ = collect([tmp_path / file], Options(include_uncooled=True))
+        rows, _ = collect([tmp_path / file], CollectOptions(include_uncooled=True))
         assert [(r["run"], r["tokens"], r["loss"], r["cooled"]) for r in rows] == [(file[0], 2e7, 3.1, cooled)]
 
 
@@ -429,7 +429,7 @@ PIECES = st.sampled_from(
 def test_no_log_however_damaged_ends_in_another_error(tmp_path_factory, lines, suffix):
     path = tmp_path_factory.mktemp("fuzz") / f"a{suffix}"
     path.write_text("\n".join(lines), encoding="utf-8")
-    options = Options(facts={"*": {"params": 1e6, "tokens_per_step": 10.0}}, include_intermediate=True)
+    options = CollectOptions(facts={"*": {"params": 1e6, "tokens_per_step": 10.0}}, include_intermediate=True)
     try:
         rows, _ = collect([path], options)
     except InputError as error:
@@ -451,9 +451,9 @@ def test_every_file_of_a_folder_that_is_not_read_is_named(tmp_path):
 
 def test_a_tag_that_no_log_has(tmp_path):
     (tmp_path / "export.csv").write_text("Name,State,my loss,tokens,params\nb,finished,3.1,1e7,1e6\n")
-    assert collect([tmp_path], Options(mapping={"my loss": "loss"}))[0][0]["loss"] == 3.1
+    assert collect([tmp_path], CollectOptions(mapping={"my loss": "loss"}))[0][0]["loss"] == 3.1
     with pytest.raises(InputError, match="--map: no log has the tag lr/x; correct or remove it"):
-        collect([tmp_path], Options(mapping={"my loss": "loss", "lr/x": "lr"}))
+        collect([tmp_path], CollectOptions(mapping={"my loss": "loss", "lr/x": "lr"}))
 
 
 def test_all_reasons_are_named_where_nothing_is_left(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from megamm_laws.runs import conventions
-from megamm_laws.runs.collect import Options, collect, read_facts
+from megamm_laws.runs.collect import CollectOptions, collect, read_facts
 from megamm_laws.runs.table import read_runs, suspected_duplicates, table_warnings, write_runs
 
 from megamm.errors import InputError
@@ -195,7 +195,7 @@ def test_collect_round_trip(tmp_path):
     assert runs.rows[0]["cooled"] is True and runs.numbers("flops")[2] == 6e6 * 409600
     again, _ = collect([out])
     assert [(r["run"], r["loss"], r["trunk"]) for r in again] == [(r["run"], r["loss"], r["trunk"]) for r in rows]
-    with_trunk, _ = collect([study], Options(include_uncooled=True))
+    with_trunk, _ = collect([study], CollectOptions(include_uncooled=True))
     assert {row["trunk"] for row in with_trunk if row["run"] in "tab"} == {"study/trunks/t"}
 
 
@@ -303,7 +303,7 @@ def test_conventions_count_active_experts():
 def test_a_missing_count_names_run_and_column(tmp_path, architecture, name, column):
     path = table(tmp_path, f"run,architecture,params,tokens,loss\na,{architecture},1e6,1e7,3\n")
     with pytest.raises(InputError, match=rf"line 2: run a: column {column} is missing.*--facts"):
-        collect([path], Options(convention=name))
+        collect([path], CollectOptions(convention=name))
 
 
 def test_tables_of_two_conventions_are_refused_and_can_be_converted(tmp_path):
@@ -314,14 +314,14 @@ def test_tables_of_two_conventions_are_refused_and_can_be_converted(tmp_path):
     paths = [tmp_path / "exact.csv", tmp_path / "paper.csv"]
     with pytest.raises(InputError, match=r"run late-2: column flops_convention: paper, but .*late-1 has exact: mixed"):
         collect(paths)
-    rows, _ = collect(paths, Options(convention="decoder"))
+    rows, _ = collect(paths, CollectOptions(convention="decoder"))
     assert [row["flops"] for row in rows] == [6 * 800 * 50] * 2
     write_runs(tmp_path / "both.csv", exact + paper)
     with pytest.raises(InputError, match=r"both\.csv: line 3 \(run late-2\): column flops_convention"):
         read_runs(tmp_path / "both.csv")
     with pytest.raises(InputError, match=r"both\.csv line 3: run late-2: column flops_convention"):
         collect([tmp_path / "both.csv"])
-    assert collect([tmp_path / "both.csv"], Options(convention="decoder"))[0][1]["flops"] == 6 * 800 * 50
+    assert collect([tmp_path / "both.csv"], CollectOptions(convention="decoder"))[0][1]["flops"] == 6 * 800 * 50
 
 
 def test_given_flops_are_named_by_what_they_agree_with(tmp_path):
@@ -336,12 +336,12 @@ def test_given_flops_are_named_by_what_they_agree_with(tmp_path):
 def test_a_convention_named_without_flops_counts_them(tmp_path):
     log = tmp_path / "history.jsonl"
     log.write_text('{"_step": 1, "val/loss": 3.0, "tokens": 1e7, "params": 1e6}\n')
-    row = collect([log], Options(facts={"*": {"flops_convention": "6nd"}}))[0][0]
+    row = collect([log], CollectOptions(facts={"*": {"flops_convention": "6nd"}}))[0][0]
     assert row["flops"] == 6e13 and row["flops_convention"] == "6nd"
     with pytest.raises(InputError, match="column flops_convention: 'foo' is unknown; known: paper"):
-        collect([log], Options(facts={"*": {"flops_convention": "foo"}}))
+        collect([log], CollectOptions(facts={"*": {"flops_convention": "foo"}}))
     with pytest.raises(InputError, match="column flops is missing"):
-        collect([log], Options(facts={"*": {"flops_convention": "given"}}))
+        collect([log], CollectOptions(facts={"*": {"flops_convention": "given"}}))
 
 
 def test_conversions_are_shown():
@@ -360,7 +360,7 @@ def test_intermediate_checkpoints_of_our_runs(tmp_path):
         {"step": 100, "tokens": 409600, "val/text/loss": 4.0, "val/pages/loss": 3.0},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')
-    rows, _ = collect([tmp_path], Options(include_intermediate=True))
+    rows, _ = collect([tmp_path], CollectOptions(include_intermediate=True))
     assert [(r["run"], r["checkpoint"], r["cooled"]) for r in rows] == [
         ("a@50", "intermediate", False),
         ("a", "final", True),
@@ -387,7 +387,7 @@ def test_damaged_metrics_name_the_line(tmp_path, line, expected):
     folder = run_dir(tmp_path / "a", "a")
     (folder / "metrics.jsonl").write_text(line + '\n{"step": 100, "tokens": 409600, "val/text/loss": 4.0}\n')
     with pytest.raises(InputError, match=rf"metrics\.jsonl: {expected}"):
-        collect([tmp_path], Options(include_intermediate=True))
+        collect([tmp_path], CollectOptions(include_intermediate=True))
     assert len(collect([tmp_path])[0]) == 1
 
 
@@ -424,10 +424,10 @@ def test_facts_file(tmp_path):
 
 def test_facts_of_a_run_that_is_not_there_are_told(tmp_path):
     path = table(tmp_path, "run,params,tokens,loss\na,1e6,1e7,3\n")
-    rows, left_out = collect([path], Options(facts={"a": {"width": "64"}, "A": {"width": "32"}}))
+    rows, left_out = collect([path], CollectOptions(facts={"a": {"width": "64"}, "A": {"width": "32"}}))
     assert rows[0]["width"] == "64" and left_out == ["facts of run A: no run of that name was taken in"]
     with pytest.raises(InputError, match="none of these runs was found: A; found a"):
-        collect([path], Options(facts={"A": {"width": "32"}}))
+        collect([path], CollectOptions(facts={"A": {"width": "32"}}))
 
 
 @pytest.mark.parametrize(
