@@ -3,7 +3,7 @@
     checkpoints/step-00000100/            tensors, state.json, and manifest.json: size and sha256 of each file
     checkpoints/latest                    name of the one to go on from
     checkpoints/aside-step-00000100-1/    was in the way: damaged, or later than the one that the run went on from
-    checkpoints/step-00000100.partial/    half-written or half-deleted; removed at the next save
+    checkpoints/step-00000100.partial/    half-written or half-deleted; removed when the run goes on
 
 A step is always written anew, under a temporary name, and takes its place only when it is whole: a kill at any moment
 leaves the earlier checkpoints as they were.
@@ -252,6 +252,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
         self._copies: dict = {}
+        # Here, not at the next save: a run that was killed after its last one makes no other.
+        self.world.decide(self._clear)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Begin to write one checkpoint; called by all ranks.
@@ -299,7 +301,7 @@ class Checkpoints:
         world = self.world
         try:
             # No rank may write before the folder is there.
-            world.decide(self._begin, partial)
+            world.decide(lambda: partial.mkdir(parents=True))
             save_tensors(partial, tensors, world)
             with world.agree():
                 # Reading them back shows that they can be read.
@@ -315,11 +317,10 @@ class Checkpoints:
                 f"{final}: checkpoint not written ({error_words(innermost(error))}); earlier checkpoints are untouched"
             ) from error
 
-    def _begin(self, partial: Path) -> None:
-        # Half-written ones of any step: nobody else writes here while the run holds its lock.
+    def _clear(self) -> None:
+        """Remove what a killed run half wrote or half deleted: nobody else writes here while the run holds its lock."""
         for leftover in self.folder.glob(f"step-*{PARTIAL}"):
             shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
 
     def _end(self, partial: Path, final: Path, files: dict[str, dict], state: str) -> None:
         write_text(partial / STATE, state)

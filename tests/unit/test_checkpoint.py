@@ -144,6 +144,18 @@ def test_old_ones_are_deleted_but_never_what_latest_names(tmp_path):
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000002", "step-00000005"]
 
 
+@pytest.mark.parametrize("saves_again", [True, False])
+def test_what_a_kill_left_half_deleted_goes(data, run, saves_again):
+    """Also where the run was killed after its last save, and makes no other."""
+    begun = 10 if saves_again else 12
+    if saves_again:
+        checkpoint.set_aside(run / "checkpoints" / "step-00000012")
+        (run / "checkpoints" / "latest").write_text("step-00000010\n")
+    shutil.copytree(run / "checkpoints" / "step-00000005", run / "checkpoints" / "step-00000004.partial")
+    assert go_on(data, run) == begun
+    assert not [name for name in names(run) if name.endswith(".partial")]
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_ones(data, run, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     again = trainer(data, run, **{"checkpoint.keep": 3, "train.steps": 12})
