@@ -147,7 +147,8 @@ def prepare(
             parts = PreparedParts(folder / PARTS, _identity(settings, tokenizer))
 
             def run(jobs: Iterable[tuple]) -> Iterator[Sequence[Entry]]:
-                return run_jobs(_part, ((parts.folder, settings, *job) for job in jobs), workers=workers, ray=ray)
+                whole = ((parts.folder, settings, tokenizer.sha256, *job) for job in jobs)
+                return run_jobs(_part, whole, workers=workers, ray=ray)
 
             counts = _write(
                 parts.make(inputs.tasks, run),
@@ -322,16 +323,18 @@ def _deal(folder: Path, parts: PreparedParts, documents: Documents, val_fraction
     return {split: w.close() for split, w in writers.items()}, {s: w.fingerprint.hex() for s, w in writers.items()}
 
 
-def _part(folder: Path, settings: PrepareSettings, number: int, tasks: list[Task] | None) -> list[Entry]:
+def _part(
+    folder: Path, settings: PrepareSettings, tokenizer_sha256: str, number: int, tasks: list[Task] | None
+) -> list[Entry]:
     """Make part ``number`` of these tasks, in any process, or read the one that is there; returns its entries."""
     if tasks is None:
         return read_part(folder, number)
-    return write_part(folder, number, _encode(tasks, settings, _tokenizer(settings.tokenizer)))
+    return write_part(folder, number, _encode(tasks, settings, _tokenizer(settings.tokenizer, tokenizer_sha256)))
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
-    """Once per process: it is slow to load and cannot come with every part."""
+def _tokenizer(path: str, sha256: str) -> Tokenizer:
+    """Once per process and content: it is slow to load and cannot come with every part."""
     return Tokenizer(path)
 
 

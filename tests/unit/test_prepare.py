@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,18 @@ def test_parts_of_other_inputs_are_not_taken(tokenizer, pages, tmp_path):
     prepare(options(tokenizer, text), out)
     prepare(options(tokenizer, text), tmp_path / "expected" / "out")
     assert content(out) == content(tmp_path / "expected" / "out")
+
+
+def test_another_tokenizer_of_the_same_path_is_another_one(pages, tmp_path):
+    """In one process, as a notebook would do it."""
+    path = tmp_path / "tokenizer.json"
+    for place, size in (("first", 300), ("second", 280)):
+        train_tokenizer([TEXT] * 3, size, path)
+        prepare(options(path, pages), tmp_path / place)
+    shutil.copy(path, tmp_path / "elsewhere.json")
+    prepare(options(tmp_path / "elsewhere.json", pages), tmp_path / "third")
+    shards = [(tmp_path / name / "train" / "shard-00000.arrow").read_bytes() for name in ("first", "second", "third")]
+    assert shards[0] != shards[1] == shards[2]
 
 
 @pytest.mark.timeout(180)
