@@ -24,7 +24,7 @@ from megamm.data.dataset_info import make_info
 from megamm.data.loader import Loader, build_pack_plan, open_sources
 from megamm.data.packing import best_fit_decreasing, num_rows, pack_documents, padding_share
 from megamm.data.shards import ShardedDataset
-from megamm.data.writer import ShardWriter, split_pieces
+from megamm.data.writer import ShardWriter, pieces_table, split_pieces
 from megamm.errors import exit_on_error
 from megamm.sequence import EOS, patches_per_image
 
@@ -111,7 +111,7 @@ def make_captions(path: Path, num_documents: int) -> None:
         coarse = rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)
         words = rng.integers(5, 1000, rng.integers(20, 61)).tolist()
         units = [[], images.encode(images.resize(coarse, 224)), [*words, EOS]]
-        writer.add(split_pieces(str(i), units, 1024, 256))
+        writer.add_table(pieces_table(split_pieces(str(i), units, 1024, 256)))
     info = make_info(
         kind="caption",
         vocab_size=1000,

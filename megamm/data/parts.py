@@ -24,7 +24,7 @@ import pyarrow as pa
 from megamm import files
 from megamm.data.documents import Skipped, Task
 from megamm.data.shards import SCHEMA
-from megamm.data.writer import Piece, pieces_table
+from megamm.data.writer import PACK_PIECES, Piece, pieces_table
 
 PART_TASKS = 32
 """Reading tasks of a part: few enough that two workers share a small corpus, and that a killed run loses little."""
@@ -70,7 +70,6 @@ class PreparedParts:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             files.write_json(progress, identity)
-        self.num_found = sum(1 for _ in folder.glob("*.jsonl"))
 
     def make(self, tasks: Iterator[Task], run: Callable[[Iterable], Iterator[Sequence[Entry]]]) -> Iterator[Entry]:
         """Entries of all documents in the order of the tasks; parts that are there already are not made again.
@@ -113,18 +112,19 @@ def write_part(folder: Path, number: int, documents: Iterable[tuple[Sequence[Pie
     Args:
         documents: sealed pieces of each document, and its entry.
     """
-    entries, num_pieces = [], 0
+    entries: list[Entry] = []
+    pending: list[Piece] = []
     path = folder / f"{number:08d}.arrow"
     with files.atomic_path(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for pieces, entry in documents:
-                if pieces:
-                    writer.write_table(pieces_table(pieces))
-                    num_pieces += len(pieces)
+                pending += pieces
                 entries.append(entry)
+                if len(pending) >= PACK_PIECES:
+                    writer.write_table(pieces_table(pending))
+                    pending = []
+            writer.write_table(pieces_table(pending))
         _to_disk(temporary)
-    if not num_pieces:
-        path.unlink()
     with files.atomic_path(folder / f"{number:08d}.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in entries), encoding="utf-8")
         _to_disk(temporary)

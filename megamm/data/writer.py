@@ -120,17 +120,10 @@ class ShardWriter:
         self.folder, self.shard_documents = folder, shard_documents
         folder.mkdir(parents=True)
         self.fingerprint = Fingerprint()
-        self._pieces: list[Piece] = []
         self._tables: list[pa.Table] = []
         self._num_rows = self._num_bytes = self._num_images = 0
         self._shards: list[dict] = []
         self._lengths: list[np.ndarray] = [np.zeros((0, 2), np.int32)]
-
-    def add(self, pieces: Sequence[Piece]) -> None:
-        """Append sealed pieces."""
-        self._pieces += pieces
-        if len(self._pieces) >= PACK_PIECES:
-            self._pack()
 
     def add_table(self, table: pa.Table) -> None:
         """Append rows of a shard's columns; a full shard goes to disk."""
@@ -162,7 +155,6 @@ class ShardWriter:
 
     def close(self) -> dict:
         """Write what is left; returns the split's entry of ``dataset.json``."""
-        self._pack()
         self._flush()
         lengths = np.concatenate(self._lengths)
         np.save(self.folder / "lengths.npy", lengths)  # [num_documents, 2]
@@ -175,10 +167,6 @@ class ShardWriter:
             "num_images": self._num_images,
             "shards": self._shards,
         }
-
-    def _pack(self) -> None:
-        pieces, self._pieces = self._pieces, []
-        self.add_table(pieces_table(pieces))
 
     def _flush(self) -> None:
         if not self._num_rows:

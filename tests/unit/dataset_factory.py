@@ -8,7 +8,7 @@ import numpy as np
 
 from megamm.data import images
 from megamm.data.dataset_info import make_info
-from megamm.data.writer import Piece, ShardWriter
+from megamm.data.writer import Piece, ShardWriter, pieces_table
 from megamm.sequence import BOS, EOS, IMAGE_END, SPECIAL_TOKENS
 
 NUM_CLASSES = 8
@@ -48,7 +48,7 @@ def make_dataset(
         ]
         shutil.rmtree(path / split, ignore_errors=True)
         writer = ShardWriter(path / split, shard_documents)
-        writer.add(documents)
+        writer.add_table(pieces_table(documents))
         splits[split], fingerprints[split] = writer.close(), writer.fingerprint.hex()
     info = make_info(
         kind=kind,
