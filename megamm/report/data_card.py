@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from megamm.data.shards import Example, ShardedDataset
 from megamm.report.style import CSS
+from megamm.report.tables import html_table, note
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """The browser enforces that the page loads and runs nothing: texts and pictures come from anywhere."""
@@ -66,11 +67,11 @@ def _counts(info: dict, splits: dict[str, ShardedDataset]) -> str:
         tokens = split["num_text_tokens"] + split["num_patches"]
         cells = [split["num_documents"], split["num_images"], split["num_text_tokens"], split["num_patches"], tokens]
         size = sum(shard["num_bytes"] for shard in split["shards"])
-        rows.append([name, *(f"{cell:,}" for cell in cells), f"{size / 1e6:,.1f} MB"])
+        rows.append([escape(name), *(f"{cell:,}" for cell in cells), f"{size / 1e6:,.1f} MB"])
     heads = ["split", "documents", "images", "text tokens", "patches", "tokens in all", "on disk"]
     repeats = info["num_repeats"]
     told = f"{repeats:,} documents repeat an earlier one; repeats are never held out for validation."
-    return _table(heads, rows) + f'<p class="note">{told if repeats else "No document repeats another."}</p>'
+    return html_table(heads, rows) + note(told if repeats else "No document repeats another.")
 
 
 def _lengths(splits: dict[str, ShardedDataset]) -> str:
@@ -104,8 +105,8 @@ def _samples(dataset: ShardedDataset) -> str:
     tokenizer = Tokenizer.from_file(str(dataset.path / "tokenizer.json"))
     picked = sorted({int(i) for i in np.linspace(0, len(dataset) - 1, NUM_SAMPLES)})
     documents = "".join(_document(dataset[index], tokenizer) for index in picked)
-    note = f'<p class="note">{len(picked)} documents of train at equal distances, as the model gets them.</p>'
-    return f'{note}<div class="samples">{documents}</div>'
+    told = note(f"{len(picked)} documents of train at equal distances, as the model gets them.")
+    return f'{told}<div class="samples">{documents}</div>'
 
 
 def _document(example: Example, tokenizer: Tokenizer) -> str:
@@ -129,19 +130,11 @@ def _document(example: Example, tokenizer: Tokenizer) -> str:
 def _left_out(info: dict) -> str:
     if not info["num_skipped"]:
         return "<p>Nothing was left out.</p>"
-    rows = [[reason, f"{count:,}"] for reason, count in info["skipped_by_reason"].items()]
-    return _table(["reason", "number"], rows) + '<p class="note">Each is named in skipped.jsonl.</p>'
+    rows = [[escape(reason), f"{count:,}"] for reason, count in info["skipped_by_reason"].items()]
+    return html_table(["reason", "number"], rows) + note("Each is named in skipped.jsonl.")
 
 
 def _made(info: dict) -> str:
     settings = json.dumps(info["settings"], indent=2, ensure_ascii=False)
     prints = json.dumps(info["fingerprints"], indent=2)
     return f"<h3>Settings</h3><pre>{escape(settings)}</pre><h3>Fingerprints</h3><pre>{escape(prints)}</pre>"
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    def cells(values: list[str], tag: str) -> str:
-        return "".join(f"<{tag}{' class=left' if i == 0 else ''}>{escape(v)}</{tag}>" for i, v in enumerate(values))
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells(heads, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
