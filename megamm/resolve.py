@@ -62,14 +62,18 @@ def epochs_of(config: Config) -> dict[str, float]:
     Raises:
         InputError: a source is missing or damaged.
     """
-    sources = config.data.sources
-    tokens = config.train.steps * config.train.batch_rows * config.data.row_length
-    total, found = sum(source.weight for source in sources.values()), {}
-    for name, source in sources.items():
+    sizes = {}
+    for name, source in config.data.sources.items():
         train = read_dataset_info(source.path)["splits"]["train"]
-        own = train["num_text_tokens"] + train["num_patches"]
-        found[name] = tokens * source.weight / total / max(1, own)
-    return found
+        sizes[name] = train["num_text_tokens"] + train["num_patches"]
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+    return times_read(config.train.steps * config.train.batch_rows * config.data.row_length, weights, sizes)
+
+
+def times_read(tokens: float, weights: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """How often each source of a mixture is read in ``tokens`` positions; ``sizes``: its own positions."""
+    total = sum(weights.values())
+    return {name: tokens * weight / total / max(1, sizes[name]) for name, weight in weights.items()}
 
 
 def remarks(config: Config, epochs: Mapping[str, float] | None = None) -> list[str]:

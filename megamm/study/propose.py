@@ -15,7 +15,7 @@ import numpy as np
 from megamm.config import ModelConfig
 from megamm.model.counts import count_parameters
 from megamm.model.sizes import resolve_model
-from megamm.resolve import MOST_EPOCHS
+from megamm.resolve import MOST_EPOCHS, times_read
 
 Device = Literal["cpu", "cuda"]
 
@@ -138,12 +138,6 @@ def mixture(sources: Sequence[Source], tokens: float) -> dict[str, float]:
 def _percent(shares: dict[str, float]) -> dict[str, float]:
     """Shares in percent to two digits, for people to read; a study needs no sum of 100."""
     return {name: float(f"{100 * share:.2g}") for name, share in shares.items()}
-
-
-def epochs(sources: Sequence[Source], weights: dict[str, float], tokens: float) -> dict[str, float]:
-    """How often each source is read in ``tokens`` positions."""
-    total = sum(weights.values())
-    return {s.name: tokens * weights[s.name] / total / max(1, s.positions) for s in sources}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +305,7 @@ def _proposal(setting: ProposedSetting, ladder: ProposedLadder, speeds: dict, st
         tokens=tokens,
         warmup_steps=max(1, min(WARMUP_STEPS, step_counts[0] // 4)),
         weights=weights,
-        epochs=epochs(setting.sources, weights, tokens[-1]),
+        epochs=times_read(tokens[-1], weights, {s.name: s.positions for s in setting.sources}),
         ladder_minutes=ladder_minutes,
         minutes=total,
         warnings=(),

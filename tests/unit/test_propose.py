@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megamm.resolve import times_read
 from megamm.study import propose
 from megamm.study.first_study import source_names, study_yaml
 from megamm.study.ladders import expand
@@ -15,6 +16,10 @@ from megamm.yaml_text import parse_yaml
 
 def source(name: str = "pages", positions: int = 200_000, val: int = 20_000, **more: int) -> Source:
     return Source(name=name, positions=positions, val_positions=val, val_text_tokens=val, **more)
+
+
+def sizes_of(sources: list[Source]) -> dict[str, int]:
+    return {s.name: s.positions for s in sources}
 
 
 def setting(
@@ -104,7 +109,7 @@ def test_a_small_source_is_not_drowned_and_not_repeated_often():
     sources = [source("pages", 1_000_000), source("captions", 10_000)]
     weights = propose.mixture(sources, 100_000)
     assert weights["captions"] == pytest.approx(100 / 11, rel=0.02)  # roots: 1000 to 100
-    times = propose.epochs(sources, propose.mixture(sources, 1_000_000), 1_000_000)
+    times = times_read(1_000_000, propose.mixture(sources, 1_000_000), sizes_of(sources))
     assert times["captions"] == pytest.approx(4, rel=0.05) and times["pages"] < 1
 
 
@@ -114,7 +119,7 @@ def test_mixtures(sizes, tokens):
     sources = [source(f"s{i}", size) for i, size in enumerate(sizes)]
     weights = propose.mixture(sources, tokens)
     assert sum(weights.values()) == pytest.approx(100, rel=0.05) and min(weights.values()) > 0
-    times = list(propose.epochs(sources, weights, tokens).values())
+    times = list(times_read(tokens, weights, sizes_of(sources)).values())
     if tokens <= 4 * sum(sizes):
         assert max(times) <= 4 * 1.12  # weights are rounded to two digits
     else:
