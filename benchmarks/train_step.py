@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from megamm_laws.arguments import ArgumentParser
+from torch import nn
 
 from megamm.config import ExpertsConfig, ModelConfig, OptimizerConfig
 from megamm.data.rows import FIELDS, fill_row
@@ -148,24 +149,29 @@ def ours(args: argparse.Namespace, compiled: bool, everywhere: bool = False, **s
     return Contender(model, loss, args)
 
 
-def llama(args: argparse.Namespace, compiled: bool) -> Contender:
-    """transformers' Llama with SDPA attention, its own loss."""
+def llama_model(*, width: int, depth: int, head_dim: int, vocab_size: int, row_length: int) -> nn.Module:
+    """transformers' Llama of the shape of our text model, with SDPA attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    heads = args.width // args.head_dim
     config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.width,
-        intermediate_size=hidden_width(args.width, 256),
-        num_hidden_layers=args.depth,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=hidden_width(width, 256),
+        num_hidden_layers=depth,
+        num_attention_heads=width // head_dim,
+        num_key_value_heads=width // head_dim,
         use_cache=False,
         tie_word_embeddings=False,
-        max_position_embeddings=args.row_length,
+        max_position_embeddings=row_length,
         attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(config).to(getattr(torch, args.dtype) if args.device == "cuda" else torch.float32)
+    return LlamaForCausalLM(config)
+
+
+def llama(args: argparse.Namespace, compiled: bool) -> Contender:
+    """transformers' Llama, its own loss."""
+    shape = {name: getattr(args, name) for name in ("width", "depth", "head_dim", "vocab_size", "row_length")}
+    model = llama_model(**shape).to(getattr(torch, args.dtype) if args.device == "cuda" else torch.float32)
     if compiled:
         model.compile()
 

@@ -26,12 +26,11 @@ from megamm_laws.arguments import ArgumentParser
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from train_step import draw_row, make_batch
+from train_step import draw_row, llama_model, make_batch
 
 from megamm.config import OptimizerConfig, load
 from megamm.errors import exit_on_error
 from megamm.model.counts import TokenStats
-from megamm.model.sizes import hidden_width
 from megamm.parallel.data import clip_gradients
 from megamm.parallel.engine import Engine
 from megamm.parallel.layout import resolve_layout
@@ -92,23 +91,10 @@ def ours(args: argparse.Namespace, layout: dict[str, int], rank: int, size: int)
 def llama(args: argparse.Namespace, how: str | None) -> Step:
     """A step of transformers' Llama: of one process, or on the default group by FSDP or tensor parallel."""
     from torch.distributed.device_mesh import init_device_mesh
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    heads = args.width // HEAD_DIM
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=args.width,
-        intermediate_size=hidden_width(args.width, 256),
-        num_hidden_layers=args.depth,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        use_cache=False,
-        tie_word_embeddings=False,
-        max_position_embeddings=args.row_length,
-        attn_implementation="sdpa",
-    )
-    model, rows = LlamaForCausalLM(config), args.rows
+    shape = {"head_dim": HEAD_DIM, "vocab_size": VOCABULARY, "row_length": args.row_length}
+    model, rows = llama_model(width=args.width, depth=args.depth, **shape), args.rows
     if how == "FSDP":
         rows //= 2
         mesh = init_device_mesh("cpu", (2,))
