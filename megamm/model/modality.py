@@ -4,6 +4,8 @@ Every position goes where its modality says; padding goes with text. The host kn
 has, so that both parts are plain matrix products over a known number of rows.
 """
 
+from collections.abc import Callable
+
 import torch
 from megamm_kernels import interval_attention
 from torch import nn
@@ -41,30 +43,38 @@ class ModalityBlock(nn.Module):
         super().__init__()
         self.text, self.image = text, image
         self.attend = interval_attention
+        # What ranks that hold a part of the positions and of each matrix do around both layers: parallel.tensor.
+        self.enter: Callable[[torch.Tensor], torch.Tensor] = _same
+        self.leave: Callable[[torch.Tensor], torch.Tensor] = _same
 
     def forward(self, x_blw: torch.Tensor, context: BlockContext) -> torch.Tensor:
         """[B, L, W] -> [B, L, W]."""
-        shape, blocks, modalities = x_blw.shape[:2], (self.text, self.image), context.modalities
+        x_blw = x_blw + self.leave(self._attention(self.enter(x_blw), context))
+        return x_blw + self.leave(self._feed_forward(self.enter(x_blw), context))
+
+    def _attention(self, x_bsw: torch.Tensor, context: BlockContext) -> torch.Tensor:
+        shape, blocks, modalities = x_bsw.shape[:2], (self.text, self.image), context.modalities
         # Positions that are sorted by modality need their own angles beside them.
         tables = zip(*(self._table(table, context, shape) for table in (context.cos, context.sin)), strict=True)
-        streams = modalities.split(x_blw)
         heads = [
             block.attention.heads(block.attention_norm(x), *table)
-            for block, x, table in zip(blocks, streams, tables, strict=True)
+            for block, x, table in zip(blocks, modalities.split(x_bsw), tables, strict=True)
         ]
         # Together again, in the order of rows: the mask is one of rows.
         q, k, v = (modalities.join(text, image, shape) for text, image in zip(*heads, strict=True))
         attended = modalities.split(self.attend(q, k, v, context.mask).flatten(2))
-        text, image = map(self._rest, blocks, streams, attended)
+        text, image = (block.attention.out(x) for block, x in zip(blocks, attended, strict=True))
         return modalities.join(text, image, shape)
 
-    @staticmethod
-    def _rest(block: Block, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """What a modality does alone with what attention gave it."""
-        # The second half of Block.forward, over the rows of one modality.
-        normed, x = block.feed_forward_norm(block.attention.out(attended), residual=x)
-        return x + block.feed_forward(normed)
+    def _feed_forward(self, x_bsw: torch.Tensor, context: BlockContext) -> torch.Tensor:
+        streams = zip((self.text, self.image), context.modalities.split(x_bsw), strict=True)
+        text, image = (block.feed_forward(block.feed_forward_norm(x)) for block, x in streams)
+        return context.modalities.join(text, image, x_bsw.shape[:2])
 
     @staticmethod
     def _table(table: torch.Tensor, context: BlockContext, shape: torch.Size) -> tuple[torch.Tensor, ...]:
         return context.modalities.split(table.expand(*shape, -1, -1))  # the table may be one for all rows
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x

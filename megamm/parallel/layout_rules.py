@@ -123,8 +123,6 @@ def _model_problems(model: ModelConfig, wanted: Wanted) -> list[str]:
             for name, size in _tensor_shares(model).items()
             if size % t
         ]
-        if model.per_modality == "block":
-            found.append(f"parallel.tensor: {t}, but blocks per modality (model.per_modality) are not cut; set it to 1")
         if model.architecture == "late" and not is_plain_tower(model):
             found.append(
                 f"parallel.tensor: {t}, but towers other than model.vision.kind megamm, and projectors other than "

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from megamm.model.experts import Experts
+from megamm.model.modality import ModalityBlock
 from megamm.model.multimodal import MultimodalModel
 from megamm.parallel.collectives import gather, gather_shared, scatter_sum
 from megamm.parallel.mesh import Axis, World
@@ -96,6 +97,12 @@ def _local(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _cut_block(block: Any, axis: Axis) -> None:
+    if isinstance(block, ModalityBlock):
+        # Its norms see all positions: which weights a position meets is known for whole rows. Their gradients are
+        # partial sums all the same, since each rank goes on with its own heads or hidden units.
+        block.enter = partial(gather, dim=1, group=axis.group)
+        block.leave = partial(scatter_sum, dim=1, group=axis.group)
+        return
     for module in (block.attention, block.feed_forward):
         # Hooks, so that model/ knows of no ranks; the first argument is the stream, further ones stay.
         module.register_forward_pre_hook(lambda _, args: (gather(args[0], 1, axis.group), *args[1:]))

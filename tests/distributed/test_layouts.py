@@ -13,6 +13,8 @@ from ranks import run_ranks
 STEPS = 20
 RELATIVE = 1e-5
 KINDS = ("caption", "interleaved", "text")
+ARCHITECTURES = ("early", "late", "text", "moe", "mot", "muon", "grid")
+"""Also mixtures of transformers ("mot"), Muon, and positions in a grid."""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,8 @@ def train(data: Path, architecture: str, layout: dict, rank: int = 0, size: int 
         settings |= {"model.architecture": "early", "model.image_mask": "causal", "model.image_positions": "grid"}
     if architecture == "muon":
         settings |= {"model.architecture": "early", "optimizer.name": "muon"}
+    if architecture == "mot":
+        settings |= {"model.architecture": "early", "model.per_modality": "block"}
     if architecture in ("moe", "muon"):
         settings |= {"model.architecture": "early", "model.experts.num": 4, "model.experts.top_k": 2}
         settings |= {"model.experts.hidden": 16, "model.experts.bias_rate": 0.001}
@@ -95,9 +99,7 @@ def alone(data) -> dict[str, list]:
     """What one process gives, by architecture."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = {
-        architecture: train(data, architecture, {}) for architecture in ("early", "late", "text", "moe", "muon", "grid")
-    }
+    found = {architecture: train(data, architecture, {}) for architecture in ARCHITECTURES}
     torch.set_num_threads(threads)
     return found
 
@@ -135,6 +137,8 @@ PRODUCTS_OF_FOUR = [
     ("moe", {"expert": 2, "dp_shard": 2, "tensor": 2}),
     ("moe", {"pipeline": 2, "dp_shard": 2, "expert": 2}),
     ("early", {"tensor": 2, "context": 2}),
+    ("mot", {"tensor": 2, "dp_shard": 2}),
+    ("mot", {"tensor": 2, "pipeline": 2}),
     ("late", {"tensor": 2, "context": 2}),
     ("late", {"tensor": 2, "pipeline": 2}),
     ("early", {"dp_replicate": 2, "dp_shard": 2, "train.micro_rows": 1}),

@@ -228,7 +228,6 @@ def test_misfits_of_experts_and_layout_are_named():
         (experts, {"expert": 4, "dp_shard": 4}, "parallel.expert: 4 does not divide model.experts.num 6"),
         (experts, {"tensor": 4}, "parallel.tensor: 4 does not divide model.experts.hidden 9"),
         ({}, {"expert": 4, "dp_shard": 4}, "parallel.expert: 4, but the model has no experts"),
-        ({"per_modality": "block"}, {"tensor": 4}, "parallel.tensor: 4, but blocks per modality"),
     ):
         config = Config(model=model_config("early", head_dim=8, **settings), parallel=ParallelConfig(**sizes))
         with pytest.raises(LayoutError, match=message):

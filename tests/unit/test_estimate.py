@@ -275,6 +275,7 @@ LAYOUTS = (
     ["early", {"parallel.tensor": 2, "parallel.context": 2}, 8],
     ["early", {"model.experts.num": 4, "parallel.tensor": 2}, 4],
     ["early", {"model.per_modality": "block"}, 2],
+    ["early", {"model.per_modality": "block", "parallel.tensor": 2}, 4],
     ["late", {}, 4],
     ["late", {"parallel.tensor": 2}, 2],
     ["text", {"parallel.tensor": 4}, 4],
