@@ -3,6 +3,8 @@
 The ranks of a test train one layout after another: starting processes costs more than a tiny model's steps.
 """
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,9 @@ import torch
 from dataset_factory import make_dataset
 from ranks import run_ranks
 
-STEPS = 20
+STEPS, ROWS = 20, 8
 RELATIVE = 1e-5
 KINDS = ("caption", "interleaved", "text")
-ARCHITECTURES = ("early", "late", "text", "moe", "mot", "muon", "grid")
-"""Also mixtures of transformers ("mot"), Muon, and positions in a grid."""
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,12 @@ def data(tmp_path_factory) -> Path:
     for seed, kind in enumerate(KINDS):  # texts have no image: micro-batches without any
         make_dataset(folder / kind, kind=kind, num_documents=120, seed=seed, vocab_size=304)
     return folder
+
+
+def depth_of(layout: dict) -> int:
+    """Blocks of the model: two, or as many as there are stages."""
+    stages = layout.get("pipeline", 1) * (1 if layout.get("pipeline_schedule", "1f1b") == "1f1b" else 2)
+    return layout.get("model.depth", max(2, stages))
 
 
 def train(data: Path, architecture: str, layout: dict, rank: int = 0, size: int = 1) -> list[tuple[float, list, float]]:
@@ -38,7 +44,7 @@ def train(data: Path, architecture: str, layout: dict, rank: int = 0, size: int 
     settings = {
         "model.architecture": architecture,
         "model.width": 32,
-        "model.depth": 4,
+        "model.depth": depth_of(layout),
         "model.vision.depth": 2,
         "model.head_dim": 8,
         "model.hidden_multiple": 16,
@@ -50,14 +56,14 @@ def train(data: Path, architecture: str, layout: dict, rank: int = 0, size: int 
         "optimizer.vision_lr_factor": 0.5,
         "schedule.warmup_steps": 5,
         "train.steps": STEPS,
-        "train.batch_rows": 16,
+        "train.batch_rows": ROWS,
         "train.device": "cpu",
     }
     if architecture == "grid":
         settings |= {"model.architecture": "early", "model.image_mask": "causal", "model.image_positions": "grid"}
     if architecture == "muon":
         settings |= {"model.architecture": "early", "optimizer.name": "muon"}
-    if architecture == "mot":
+    if architecture == "mot":  # a mixture of transformers
         settings |= {"model.architecture": "early", "model.per_modality": "block"}
     if architecture in ("moe", "muon"):
         settings |= {"model.architecture": "early", "model.experts.num": 4, "model.experts.top_k": 2}
@@ -72,7 +78,7 @@ def train(data: Path, architecture: str, layout: dict, rank: int = 0, size: int 
         plan,
         trainer.datasets,
         config.data,
-        global_batch_rows=16,
+        global_batch_rows=ROWS,
         rank=trainer.world.data_rank,
         num_ranks=trainer.world.data_size,
         micro_rows=sizes.micro_rows,
@@ -95,20 +101,27 @@ def train_on_ranks(data: Path, runs: list[tuple[str, dict]]) -> list:
 
 
 @pytest.fixture(scope="module")
-def alone(data) -> dict[str, list]:
-    """What one process gives, by architecture."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = {architecture: train(data, architecture, {}) for architecture in ARCHITECTURES}
-    torch.set_num_threads(threads)
+def alone(data) -> Callable[[str, int], list]:
+    """What one process gives, by architecture and depth."""
+
+    @cache
+    def found(architecture: str, depth: int) -> list:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return train(data, architecture, {"model.depth": depth})
+        finally:
+            torch.set_num_threads(threads)
+
     return found
 
 
-def check(data: Path, alone: dict, num_ranks: int, runs: list[tuple[str, dict]], timeout: float) -> None:
+def check(data: Path, alone: Callable, num_ranks: int, runs: list[tuple[str, dict]], timeout: float) -> None:
     ranks = run_ranks(train_on_ranks, num_ranks, data, runs, timeout=timeout)
     for rank, results in enumerate(ranks):
         for (architecture, layout), steps in zip(runs, results, strict=True):
-            for step, (got, want) in enumerate(zip(steps, alone[architecture], strict=True)):
+            wanted = alone(architecture, depth_of(layout))
+            for step, (got, want) in enumerate(zip(steps, wanted, strict=True)):
                 where = f"rank {rank}, {architecture} {layout}, step {step}"
                 assert got[0] == pytest.approx(want[0], rel=RELATIVE), where
                 assert torch.tensor(got[1]).allclose(torch.tensor(want[1]), rtol=RELATIVE, atol=1e-4), where
@@ -146,11 +159,11 @@ PRODUCTS_OF_FOUR = [
     ("muon", {"pipeline": 2, "dp_shard": 2, "expert": 2}),
     ("muon", {"expert": 2, "dp_shard": 2, "tensor": 2}),
     ("early", {"context": 4, "train.recompute": "full"}),
-    ("late", {"pipeline": 4, "model.depth": 4}),
+    ("late", {"pipeline": 4}),
     ("grid", {"context": 2, "tensor": 2}),
     ("grid", {"context": 2, "pipeline": 2, "context_method": "ring"}),
     ("late", {"tensor": 2, "dp_shard": 2, "optimizer.offload": "true"}),
-    ("early", {"pipeline": 2, "dp_shard": 2, "pipeline_schedule": "interleaved", "micro_batches": 8}),
+    ("early", {"pipeline": 2, "dp_shard": 2, "pipeline_schedule": "interleaved", "micro_batches": 4}),
     ("late", {"context": 2, "dp_shard": 2, "context_method": "ring", "train.recompute": "per_op"}),
 ]
 
