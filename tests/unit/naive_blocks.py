@@ -38,7 +38,7 @@ class Naive:
         self.embedding, self.vision = model.embedding, model.vision
 
     def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        features = None if self.vision is None else self.vision(batch.patches, torch.float64)
+        features = None if self.vision is None else self.vision(batch.patches, batch.grids, torch.float64)
         x = self.embedding(batch, features, torch.float64)
         rows, auxiliary = [list(row.unbind(0)) for row in x], 0.0
         for i in range(self.config.depth):
