@@ -69,14 +69,13 @@ def make_lengths(path: Path, kind: str, num_tokens: int, row_length: int) -> Non
 
 def table_of(datasets: list[ShardedDataset], args: argparse.Namespace, row_length: int) -> Table:
     info = datasets[0].info
-    patches = patches_per_image(info["image_size"], info["patch_size"])
     weights = list(SHARES.values()) if len(datasets) == len(SHARES) else [1.0] * len(datasets)
     plan = PackPlan(datasets, weights, row_length=row_length, window_tokens=args.window_tokens, seed=0)
     table = Table(title=f"rows of {row_length}, batches of {args.tokens // row_length} rows: work between ranks")
     for name in ("model width", "ranks", "in order, %", "by work, mean %", "by work, worst %", "ms a batch"):
         table.add_column(name, justify="right")
     rows = args.tokens // row_length
-    contents = [row_contents(plan, range(k * rows, (k + 1) * rows), patches) for k in range(args.batches)]
+    contents = [row_contents(plan, range(k * rows, (k + 1) * rows)) for k in range(args.batches)]
     for width in args.widths:
         model = ModelConfig(width=width, vocab_size=50432, image_size=info["image_size"], patch_size=info["patch_size"])
         weight = flops_weights(resolve_model(model))._asdict()

@@ -10,6 +10,7 @@ operation how many bytes are alive; the largest sum of the second step is compar
 
 import argparse
 import csv
+import math
 import time
 import weakref
 from contextlib import ExitStack, contextmanager
@@ -163,6 +164,7 @@ def rows_of(config: Config, num_rows: int) -> Batch:
         hi=repeated(places.hi),
         patches=torch.zeros(len(image_index), 3 * model.patch_size**2, dtype=torch.uint8),
         patch_index=image_index,
+        grids=torch.full((len(image_index) // patches, 2), math.isqrt(patches), dtype=torch.int32),
         label_index=repeated(labelled, torch.bool).flatten().nonzero().flatten(),
     )
 

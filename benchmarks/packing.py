@@ -111,7 +111,7 @@ def make_captions(path: Path, num_documents: int) -> None:
         coarse = rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)
         words = rng.integers(5, 1000, rng.integers(20, 61)).tolist()
         units = [[], images.encode(images.resize(coarse, 224)), [*words, EOS]]
-        writer.add_table(pieces_table(split_pieces(str(i), units, 1024, 256)))
+        writer.add_table(pieces_table(split_pieces(str(i), units, 1024, [256])))
     info = make_info(
         kind="caption",
         vocab_size=1000,

@@ -151,7 +151,8 @@ class ModelConfig:
     vocab_size: int | None = setting(None, min=1, max=COUNT)
     """Rows of both embedding tables; by default, and at least, the tokenizer's, from the prepared data."""
     image_size: int | None = setting(None, min=1, max=10**5)
-    """Image height and width in pixels; by default the prepared data's."""
+    """Image height and width in pixels, of native images the square that has the most patches of one; by default the
+    prepared data's."""
     patch_size: int | None = setting(None, min=1, max=10**4)
     """Patch height and width in pixels; by default the prepared data's."""
     rope_theta: float = setting(10000.0, min=1, max=1e12)
@@ -401,8 +402,8 @@ class TaskConfig:
     """Longest answer (vqa, caption)."""
     stop: str | None = None
     """Text before which an answer ends (vqa, caption)."""
-    fit: Literal["squash", "crop", "pad"] | None = None
-    """How images become square; by default as in the training data."""
+    fit: Literal["squash", "crop", "pad", "native"] | None = None
+    """How images become square, or native; by default as in the training data."""
     batch_size: int = setting(8, min=1, max=10**6)
     """Prompts that a rank answers at a time."""
 

@@ -1,11 +1,12 @@
 """Complete a training config: what the data decides and what follows from other settings."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from megamm.config import Config
-from megamm.data.dataset_info import read_dataset_info
+from megamm.data.dataset_info import FILE, is_native, read_dataset_info
 from megamm.errors import InputError
-from megamm.model.sizes import resolve_model
+from megamm.model.sizes import has_learnt_positions, resolve_model
 
 MOST_EPOCHS = 4
 """Readings of the same data that teach nearly as much as new data (Muennighoff et al. 2023, arXiv 2305.16264)."""
@@ -49,11 +50,26 @@ def fill_in(config: Config) -> list[str]:
         if getattr(model, name) is None:
             setattr(model, name, info.get(name))
     resolve_model(model)
+    for other in config.data.sources.values():
+        problems += _misfit_of_tower(config, other.path)
     if train.steps is None:
         train.steps = -(-int(train.tokens) // (train.batch_rows * config.data.row_length))  # whole steps, rounded up
         # Only steps from here on: two settings that say the same could contradict each other.
         train.tokens = None
     return problems
+
+
+def _misfit_of_tower(config: Config, path: str) -> list[str]:
+    """A line if images of unlike shape meet a tower that has learnt positions for one shape."""
+    if not has_learnt_positions(config.model) or not (Path(path) / FILE).is_file():
+        return []
+    try:
+        native = is_native(read_dataset_info(path))
+    except InputError:
+        return []  # told of elsewhere
+    kind = config.model.vision.kind
+    why = f"model.vision.kind: {kind} has learnt positions of square images, but {path} was prepared with --fit native"
+    return [f"{why}; take kind megamm, or prepare with another --fit"] if native else []
 
 
 def epochs_of(config: Config) -> dict[str, float]:

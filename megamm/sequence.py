@@ -43,6 +43,7 @@ class Batch:
         patches: uint8 [P, patch_size * patch_size * 3]; row, column, channel within a patch; the patches of
             an image in raster order, images in row order.
         patch_index: int64 [P]; position of each patch in the flattened [B * S] rows.
+        grids: int32 [num_images, 2]; rows and columns of the patches of each image.
         label_index: int64 [num_labels]; positions with a label in the flattened rows, increasing. The loader knows
             them; finding them on a GPU would wait for the device.
     """
@@ -56,6 +57,7 @@ class Batch:
     hi: "torch.Tensor"
     patches: "torch.Tensor"
     patch_index: "torch.Tensor"
+    grids: "torch.Tensor"
     label_index: "torch.Tensor"
 
     def to(self, device: "torch.device | str") -> "Batch":
@@ -72,7 +74,7 @@ class Batch:
 
 
 def patches_per_image(image_size: int, patch_size: int) -> int:
-    """Patches of a square image; sizes in pixels."""
+    """Patches of a square image, the most that any image has; sizes in pixels."""
     return (image_size // patch_size) ** 2
 
 
@@ -154,34 +156,45 @@ def causal_ends(lo: Any, hi: Any, positions: Any) -> Any:
     return hi.clip(max=lo + positions)
 
 
-def grid_positions(lo: Any, hi: Any, positions: Any, is_image: Any, side: int) -> Any:
+def patch_order(grids: Any, num_patches: int) -> tuple[Any, Any]:
+    """Of each patch its number in its image, and the columns of that image's grid; int64 [P] each, tensors.
+
+    Args:
+        grids: as in :class:`Batch`.
+        num_patches: P, the patches of all of them. The host knows it; without it a device would be waited for.
+    """
+    sizes, columns = grids.long().prod(1), grids[:, 1].long()
+    first, columns = (
+        one.repeat_interleave(sizes, 0, output_size=num_patches) for one in (sizes.cumsum(0) - sizes, columns)
+    )
+    return first.new_ones(num_patches).cumsum(0) - 1 - first, columns
+
+
+def grid_positions(positions: Any, patch_index: Any, grids: Any) -> tuple[Any, Any]:
     """Rows and columns, two of the shape of ``positions``, for rotary positions on a grid.
 
     A patch has its place in the image, counted from the position of the first patch; text has its own position as both.
-
-    Args:
-        lo, hi, positions: as in :class:`Batch`: images see all of themselves.
-        is_image: bool; whether a position is a patch.
-        side: patches along an image's edge.
+    Arguments as in :class:`Batch`.
     """
-    # Distance to the image's end, so that it needs no neighbours: a rank may hold any positions of a row.
-    patch = is_image * (side * side - 1 - (hi - lo - positions))
-    first = positions - patch
-    return first + patch // side, first + patch % side
+    order, columns = patch_order(grids, patch_index.shape[0])
+    flat = positions.flatten()
+    first = flat[patch_index] - order
+    places = (first + order // columns, first + order % columns)
+    return tuple(flat.index_copy(0, patch_index, one.to(flat.dtype)).view_as(positions) for one in places)
 
 
-def pairs_of_documents(size: Any, images: Any, image_patches: int, is_causal: bool = False) -> Any:
+def pairs_of_documents(size: Any, patches: Any, image_pairs: Any, is_causal: bool = False) -> Any:
     """Sum of :func:`keys_seen` over documents: the causal triangle, and in each image the other half of the square.
 
     Args:
         size: positions of each document.
-        images: images in each.
-        image_patches: patches of an image.
+        patches: image patches in each.
+        image_pairs: pairs of patches of one image in each: n^2 for an image of n.
         is_causal: images see only what came before, so that the triangle is all.
     """
     if is_causal:
         return size * (size + 1) / 2
-    return size * (size + 1) / 2 + images * image_patches * (image_patches - 1) / 2
+    return size * (size + 1) / 2 + (image_pairs - patches) / 2
 
 
 def labels_of_documents(text: Any, images: Any) -> Any:
@@ -194,9 +207,9 @@ def labels_of_documents(text: Any, images: Any) -> Any:
     return (text - images - 1).clip(min=0)  # clip: a document may be a single token
 
 
-def image_intervals(num_images: int, image_patches: int, device: "torch.device") -> "tuple[torch.Tensor, torch.Tensor]":
-    """lo and hi int32 [num_images, image_patches] where each image is a row of its own that sees all of itself."""
-    import torch
-
-    lo = torch.zeros(num_images, image_patches, dtype=torch.int32, device=device)
-    return lo, lo + (image_patches - 1)
+def image_intervals(grids: Any, num_patches: int) -> tuple[Any, Any]:
+    """lo and hi int32 [P] of images end to end, each of which sees all of itself; arguments of :func:`patch_order`."""
+    sizes = grids.long().prod(1)
+    ends = sizes.cumsum(0)
+    starts, ends = (one.repeat_interleave(sizes, 0, output_size=num_patches).int() for one in (ends - sizes, ends))
+    return starts, ends - 1

@@ -69,8 +69,9 @@ class Trainer:
         self._validation: dict[str, ValidationRows] = {}
         self.step = 0
         self.stop, self.stop_agreed = StopFlag(), False  # of this rank; of any rank, before the last step
-        # Totals over all ranks: positions without padding, patches, labels, and pairs that attention sees.
-        self.totals = {"tokens": 0, "patches": 0, "labels": 0, "pairs": 0, "positions": 0}
+        # Totals over all ranks: positions without padding, patches, labels, pairs that attention sees, and pairs of
+        # patches of one image.
+        self.totals = dict.fromkeys(("tokens", "patches", "labels", "pairs", "positions", "image_pairs"), 0)
         self.grad_norms = torch.zeros((), device=self.world.device)  # their sum: not finite if any was not
         experts = config.model.experts.num
         self.routed = torch.zeros(config.model.depth, experts, 2, dtype=torch.int64, device=self.world.device)
@@ -256,9 +257,8 @@ class Trainer:
         if not self._validation:
             # Beside the training plan: the name of an index says which plan it is of.
             options = {"cache_dir": self.run_dir / "pack_plan", "world": self.world}
-            patches = patches_per_image(config.model.image_size, config.model.patch_size)
             self._validation = {
-                name: ValidationRows(dataset, config.data, config.eval.rows, patches, **options)
+                name: ValidationRows(dataset, config.data, config.eval.rows, **options)
                 for name, dataset in zip(self.sources, self._val_datasets, strict=True)
             }
         return self._validation
@@ -281,7 +281,7 @@ class Trainer:
 
     # ---- logging -------------------------------------------------------------------------------------
 
-    def _count(self, batch) -> tuple[int, int, int, int, int]:
+    def _count(self, batch) -> tuple[int, ...]:
         """What ``totals`` counts, of one micro-batch on the CPU."""
         width = keys_seen(batch.lo, ends_seen(self.config.model, batch))
         return (
@@ -290,13 +290,15 @@ class Trainer:
             batch.num_labels(),
             int(width.sum()),
             batch.tokens.numel(),
+            int(batch.grids.long().prod(1).square().sum()),
         )
 
     def flops(self, totals: dict) -> tuple[float, float]:
         """(paper's 6ND form, exact operations) for what ``totals`` counts."""
         if not totals["positions"]:
             return 0.0, 0.0
-        stats = TokenStats(**{k: totals[k] / totals["positions"] for k in ("patches", "labels", "pairs")})
+        names = ("patches", "labels", "pairs", "image_pairs")
+        stats = TokenStats(**{name: totals[name] / totals["positions"] for name in names})
         exact = exact_flops_per_token(self.config.model, stats) * totals["positions"]
         return paper_flops(self.params, totals["tokens"], totals["patches"]), exact
 
@@ -393,6 +395,9 @@ class Trainer:
                 state = checkpoint.load(path, self.model, self.optimizer, self.world)
             # The window, too: the first line after a resumption is that of an unbroken run.
             self.step, self.totals = state["step"], state["totals"]
+            # A checkpoint from before images of unlike shape: all of them were full squares.
+            full = patches_per_image(self.config.model.image_size, self.config.model.patch_size)
+            self.totals.setdefault("image_pairs", self.totals["patches"] * full)
             self.window = torch.tensor(state["window"], device=self.world.device)
         self.world.decide(self._claim, path)
         return None

@@ -40,7 +40,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=8, metavar="B", help="prompts at a time (default: %(default)s)")
     add("--no-cache", action="store_true", help="compute the whole row for every token: slow, the same text")
     add("--tokenizer", metavar="FILE", help="tokenizer.json; by default that of the run's prepared data")
-    add("--fit", choices=("squash", "crop", "pad"), help="how images become square; by default as in the data")
+    add(
+        "--fit",
+        choices=("squash", "crop", "pad", "native"),
+        help="how images become square, or native; by default as in the data",
+    )
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     arguments = parser.parse_args()

@@ -9,6 +9,7 @@ Example: tools/prepare_data.py pages/ --out data/pages --tokenizer tokenizer.jso
 
 import argparse
 import os
+from typing import get_args
 
 from megamm_laws.arguments import ArgumentParser, not_negative
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megamm.data.dataset_info import KINDS
-from megamm.data.images import DEFAULT_FIT
+from megamm.data.images import DEFAULT_FIT, Fit
 from megamm.data.prepare import PrepareSettings, prepare
 from megamm.data.verify import verify
 from megamm.errors import exit_on_error
@@ -66,10 +67,11 @@ def make_parser() -> ArgumentParser:
     add("--verify", metavar="DIR", help="only check a prepared dataset: every checksum, length and fingerprint")
     add("--kind", choices=("auto", *KINDS), default="auto", help="which files to read; auto: the kind of most files")
     add("--tokenizer", metavar="FILE", help="tokenizer.json, from tools/train_tokenizer.py")
-    add("--image-size", type=int, default=224, help="height and width in pixels (default 224)")
+    add("--image-size", type=int, default=224, help="height and width in pixels (default 224); native: see --fit")
     add("--patch-size", type=int, default=14, help="divides the image size (default 14)")
     add("--max-length", type=int, default=1024, help="positions above which a document is cut in parts (1024)")
-    add("--fit", choices=("squash", "crop", "pad"), default=DEFAULT_FIT, help="how images become square (%(default)s)")
+    native = "native keeps each one's shape, with at most as many patches as a square of --image-size has"
+    add("--fit", choices=get_args(Fit), default=DEFAULT_FIT, help=f"how images become square (%(default)s); {native}")
     add("--val-fraction", type=float, default=0.02, help="share of tokens held out for validation (0.02)")
     add("--min-tokens", type=int, default=1, help="leave out documents of fewer text tokens (1)")
     add("--max-pixels", type=int, default=50_000_000, help="refuse larger images, before decoding (50 million)")

@@ -16,30 +16,30 @@ from megamm.sequence import labels_of_documents, pairs_of_documents
 
 
 class RowContents(NamedTuple):
-    """What rows hold, each int64 or float64 [num_rows]: image patches, labelled positions, query-key pairs seen."""
+    """What rows hold, each int64 or float64 [num_rows]: image patches, labelled positions, query-key pairs seen, and
+    pairs of patches of one image."""
 
     patches: np.ndarray
     labels: np.ndarray
     pairs: np.ndarray
+    image_pairs: np.ndarray
 
 
-def row_contents(plan: PackPlan, rows: Sequence[int], image_patches: int) -> RowContents:
+def row_contents(plan: PackPlan, rows: Sequence[int]) -> RowContents:
     """Contents of rows of a pack plan, from the lengths of their documents.
 
     Args:
-        plan: its datasets give each document's text tokens and patches.
+        plan: its datasets give each document's text tokens, patches and images.
         rows: numbers of the rows, such as ``range(k * B, (k + 1) * B)``.
-        image_patches: patches of an image.
     """
     found = [plan.row(i) for i in rows]
     sources = np.concatenate([sources for sources, _ in found])
     documents = np.concatenate([documents for _, documents in found])
     # Source by source: one look-up into each memory-mapped table instead of one for each document.
-    lengths = np.empty((len(documents), 2), np.int64)
+    sizes = np.empty((4, len(documents)), np.int64)
     for s in range(len(plan.datasets)):
-        lengths[sources == s] = plan.datasets[s].lengths[documents[sources == s]]
-    text, patches = lengths.T
-    images = patches // image_patches
+        sizes[:, sources == s] = plan.datasets[s].sizes(documents[sources == s])
+    text, patches, images, image_pairs = sizes
     row = np.repeat(np.arange(len(found)), [len(documents) for _, documents in found])
 
     def per_row(values: np.ndarray) -> np.ndarray:
@@ -49,15 +49,24 @@ def row_contents(plan: PackPlan, rows: Sequence[int], image_patches: int) -> Row
     return RowContents(
         patches=per_row(patches),
         labels=per_row(labels_of_documents(text, images)),
-        pairs=per_row(pairs_of_documents(text + patches, images, image_patches)),
+        pairs=per_row(pairs_of_documents(text + patches, patches, image_pairs)),
+        image_pairs=per_row(image_pairs),
     )
 
 
 def row_costs(
-    contents: RowContents, row_length: int, *, position: float, patch: float, label: float, pair: float
+    contents: RowContents,
+    row_length: int,
+    *,
+    position: float,
+    patch: float,
+    label: float,
+    pair: float,
+    image_pair: float,
 ) -> np.ndarray:
     """Work of rows, float64 [num_rows]; the weights are FLOPs (``megamm.model.counts.flops_weights``) or times."""
-    return position * row_length + patch * contents.patches + label * contents.labels + pair * contents.pairs
+    of_images = patch * contents.patches + image_pair * contents.image_pairs
+    return position * row_length + of_images + label * contents.labels + pair * contents.pairs
 
 
 def deal_rows(costs: np.ndarray, num_ranks: int) -> np.ndarray:

@@ -11,6 +11,8 @@ from megamm.data import images
 from megamm.errors import InputError
 
 FORMAT_VERSION = 2
+NATIVE_VERSION = 3
+"""The same with images of unlike shape, of which ``lengths.npy`` tells more."""
 FILE = "dataset.json"
 KINDS = ("caption", "interleaved", "text")
 
@@ -57,7 +59,7 @@ def make_info(
     """
     skipped = dict(sorted((skipped_by_reason or {}).items()))
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": NATIVE_VERSION if fit == "native" else FORMAT_VERSION,
         "kind": kind,
         "vocab_size": vocab_size,
         "tokenizer_sha256": tokenizer_sha256,
@@ -99,15 +101,21 @@ def read_dataset_info(path: Path | str) -> dict:
         raise InputError(f"{file}: not valid JSON ({error}); prepare the dataset again") from error
     # Before all other fields: of another version they may mean something else.
     version = info.get("format_version") if isinstance(info, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, NATIVE_VERSION):
         raise InputError(
-            f"{file}: format_version is {version!r}, this version reads {FORMAT_VERSION}; prepare the dataset again"
+            f"{file}: format_version is {version!r}, this version reads {FORMAT_VERSION} and {NATIVE_VERSION}; prepare "
+            "the dataset again"
         )
     try:
         _check(info)
     except _FieldError as error:
         raise InputError(f"{file}: {error}; prepare the dataset again") from None
     return info
+
+
+def is_native(info: dict) -> bool:
+    """Whether a dataset's images have grids of their own; otherwise all are squares of ``image_size``."""
+    return info["format_version"] == NATIVE_VERSION
 
 
 class _FieldError(Exception):

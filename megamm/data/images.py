@@ -9,6 +9,7 @@ of the bytes of PNG.
 import hashlib
 import io
 import json
+import math
 import warnings
 from typing import Literal
 
@@ -17,7 +18,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image as PillowImage
 
-Fit = Literal["squash", "crop", "pad"]
+Fit = Literal["squash", "crop", "pad", "native"]
 DEFAULT_FIT: Fit = "pad"
 """Nothing is lost, and a circle stays one."""
 
@@ -29,6 +30,8 @@ PREPROCESSING_VERSION = 1
 
 LOSSLESS_MAX = 64
 JPEG_QUALITY = 95
+JPEG_MAX = 65500
+"""Most pixels a side that JPEG can store."""
 EXIF_ORIENTATION = 0x0112
 
 
@@ -76,24 +79,42 @@ def read_rgb(data: bytes, max_pixels: int) -> np.ndarray:
     return np.ascontiguousarray(_upright(image, orientation))
 
 
-def resize(image: np.ndarray, size: int, fit: Fit = DEFAULT_FIT) -> np.ndarray:
-    """Resize to [size, size, 3]: area average on axes that shrink, cubic on axes that grow.
+def resize(image: np.ndarray, size: int, fit: Fit = DEFAULT_FIT, patch_size: int = 1) -> np.ndarray:
+    """Resize to [size, size, 3], native to whole patches: area average on axes that shrink, cubic on axes that grow.
 
     squash keeps all content and wastes no patch, at the price of the aspect ratio; crop keeps the middle
-    square; pad keeps both on a white ground.
+    square; pad keeps both on a white ground. native keeps both in as many patches as the picture needs, at most as many
+    as a square of ``size`` has; white is only the rest of the last patches.
     """
     height, width = image.shape[:2]
+    target = (size, size)
     if fit == "crop":
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         image = image[top : top + side, left : left + side]
-    elif fit == "pad":
+    elif fit in ("pad", "native"):
         scale = size / max(height, width)
+        if fit == "native":
+            scale = native_scale(height, width, patch_size, (size // patch_size) ** 2)
         inner = _resize_to(image, max(1, round(height * scale)), max(1, round(width * scale)))
-        image = np.full((size, size, 3), 255, np.uint8)  # white, as transparency is
-        top, left = (size - inner.shape[0]) // 2, (size - inner.shape[1]) // 2
+        if fit == "native":
+            target = tuple(-(-side // patch_size) * patch_size for side in inner.shape[:2])
+        image = np.full((*target, 3), 255, np.uint8)  # white, as transparency is
+        top, left = (target[0] - inner.shape[0]) // 2, (target[1] - inner.shape[1]) // 2
         image[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
-    return _resize_to(image, size, size)
+    return _resize_to(image, *target)
+
+
+def native_scale(height: int, width: int, patch_size: int, max_patches: int) -> float:
+    """The largest scale, at most 1, at which whole patches that cover a picture are no more than ``max_patches``.
+
+    A small picture is not enlarged, and an extreme aspect leaves one patch across. Sizes in pixels.
+    """
+    # With so many rows there may be so many columns; a scale is best where one of the two is filled.
+    longest = JPEG_MAX // patch_size
+    rows = np.arange(1, min(max_patches, longest) + 1)
+    columns = np.minimum(max_patches // rows, longest)
+    return min(1.0, float(np.minimum(rows * patch_size / height, columns * patch_size / width).max()))
 
 
 def preprocessing_fingerprint(image_size: int, patch_size: int, fit: Fit) -> str:
@@ -151,18 +172,35 @@ def patchify(image: np.ndarray, patch_size: int) -> np.ndarray:
     return grid.transpose(0, 2, 1, 3, 4).reshape(rows * columns, patch_size * patch_size * channels)
 
 
+def unpatchify(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The inverse of :func:`patchify`: [H, W, 3] of [rows * columns, patch_size * patch_size * 3]."""
+    rows, columns = grid
+    size = math.isqrt(patches.shape[1] // 3)
+    tiles = patches.reshape(rows, columns, size, size, 3)
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * size, columns * size, 3)
+
+
+def on_grid(patches: np.ndarray, grid: tuple[int, int], other: tuple[int, int]) -> np.ndarray:
+    """Patches of an image of ``grid`` (rows, columns) stretched to another grid; the same where the grids are."""
+    if grid == other:
+        return patches
+    size = math.isqrt(patches.shape[1] // 3)
+    return patchify(_resize_to(unpatchify(patches, grid), other[0] * size, other[1] * size), size)
+
+
 def augment(image: np.ndarray, rng: np.random.Generator, crop_scale_min: float, flip: bool) -> np.ndarray:
     """Random resized crop of between ``crop_scale_min`` and all of the area, back to the same size, and flip.
 
-    The crop's aspect ratio is log-uniform in [3/4, 4/3], as usual for this augmentation.
+    The crop's aspect ratio, over that of the image, is log-uniform in [3/4, 4/3], as usual for this augmentation.
     """
     height, width = image.shape[:2]
     if crop_scale_min < 1:
         area = height * width * rng.uniform(crop_scale_min, 1)
         # In the log, so that wide and tall are equally likely.
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        crop_height = min(height, max(1, round(np.sqrt(area / ratio))))
-        crop_width = min(width, max(1, round(np.sqrt(area * ratio))))
+        tall = height / width
+        crop_height = min(height, max(1, round(np.sqrt(area / ratio * tall))))
+        crop_width = min(width, max(1, round(np.sqrt(area * ratio / tall))))
         top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
         image = _resize_to(image[top : top + crop_height, left : left + crop_width], height, width)
     if flip and rng.random() < 0.5:

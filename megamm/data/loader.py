@@ -34,7 +34,7 @@ from megamm.data.pack_plan import PackPlan
 from megamm.data.rows import RowReader
 from megamm.data.shards import ShardedDataset
 from megamm.errors import InputError, RunError
-from megamm.sequence import Batch, patches_per_image
+from megamm.sequence import Batch
 
 
 def open_sources(config: DataConfig, split: str) -> list[ShardedDataset]:
@@ -150,7 +150,7 @@ class Loader:
         reader = RowReader(plan, datasets, config.augment, config.seed)
         workers = config.workers
         self._batches = DataLoader(
-            _Steps(reader, _Deal(plan, datasets, global_batch_rows, rank, num_ranks, self.micro_rows, work)),
+            _Steps(reader, _Deal(plan, global_batch_rows, rank, num_ranks, self.micro_rows, work)),
             # An item is a whole step of this rank; the DataLoader must not put several together.
             batch_size=None,
             # Resuming is a range that begins later.
@@ -246,8 +246,11 @@ def split_batch(batch: Batch, rows: int) -> list[Batch]:
         # patch_index and label_index increase, so a run of rows has a run of each.
         bounds = torch.tensor([start * length, end * length])
         part = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        patches, labels = (slice(*torch.searchsorted(part[n], bounds)) for n in ("patch_index", "label_index"))
-        cuts = {"patches": patches, "patch_index": patches, "label_index": labels}
+        patches, labels = (torch.searchsorted(part[n], bounds) for n in ("patch_index", "label_index"))
+        # No image lies in two rows: those that end before a row's first patch are of rows before.
+        images = torch.searchsorted(part["grids"].long().prod(1).cumsum(0), patches, right=True)
+        ends = {"patches": patches, "patch_index": patches, "grids": images, "label_index": labels}
+        cuts = {name: slice(*between) for name, between in ends.items()}
         part = {name: value[cuts.get(name, slice(start, end))] for name, value in part.items()}
         for name in ("patch_index", "label_index"):
             part[name] = part[name] - start * length  # counted from the first row of the part
@@ -261,7 +264,6 @@ class _Deal:
     def __init__(
         self,
         plan: PackPlan,
-        datasets: Sequence[ShardedDataset],
         global_rows: int,
         rank: int,
         num_ranks: int,
@@ -272,8 +274,6 @@ class _Deal:
         rank_rows = global_rows // num_ranks
         # Micro-batches are evened out as well, since ranks meet in each of them; not where the last one is shorter.
         self.parts = num_ranks * (rank_rows // micro_rows if rank_rows % micro_rows == 0 else 1)
-        info = next((d.info for d in datasets if d.info.get("image_size")), None)
-        self.image_patches = patches_per_image(info["image_size"], info["patch_size"]) if info else 1
 
     def rows(self, step: int) -> Sequence[int]:
         every = range(step * self.global_rows, (step + 1) * self.global_rows)
@@ -281,7 +281,7 @@ class _Deal:
         if self.work is None or self.parts == 1:
             size = self.global_rows // self.num_ranks
             return every[self.rank * size : (self.rank + 1) * size]
-        work = self.work(row_contents(self.plan, every, self.image_patches))
+        work = self.work(row_contents(self.plan, every))
         # Every worker of every rank deals all rows of the step and takes its own: nobody has to be asked.
         own = deal_rows(work, self.parts).reshape(self.num_ranks, -1)[self.rank]
         return (own + every.start).tolist()

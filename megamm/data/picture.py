@@ -117,22 +117,23 @@ class _Pen:
     def _image(self, card: Image.Image, span: Span, y: int, width: int) -> int:
         """Paste an image as the grid of its patches; returns the next y."""
         s, count = self.scale, span.stop - span.start
-        # Batches do not say how an image's patches lie, but prepared images are square.
-        side = int(np.ceil(np.sqrt(count)))
         flat = self.row * self.batch.tokens.shape[1] + np.arange(span.start, span.stop)
         order = np.searchsorted(self.batch.patch_index.numpy(), flat)  # patch_index increases
         pixels = self.batch.patches[order].numpy()
+        ends = self.batch.grids.prod(1).cumsum(0)
+        rows, columns = self.batch.grids[int((ends <= order[0]).sum())].tolist()
         edge = round(np.sqrt(pixels.shape[1] / 3))
-        tile = min(24 * s, 112 * s // side, ((width - 2 * PAD) * s * 6 // 10) // side - s)
+        # At least a pixel, for the longest of images.
+        tile = max(1, min(24 * s, 112 * s // rows, ((width - 2 * PAD) * s * 6 // 10) // columns - s))
         for i, patch in enumerate(pixels.reshape(count, edge, edge, 3)):
-            corner = (PAD * s + i % side * (tile + s), y + i // side * (tile + s))
+            corner = (PAD * s + i % columns * (tile + s), y + i // columns * (tile + s))
             # Enlarged pixels stay sharp, reduced ones are averaged.
             how = Image.Resampling.NEAREST if tile >= edge else Image.Resampling.BOX
             card.paste(Image.fromarray(patch).resize((tile, tile), how), corner)
-        draw, x = ImageDraw.Draw(card), PAD * s + side * (tile + s) + 7 * s
+        draw, x = ImageDraw.Draw(card), PAD * s + columns * (tile + s) + 7 * s
         for i, line in enumerate(("image", f"{count} patches", f"at {span.start}–{span.stop - 1}", "no label")):
             draw.text((x, y + (1 + 14 * i) * s), line, INK if i == 0 else MUTED, _font(9.5 * s))
-        return y + max(-(-count // side) * (tile + s), 58 * s) + 6 * s
+        return y + max(rows * (tile + s), 58 * s) + 6 * s
 
     def _text(self, draw: ImageDraw.ImageDraw, span: Span, y: int, width: int) -> int:
         """Write a text span token by token, those that carry a loss on blue; returns the next y."""

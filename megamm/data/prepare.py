@@ -52,9 +52,10 @@ class PrepareSettings:
         inputs: paths and ``scenes:KIND``.
         kind: caption, interleaved, text, or auto.
         tokenizer: path of a ``tokenizer.json``.
-        image_size, patch_size: pixels; the size is a multiple of the patch.
+        image_size, patch_size: pixels; the size is a multiple of the patch. No image has more patches than a square
+            of that size.
         max_length: positions of a row, above which a document is cut into parts.
-        fit: how an image becomes square: squash, crop or pad.
+        fit: how an image becomes square: squash, crop or pad; native: it does not.
         val_fraction: share of tokens held out, in documents chosen by a hash of their content.
         min_tokens: documents of fewer text tokens are left out.
         max_pixels: larger images are refused, before decoding.
@@ -78,7 +79,7 @@ class PrepareSettings:
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image."""
+        """Most patches of an image."""
         return patches_per_image(self.image_size, self.patch_size)
 
     def check(self) -> None:
@@ -202,7 +203,7 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
     def left_out(reason: str) -> tuple[list[Piece], Entry]:
         return [], Entry(skipped=(*skipped, Skipped(id=document.id, reason=reason)), files=document.files)
 
-    units, text = [], ""
+    units, text, num_patches = [], "", []
     try:
         for span in document.spans:
             if isinstance(span, Text):
@@ -218,7 +219,9 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
                     continue
                 # A whole span at a time: a token may reach across the spans of a reader, but not across a picture.
                 units += [tokenizer.encode(text).tolist()]
-                units += [images.encode(images.resize(pixels, settings.image_size, settings.fit))]
+                pixels = images.resize(pixels, settings.image_size, settings.fit, settings.patch_size)
+                num_patches.append(pixels.shape[0] * pixels.shape[1] // settings.patch_size**2)
+                units += [images.encode(pixels)]
                 text = ""
         units.append([*tokenizer.encode(text).tolist(), EOS])
     except UnicodeEncodeError:
@@ -226,7 +229,7 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
     num_tokens = sum(len(unit) for unit in units if isinstance(unit, list)) - 1  # without <eos>
     if num_tokens < settings.min_tokens:
         return left_out("too little text" if num_tokens else "no text")
-    pieces = split_pieces(document.id, units, settings.max_length, settings.num_patches)
+    pieces = split_pieces(document.id, units, settings.max_length, num_patches)
     texts = [unit for unit in units if isinstance(unit, list)]
     pictures = [unit for unit in units if isinstance(unit, bytes)]
     return pieces, Entry(
@@ -296,7 +299,7 @@ def _write(
     if not len(documents):
         listed = "; ".join(f"{count} x {reason}" for reason, count in skipped.reasons.most_common(5))
         raise InputError(f"{' '.join(settings.inputs)}: no document is left ({listed or 'empty input'}{skipped.first})")
-    splits, fingerprints = _deal(folder, parts, documents, settings.val_fraction)
+    splits, fingerprints = _deal(folder, parts, documents, settings)
     return {
         "splits": splits,
         "fingerprints": fingerprints,
@@ -305,12 +308,13 @@ def _write(
     }
 
 
-def _deal(folder: Path, parts: PreparedParts, documents: Documents, val_fraction: float) -> tuple[dict, dict]:
+def _deal(folder: Path, parts: PreparedParts, documents: Documents, settings: PrepareSettings) -> tuple[dict, dict]:
     """Copy the pieces to the folders of their splits; returns entries and fingerprints of these."""
     # Whole documents: pieces of one must not be on both sides.
-    in_val = np.repeat(documents.hold_out(val_fraction), documents.num_pieces)
+    in_val = np.repeat(documents.hold_out(settings.val_fraction), documents.num_pieces)
     # No val folder where nothing is held out.
-    writers = {split: ShardWriter(folder / split) for split in (("train", "val") if in_val.any() else ("train",))}
+    names, native = ("train", "val") if in_val.any() else ("train",), settings.fit == "native"
+    writers = {split: ShardWriter(folder / split, native=native) for split in names}
     start = 0
     for table in parts.tables():
         of_val = in_val[start : start + len(table)]

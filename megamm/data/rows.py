@@ -58,6 +58,20 @@ def fill_row(row: dict[str, np.ndarray], examples: Sequence[Example], sources: n
     return padded.is_image
 
 
+def picture_arrays(pictures: Sequence[np.ndarray], patch_size: int) -> dict[str, np.ndarray]:
+    """``patches`` and ``grids`` of a batch.
+
+    Args:
+        pictures: uint8 [H, W, 3] in row order, sides multiples of ``patch_size``.
+    """
+    # Without images patches still have their width, which the model's projection expects.
+    none = [np.zeros((0, patch_size * patch_size * 3), np.uint8)]
+    return {
+        "patches": np.concatenate([images.patchify(picture, patch_size) for picture in pictures] or none),
+        "grids": np.array([picture.shape[:2] for picture in pictures], np.int32).reshape(-1, 2) // max(1, patch_size),
+    }
+
+
 class RowReader:
     """Reads rows of a plan as batches.
 
@@ -82,7 +96,7 @@ class RowReader:
         # Filled with padding first: documents write over it, and what is left over is right.
         arrays = {name: np.full(shape, value, dtype) for name, (dtype, value) in FIELDS.items()}
         is_image = np.zeros(shape, bool)
-        patches: list[np.ndarray] = []
+        pictures: list[np.ndarray] = []
         for b, i in enumerate(rows):
             if i is None:
                 padding = row_positions([], self.plan.row_length)
@@ -95,20 +109,20 @@ class RowReader:
             is_image[b] = fill_row({name: a[b] for name, a in arrays.items()}, examples, sources)
             # Images are numbered within the row, so that their augmentation does not depend on which rows are read
             # together.
-            first = len(patches)
+            first = len(pictures)
             for dataset, example in zip(datasets, examples, strict=True):
-                patches += self._patches(dataset, example, i, len(patches) - first)
-        # Without images patches still have their width, which the model's projection expects.
+                pictures += self._pictures(dataset, example, i, len(pictures) - first)
         size = max((d.info["patch_size"] or 0 for d in self.datasets), default=0)
         return Batch(
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
-            patches=torch.from_numpy(np.concatenate(patches) if patches else np.zeros((0, size * size * 3), np.uint8)),
+            **{name: torch.from_numpy(array) for name, array in picture_arrays(pictures, size).items()},
             patch_index=torch.from_numpy(np.flatnonzero(is_image)),
             label_index=torch.from_numpy(np.flatnonzero(arrays["targets"] >= 0)),
         )
 
-    def _patches(self, dataset: ShardedDataset, example: Example, row: int, first: int) -> list[np.ndarray]:
-        """Patches of each image of a document; ``first`` counts the images before it in the row."""
+    def _pictures(self, dataset: ShardedDataset, example: Example, row: int, first: int) -> list[np.ndarray]:
+        """Pixels of each image of a document; ``first`` counts the images before it in the row."""
+        size = dataset.info["patch_size"]
         found = []
         for k, (data, span) in enumerate(zip(example.images, example.layout[example.layout < 0], strict=True)):
             try:
@@ -117,12 +131,12 @@ class RowReader:
                     # By row, not by document: the next epoch has it in another row, and sees another crop.
                     rng = np.random.default_rng(derive_seed(self.seed, row, first + k))
                     image = images.augment(image, rng, self.augment.crop_scale_min, self.augment.flip)
-                patches = images.patchify(image, dataset.info["patch_size"])
-                if len(patches) != -span:
-                    raise images.ImageError(f"has {len(patches)} patches, the document counts {-span}")
+                rows, columns = image.shape[0] // size, image.shape[1] // size
+                if rows * columns != -span or image.shape[:2] != (rows * size, columns * size):
+                    raise images.ImageError(f"has {rows * columns} patches, the document counts {-span}")
             except (images.ImageError, ValueError) as error:
                 raise _damaged(dataset, example, f"image {k}: {error}") from error
-            found.append(patches)
+            found.append(image)
         return found
 
 

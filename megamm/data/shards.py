@@ -6,12 +6,14 @@ A prepared dataset is a folder::
     tokenizer.json                    the tokenizer that made the ids
     skipped.jsonl                     inputs left out, each with its reason
     train/shard-00000.arrow ...       documents
-    train/lengths.npy                 int32 [num_documents, 2]: text tokens, image patches
+    train/lengths.npy                 int32 [num_documents, 2]: text tokens, image patches; of native images
+                                      int64 [num_documents, 4]: also images, and pairs of patches of one image
     val/...
 
 A document row of a shard holds ``id`` (string), ``tokens`` (int32 ids of all text spans, end to end, with
 <bos>, <eos> and <image_end>), ``layout`` (int32: ``n > 0`` stands for the next n text tokens, ``-n`` for
-the next image, of n patches), ``images`` (encoded bytes, one per image, at training resolution) and ``digest``
+the next image, of n patches), ``images`` (encoded bytes, one per image, at training resolution: its size over that of
+a patch is the image's grid) and ``digest``
 (:func:`document_digest` of the others, checked when a document is read).
 """
 
@@ -21,13 +23,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from megamm.data.dataset_info import read_dataset_info
+from megamm.data.dataset_info import is_native, read_dataset_info
 from megamm.errors import InputError
+from megamm.sequence import patches_per_image
 
 DIGEST_BYTES = 16
 
@@ -74,8 +77,24 @@ class Example:
     digest: bytes = b""
 
 
+class DocumentSizes(NamedTuple):
+    """What documents hold, each int64 [num_documents].
+
+    Attributes:
+        text: text tokens.
+        patches: image patches.
+        images: images.
+        image_pairs: pairs of patches of one image, n^2 for an image of n.
+    """
+
+    text: np.ndarray
+    patches: np.ndarray
+    images: np.ndarray
+    image_pairs: np.ndarray
+
+
 def lengths_digest(lengths: np.ndarray) -> str:
-    """SHA-256 in hex of the lengths of documents, int32 [num_documents, 2]."""
+    """SHA-256 in hex of the content of ``lengths.npy``."""
     return hashlib.sha256(np.ascontiguousarray(lengths).view(np.uint8).data).hexdigest()
 
 
@@ -110,13 +129,26 @@ class ShardedDataset:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int32 [num_documents, 2], memory-mapped: text tokens and image patches of each document."""
+        """Integers [num_documents, 2], memory-mapped: text tokens and image patches of each document."""
+        return self._lengths[:, :2]
+
+    def sizes(self, documents: np.ndarray | slice = slice(None)) -> DocumentSizes:
+        """What documents hold, by their numbers; all by default."""
+        columns = np.asarray(self._lengths[documents], np.int64).T
+        if is_native(self.info):
+            return DocumentSizes(*columns)
+        text, patches = columns
+        per_image = patches_per_image(self.info["image_size"], self.info["patch_size"])
+        return DocumentSizes(text, patches, patches // per_image, patches * per_image)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
         path = self.path / self.split / "lengths.npy"
         try:
             lengths = np.load(path, mmap_mode="r", allow_pickle=False)  # data may come from anybody
         except (OSError, EOFError, ValueError, SyntaxError) as error:  # what numpy makes of a damaged header
             raise InputError(f"{path}: cannot be read ({error}); prepare the dataset again") from error
-        if lengths.shape != (len(self), 2):
+        if lengths.shape != (len(self), 4 if is_native(self.info) else 2):
             raise InputError(
                 f"{path}: has {lengths.shape[0]} rows, dataset.json counts {len(self)} documents; "
                 "prepare the dataset again"

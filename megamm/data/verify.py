@@ -63,12 +63,14 @@ def _check_files(dataset: ShardedDataset, problems: list[str]) -> None:
 def _check_documents(dataset: ShardedDataset, problems: list[str], report: Callable[[int], None], done: int) -> int:
     """Check each document against its own checksum, its length and the fingerprint of the split."""
     fingerprint, images = Fingerprint(), 0
-    lengths = dataset.lengths
+    lengths, sizes = dataset.lengths, dataset.sizes()
     for index in range(len(dataset)):
         example = dataset[index]
         fingerprint.add(example.digest)
         images += len(example.images)
-        if (len(example.tokens), -int(example.layout[example.layout < 0].sum())) != tuple(lengths[index].tolist()):
+        patches = -example.layout[example.layout < 0].astype(np.int64)
+        held = (len(example.tokens), int(patches.sum()), len(patches), int((patches**2).sum()))
+        if held != tuple(int(column[index]) for column in sizes):
             problems.append(f"{dataset.split}/lengths.npy: damaged, it does not fit document {example.id!r}")
         report(done := done + 1)
     counts = dataset.info["splits"][dataset.split]

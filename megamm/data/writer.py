@@ -68,7 +68,9 @@ class Piece:
         self.add_text([IMAGE_END])
 
 
-def split_pieces(id: str, units: Sequence[list[int] | bytes], max_length: int, num_patches: int) -> list[Piece]:
+def split_pieces(
+    id: str, units: Sequence[list[int] | bytes], max_length: int, num_patches: Sequence[int]
+) -> list[Piece]:
     """Cut a document into pieces of at most ``max_length`` positions, each starting with <bos>.
 
     Text may be cut anywhere; an image and its <image_end> stay together. ``max_length`` must hold
@@ -76,19 +78,21 @@ def split_pieces(id: str, units: Sequence[list[int] | bytes], max_length: int, n
 
     Args:
         units: text ids and encoded images; the last is text that ends with <eos>.
+        num_patches: of each image.
     """
-    pieces = [Piece(id=id)]
+    pieces, sizes = [Piece(id=id)], iter(num_patches)
 
     def next_piece() -> None:
         pieces.append(Piece(id=f"{id}#{len(pieces)}"))
 
     for index, unit in enumerate(units):
         if isinstance(unit, bytes):
+            size = next(sizes)
             # At most what a fresh piece has room for: otherwise one with nothing but <bos> would be left behind.
-            need = min(num_patches + 1 + MIN_TEXT_AFTER_IMAGE, max_length - 1)
+            need = min(size + 1 + MIN_TEXT_AFTER_IMAGE, max_length - 1)
             if pieces[-1].length + need > max_length:
                 next_piece()
-            pieces[-1].add_image(unit, num_patches)
+            pieces[-1].add_image(unit, size)
             continue
         start = 0
         while start < len(unit):
@@ -112,18 +116,22 @@ def pieces_table(pieces: Sequence[Piece]) -> pa.Table:
 class ShardWriter:
     """Writes the pieces of one split: ``shard-00000.arrow``, ... and ``lengths.npy``.
 
+    Args:
+        native: whether images have grids of their own, so that ``lengths.npy`` has to tell more.
+
     Attributes:
         fingerprint: of the pieces so far.
     """
 
-    def __init__(self, folder: Path, shard_documents: int = SHARD_DOCUMENTS):
-        self.folder, self.shard_documents = folder, shard_documents
+    def __init__(self, folder: Path, shard_documents: int = SHARD_DOCUMENTS, native: bool = False):
+        self.folder, self.shard_documents, self.native = folder, shard_documents, native
         folder.mkdir(parents=True)
         self.fingerprint = Fingerprint()
         self._tables: list[pa.Table] = []
         self._num_rows = self._num_bytes = self._num_images = 0
         self._shards: list[dict] = []
-        self._lengths: list[np.ndarray] = [np.zeros((0, 2), np.int32)]
+        # Squares of patches may not fit int32.
+        self._lengths: list[np.ndarray] = [np.zeros((0, 4), np.int64) if native else np.zeros((0, 2), np.int32)]
 
     def add_table(self, table: pa.Table) -> None:
         """Append rows of a shard's columns; a full shard goes to disk."""
@@ -133,8 +141,10 @@ class ShardWriter:
         num_bytes = 4 * np.asarray(pc.list_value_length(table["tokens"])) + _sums(images, sizes)
         layout = table["layout"].combine_chunks()
         spans = np.asarray(layout.flatten())
-        lengths = np.stack([_sums(layout, np.maximum(spans, 0)), _sums(layout, np.maximum(-spans, 0))], axis=1)
-        self._lengths.append(lengths.astype(np.int32))
+        patches = np.maximum(-spans, 0).astype(np.int64)
+        columns = [np.maximum(spans, 0), patches, *((patches > 0, patches**2) if self.native else ())]
+        lengths = np.stack([_sums(layout, column) for column in columns], axis=1)
+        self._lengths.append(lengths.astype(self._lengths[0].dtype))
         self._num_images += len(sizes)
         for digest in table["digest"].to_pylist():
             # In the order of documents, whatever shard they end up in.
@@ -157,8 +167,8 @@ class ShardWriter:
         """Write what is left; returns the split's entry of ``dataset.json``."""
         self._flush()
         lengths = np.concatenate(self._lengths)
-        np.save(self.folder / "lengths.npy", lengths)  # [num_documents, 2]
-        text, patches = lengths.sum(axis=0, dtype=np.int64).tolist()
+        np.save(self.folder / "lengths.npy", lengths)
+        text, patches = lengths[:, :2].sum(axis=0, dtype=np.int64).tolist()
         return {
             "lengths_sha256": lengths_digest(lengths),
             "num_documents": len(lengths),

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megamm.config import ModelConfig
-from megamm.model.counts import TokenStats, feed_forward_width, key_width, query_width, tower_work
+from megamm.model.counts import TokenStats, feed_forward_width, image_pairs, key_width, query_width, tower_work
 from megamm.model.sizes import shuffle_ratio
-from megamm.sequence import patches_per_image
 
 CHUNK_BYTES = 2**28
 """Logits that the head holds at a time on a GPU (GPU_CHUNK_BYTES of megamm_kernels.linear_cross_entropy)."""
@@ -76,9 +75,9 @@ def part_operations(
     if model.architecture == "early":
         inputs.append(_linear("patch projection", patches, patch_dim, w / tensor, size, input_gradient=False))
     elif model.architecture == "late":
-        v, per_image = model.vision, patches_per_image(model.image_size, model.patch_size)
+        v, per_patch = model.vision, image_pairs(model, stats) / max(stats.patches, 1e-30)
         hidden, longer = tower_work(model)
-        tower = _block("vision: ", v.width, v.width, hidden, patches * longer, per_image * longer, size, tensor)
+        tower = _block("vision: ", v.width, v.width, hidden, patches * longer, per_patch * longer, size, tensor)
         inputs += [repeated(group, v.depth) for group in tower]
         share = v.width / tensor
         more = shuffle_ratio(model) ** 2  # patches of the tower in one of the model's

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megamm.config import Config, ModelConfig
-from megamm.data.shards import ShardedDataset
+from megamm.data.shards import DocumentSizes, ShardedDataset
 from megamm.errors import InputError
 from megamm.model.counts import TokenStats
 from megamm.resolve import resolve_config
@@ -43,33 +43,28 @@ def resolve_for_estimate(
 
 def stats_of_sources(config: Config) -> TokenStats:
     """Statistics of the train splits of a resolved config's sources."""
-    patches = patches_per_image(config.model.image_size, config.model.patch_size)
     sources = config.data.sources.values()
-    lengths = [ShardedDataset(source.path, "train").lengths for source in sources]
-    is_causal = config.model.image_mask == "causal"
-    return stats_of_lengths(lengths, [source.weight for source in sources], patches, is_causal)
+    sizes = [ShardedDataset(source.path, "train").sizes() for source in sources]
+    return stats_of_sizes(sizes, [source.weight for source in sources], config.model.image_mask == "causal")
 
 
-def stats_of_lengths(
-    lengths: Sequence[np.ndarray], weights: Sequence[float], image_patches: int, is_causal: bool = False
-) -> TokenStats:
+def stats_of_sizes(sizes: Sequence[DocumentSizes], weights: Sequence[float], is_causal: bool = False) -> TokenStats:
     """Statistics of a mixture of prepared datasets, rows taken as full (packing leaves 1 to 3% of padding).
 
     Args:
-        lengths: of each dataset int [num_documents, 2], text tokens and image patches of its documents.
+        sizes: of each dataset, what its documents hold.
         weights: shares of the mixture's tokens, relative.
-        image_patches: patches of an image.
         is_causal: whether a patch sees only earlier ones.
     """
-    total = np.zeros(3)
-    for pair, weight in zip(lengths, weights, strict=True):
-        text, patches = np.asarray(pair, float).T
+    total = np.zeros(4)
+    for of_source, weight in zip(sizes, weights, strict=True):
+        text, patches, images, image_pairs = (np.asarray(column, float) for column in of_source)
         # Per document; a source counts by its share of tokens, so that its sums are divided by its own positions.
-        size, images = text + patches, patches / image_patches
-        labels = labels_of_documents(text, images)
-        sums = np.array([patches.sum(), labels.sum(), pairs_of_documents(size, images, image_patches, is_causal).sum()])
+        size = text + patches
+        labels, pairs = labels_of_documents(text, images), pairs_of_documents(size, patches, image_pairs, is_causal)
+        sums = np.array([column.sum() for column in (patches, labels, pairs, image_pairs)])
         total += weight / sum(weights) * sums / size.sum()
-    return TokenStats(patches=total[0], labels=total[1], pairs=total[2])
+    return TokenStats(patches=total[0], labels=total[1], pairs=total[2], image_pairs=total[3])
 
 
 def stated_stats(
@@ -95,5 +90,6 @@ def stated_stats(
     patches = patches_per_image(model.image_size, model.patch_size)
     images = image_share * length / patches
     labels = max((1 - image_share) * length - images - 1, 0.0)
-    pairs = pairs_of_documents(np.array(float(length)), np.array(images), patches, model.image_mask == "causal")
+    of_images = np.array(images * patches), np.array(images * patches**2)
+    pairs = pairs_of_documents(np.array(float(length)), *of_images, model.image_mask == "causal")
     return TokenStats(patches=image_share, labels=labels / length, pairs=float(pairs) / length)

@@ -15,6 +15,7 @@ from megamm.errors import InputError
 from megamm.exchange.weights import CheckpointWeights, open_weights
 from megamm.generation.prompts import PromptMaker
 from megamm.model.multimodal import MultimodalModel
+from megamm.model.sizes import has_learnt_positions
 from megamm.training.run_dir import recorded_data
 
 
@@ -45,7 +46,8 @@ def load_for_generation(
 
     Args:
         tokenizer: a tokenizer.json; by default that of the run's prepared data.
-        fit: how images become square; by default as in the data that the run was trained on, else images.DEFAULT_FIT.
+        fit: how images become square, or native; by default as in the data that the run was trained on, else
+            images.DEFAULT_FIT.
 
     Raises:
         InputError: something is missing or damaged, the tokenizer is not the model's, or the run was trained on images
@@ -67,6 +69,10 @@ def load_for_generation(
         raise InputError(f"{tokenizer}: not the tokenizer on which {path} was trained")
     if fit is None:
         fit = data.fit(config, "--fit") if data else images.DEFAULT_FIT
+    if fit == "native" and has_learnt_positions(config):
+        raise InputError(
+            f"--fit: native, but the {config.vision.kind} tower of {path} takes square images; name another"
+        )
     with torch.device("meta"):
         model = MultimodalModel(config)
     model.to_empty(device=device)

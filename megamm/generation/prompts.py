@@ -1,19 +1,19 @@
 """From text and image files to the positions of a document, exactly as preparation and the loader make them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from megamm.data import images
-from megamm.data.rows import FIELDS, fill_row
+from megamm.data.rows import FIELDS, fill_row, picture_arrays
 from megamm.data.shards import Example
 from megamm.data.tokenizer import Tokenizer
 from megamm.data.writer import Piece
 from megamm.errors import InputError
-from megamm.sequence import Batch, patches_per_image
+from megamm.sequence import Batch
 
 MARK = "<image>"
 """In a prompt: the place of an image."""
@@ -28,10 +28,12 @@ class Prompt:
     Attributes:
         example: tokens and layout.
         patches: uint8 [P, patch_size * patch_size * 3].
+        grids: int32 [num_images, 2], rows and columns of patches.
     """
 
     example: Example
     patches: np.ndarray
+    grids: np.ndarray
 
     @property
     def length(self) -> int:
@@ -42,7 +44,7 @@ class Prompt:
         """The same with more text tokens at its end."""
         tokens, layout = np.append(self.example.tokens, np.array(ids, np.int32)), self.example.layout.copy()
         layout[-1] += len(ids)  # a prompt ends with <bos>, text or <image_end>
-        return Prompt(example=Example(id="", tokens=tokens, layout=layout, images=[]), patches=self.patches)
+        return replace(self, example=Example(id="", tokens=tokens, layout=layout, images=[]))
 
 
 class PromptMaker:
@@ -51,7 +53,7 @@ class PromptMaker:
     Args:
         tokenizer: of the model.
         image_size, patch_size: in pixels; None of a model that knows no images.
-        fit: how preparation made pictures square.
+        fit: how preparation made pictures square, if it did.
     """
 
     def __init__(self, tokenizer: Tokenizer, image_size: int | None, patch_size: int | None, fit: images.Fit):
@@ -70,20 +72,22 @@ class PromptMaker:
             raise InputError(f"prompt: {len(parts) - 1} places {MARK} for {len(files)} images; give one for each")
         if files and not (self.image_size and self.patch_size):
             raise InputError("prompt: the model knows no images; leave them out")
-        piece, patches = Piece(id=""), [np.zeros((0, 3 * (self.patch_size or 1) ** 2), np.uint8)]
+        piece, pictures = Piece(id=""), []
         for number, part in enumerate(parts):
             if number:
-                patches.append(self._patches(Path(files[number - 1])))
+                pictures.append(self._pixels(Path(files[number - 1])))
+                height, width, _ = pictures[-1].shape
                 # Only the layout is needed here; the pixels go beside it.
-                piece.add_image(b"", patches_per_image(self.image_size, self.patch_size))
+                piece.add_image(b"", height * width // self.patch_size**2)
             try:
                 piece.add_text(self.tokenizer.encode(part).tolist())
             except UnicodeEncodeError as error:
                 raise InputError("prompt: the text is not UTF-8") from error
         tokens, layout = np.array(piece.tokens, np.int32), np.array(piece.layout, np.int32)
-        return Prompt(example=Example(id="", tokens=tokens, layout=layout, images=[]), patches=np.concatenate(patches))
+        example = Example(id="", tokens=tokens, layout=layout, images=[])
+        return Prompt(example=example, **picture_arrays(pictures, self.patch_size or 1))
 
-    def _patches(self, path: Path) -> np.ndarray:
+    def _pixels(self, path: Path) -> np.ndarray:
         try:
             pixels = images.read_rgb(path.read_bytes(), MAX_PIXELS)
         except OSError as error:
@@ -91,8 +95,7 @@ class PromptMaker:
         except images.ImageError as error:
             raise InputError(f"{path}: {error}") from error
         # Through the stored form, so that the pixels are those that training would have read.
-        stored = images.decode(images.encode(images.resize(pixels, self.image_size, self.fit)))
-        return images.patchify(stored, self.patch_size)
+        return images.decode(images.encode(images.resize(pixels, self.image_size, self.fit, self.patch_size)))
 
 
 def prompt_batch(prompts: Sequence[Prompt]) -> Batch:
@@ -108,6 +111,7 @@ def prompt_batch(prompts: Sequence[Prompt]) -> Batch:
     return Batch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
         patches=torch.from_numpy(np.concatenate([prompt.patches for prompt in prompts])),
+        grids=torch.from_numpy(np.concatenate([prompt.grids for prompt in prompts])),
         patch_index=torch.from_numpy(np.flatnonzero(is_image)),
         label_index=torch.from_numpy(np.flatnonzero(arrays["targets"] >= 0)),
     )
@@ -136,5 +140,6 @@ def token_batch(tokens: torch.Tensor, lengths: torch.Tensor, active: torch.Tenso
         hi=position.masked_fill(~active[:, None], -1),
         patches=torch.zeros(0, patch_dim, dtype=torch.uint8),
         patch_index=none,
+        grids=torch.zeros(0, 2, dtype=torch.int32),
         label_index=none,
     )

@@ -130,8 +130,7 @@ def rotary_positions(config: ModelConfig, batch: Batch) -> Positions:
     """A batch's positions, as ``model.image_positions`` has them."""
     if config.image_positions == "sequence":
         return batch.positions
-    side = config.image_size // config.patch_size
-    return grid_positions(batch.lo, batch.hi, batch.positions, batch.tokens == IMAGE, side)
+    return grid_positions(batch.positions, batch.patch_index, batch.grids)
 
 
 def ends_seen(config: ModelConfig, batch: Batch) -> torch.Tensor:

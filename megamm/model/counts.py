@@ -58,11 +58,13 @@ class TokenStats:
         patches: image patches.
         labels: labelled positions.
         pairs: query-key pairs that the interval mask admits.
+        image_pairs: pairs of patches of one image, n^2 for an image of n; None where all are full squares.
     """
 
     patches: float
     labels: float
     pairs: float
+    image_pairs: float | None = None
 
 
 def attention_weights(width: int, key_width: int, query_width: int | None = None) -> int:
@@ -205,36 +207,44 @@ def exact_flops_per_token(config: ModelConfig, stats: TokenStats) -> float:
         total += 4 * patch_dim * width * stats.patches
     elif config.architecture == "late":
         v = config.vision
-        per_image = patches_per_image(config.image_size, config.patch_size)
         v_hidden, longer = tower_work(config)
-        positions = stats.patches * longer
         # Each position of an image sees all of that image.
-        total += v.depth * _block_flops(v.width, v_hidden, positions, positions * per_image * longer)
+        pairs = image_pairs(config, stats) * longer**2
+        total += v.depth * _block_flops(v.width, v_hidden, stats.patches * longer, pairs)
         matrices = v.width * shuffle_ratio(config) ** 2 * width + (width * width if v.projector == "mlp" else 0)
         # The tower's smaller patches are as many more: together they have the pixels of the model's.
         total += 4 * patch_dim * v.width * stats.patches + 6 * matrices * stats.patches
     return total
 
 
+def image_pairs(config: ModelConfig, stats: TokenStats) -> float:
+    """``stats.image_pairs``, or what it is where all images are full squares."""
+    if stats.image_pairs is not None:
+        return stats.image_pairs
+    return stats.patches * patches_per_image(config.image_size, config.patch_size)
+
+
 class FlopsWeights(NamedTuple):
-    """FLOPs of forward and backward that each position, patch, label and query-key pair of a row adds."""
+    """FLOPs of forward and backward that each position, patch, label, query-key pair and pair of patches of one image
+    adds to a row."""
 
     position: float
     patch: float
     label: float
     pair: float
+    image_pair: float
 
 
 def flops_weights(config: ModelConfig) -> FlopsWeights:
     """The weights by which :func:`exact_flops_per_token` counts."""
 
     def count(**more: float) -> float:
-        return exact_flops_per_token(config, TokenStats(**{"patches": 0.0, "labels": 0.0, "pairs": 0.0} | more))
+        return exact_flops_per_token(config, TokenStats(**dict.fromkeys(names, 0.0) | more))
 
+    names = ("patches", "labels", "pairs", "image_pairs")
     position = count()
     # The count is linear in each of them, so one of each tells its weight.
-    patch, label, pair = (count(**{name: 1.0}) - position for name in ("patches", "labels", "pairs"))
-    return FlopsWeights(position=position, patch=patch, label=label, pair=pair)
+    return FlopsWeights(position, *(count(**{name: 1.0}) - position for name in names))
 
 
 def _block_flops(

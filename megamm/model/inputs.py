@@ -24,14 +24,14 @@ class Embedding(nn.Module):
 
         Args:
             batch: rows.
-            features: [images, patches_per_image, W] of a tower, in the order of the batch's images; an image more
-                (see VisionTower) has no place.
+            features: [rows, L, W] of a tower, in the order of the batch's patches; what follows these (see
+                VisionTower) has no place.
             dtype: of the result.
         """
         if self.projection is not None:  # one op looks up, projects and places
             projection, index = self.projection.weight, batch.patch_index
             return multimodal_patch_embedding(batch.tokens, self.weight, batch.patches, projection, index, dtype)
-        # Without images a tower still runs on a black one, whose features are cut off here.
+        # A tower may run on more patches, black ones at the end, whose features are cut off here.
         if features is not None:
             features = features.flatten(0, 1)[: len(batch.patches)]
         return multimodal_embedding(batch.tokens, self.weight, features, batch.patch_index, dtype)

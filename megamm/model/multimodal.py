@@ -103,7 +103,7 @@ class MultimodalModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The residual stream [B, S, W] after the last block and the routers' auxiliary losses; see :meth:`forward`."""
         if self.embedding is not None:
-            features = None if self.vision is None else self.vision(batch.patches, dtype)
+            features = None if self.vision is None else self.vision(batch.patches, batch.grids, dtype)
             x_bsw = self.embedding(batch, features, dtype)  # a later stage is given x_bsw
         context = self.context(batch, dtype)
         for block in self.blocks.values():

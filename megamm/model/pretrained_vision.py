@@ -14,7 +14,7 @@ from torch import nn
 from megamm.config import ModelConfig, VisionConfig
 from megamm.model.layers import Linear
 from megamm.model.sizes import shuffle_ratio, tower_activation, tower_eps, tower_hidden, tower_patch_size
-from megamm.sequence import patches_per_image
+from megamm.sequence import patch_order, patches_per_image
 
 PIXELS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -129,15 +129,15 @@ class PretrainedTower(nn.Module):
         self.norm = LayerNorm(vision.width, tower_eps(config)) if vision.final_norm else None
         self.projector = make_projector(config)
 
-    def forward(self, patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """uint8 [num_images * patches_per_image, patch_dim] -> features [num_images, patches_per_image, W].
+    def forward(self, patches: torch.Tensor, grids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """uint8 [num_images * patches_per_image, patch_dim] of square images -> features [rows, L, W], as many.
 
         Without images it runs on a black one (see ``vision.VisionTower``).
         """
-        length, ratio = patches_per_image(self.config.image_size, self.config.patch_size), shuffle_ratio(self.config)
-        patches = patches if len(patches) else patches.new_zeros(length, patches.shape[1])
-        features = self.features(cut_patches(patches, length, ratio), dtype)
-        return self.projector(join_features(features, ratio))
+        full, ratio = patches_per_image(self.config.image_size, self.config.patch_size), shuffle_ratio(self.config)
+        patches, grids = or_black(patches, grids, full)
+        places = raster_places(grids, len(patches), ratio)
+        return self.projector(join_features(self.features(cut_patches(patches, places, ratio), dtype), places, ratio))
 
     def features(self, patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The tower's own features [num_images, L, width of the tower]; L and ``patches`` are those of the tower."""
@@ -157,31 +157,53 @@ def make_projector(config: ModelConfig) -> nn.Module:
     return Linear(width, config.width, width**-0.5)
 
 
-def cut_patches(patches: torch.Tensor, length: int, ratio: int) -> torch.Tensor:
-    """Patches of the model to those of a tower, in raster order of each image.
+def or_black(patches: torch.Tensor, grids: torch.Tensor, full: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches and grids of images; of one black image of ``full`` patches, a square, where there is none."""
+    if len(patches):
+        return patches, grids
+    return patches.new_zeros(full, patches.shape[1]), grids.new_full((1, 2), math.isqrt(full))
+
+
+def raster_places(grids: torch.Tensor, num_patches: int, ratio: int) -> torch.Tensor:
+    """Where the patches of a tower lie in raster order of each image, those of one patch of the model together.
 
     Args:
-        patches: [N * length, (ratio * p)^2 * 3], of square images.
-        length: patches of an image.
-        ratio: of the sizes; p is the tower's.
+        grids: [num_images, 2], rows and columns of each image in patches of the model.
+        num_patches: P, of the model.
+        ratio: of the sizes.
 
     Returns:
-        [N * length * ratio^2, p^2 * 3].
+        int64 [P * ratio^2], a permutation.
+    """
+    order, columns = patch_order(grids, num_patches)
+    # Patches before the image, and the row and column in it, for [P, row, column in the patch].
+    before = torch.arange(num_patches, device=order.device) - order
+    inside = torch.arange(ratio, device=order.device)
+    row = (order // columns * ratio)[:, None] + inside
+    column = (order % columns * ratio)[:, None] + inside
+    rows_before = (before * ratio**2)[:, None] + row * (columns * ratio)[:, None]
+    return (rows_before[:, :, None] + column[:, None]).flatten()
+
+
+def cut_patches(patches: torch.Tensor, places: torch.Tensor, ratio: int) -> torch.Tensor:
+    """Patches of the model [P, (ratio * p)^2 * 3] to those of a tower, [P * ratio^2, p^2 * 3] in raster order.
+
+    Args:
+        places: from :func:`raster_places`.
     """
     if ratio == 1:
         return patches
-    side, size = math.isqrt(length), math.isqrt(patches.shape[1] // 3) // ratio
-    x = patches.view(-1, side, side, ratio, size, ratio, size * 3)  # image, patch row and column, row in it, ...
-    # Image, patch row, row of the tower's patch in it, patch column, column in it: raster order of the tower's patches,
-    # each with its pixels' rows and columns behind.
-    return x.permute(0, 1, 3, 2, 5, 4, 6).flatten(5).flatten(0, 4)
+    size = math.isqrt(patches.shape[1] // 3) // ratio
+    # Patch, row and column of the tower's patch in it, values of that.
+    parts = patches.unflatten(1, (ratio, size, ratio, size * 3)).transpose(2, 3).flatten(3).flatten(0, 2)
+    return torch.empty_like(parts).index_copy_(0, places, parts)
 
 
-def join_features(features: torch.Tensor, ratio: int) -> torch.Tensor:
-    """Features [N, L, W] of a tower's patches to those of the model's, [N, L / ratio^2, ratio^2 W] (pixel shuffle)."""
+def join_features(features: torch.Tensor, places: torch.Tensor, ratio: int) -> torch.Tensor:
+    """Features [rows, L, W] of a tower's patches to those of the model's, [rows, P / rows, ratio^2 W] (pixel shuffle).
+
+    Those of the tower's patches in one of the model's lie side by side. Where both are the same, as they are.
+    """
     if ratio == 1:
         return features
-    side = math.isqrt(features.shape[1]) // ratio
-    x = features.unflatten(1, (side, ratio, side, ratio))
-    # [N, row, column, ratio, ratio, W]: the features in one patch of the model side by side.
-    return x.transpose(2, 3).flatten(3).flatten(1, 2)
+    return features.flatten(0, 1)[places].unflatten(0, (features.shape[0], -1, ratio**2)).flatten(2)

@@ -43,6 +43,11 @@ def shuffle_ratio(config: ModelConfig) -> int:
     return config.patch_size // tower_patch_size(config)
 
 
+def has_learnt_positions(config: ModelConfig) -> bool:
+    """Whether the model has a vision tower that takes square images of ``image_size`` alone."""
+    return config.architecture == "late" and config.vision.kind != "megamm"
+
+
 def num_heads(config: ModelConfig) -> int:
     """Heads of queries of the decoder; with a resolved ``head_dim``."""
     return config.heads or config.width // config.head_dim

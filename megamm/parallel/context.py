@@ -7,6 +7,7 @@ gathered and put in the row's order, or passed around a ring whose partial resul
 Shapes: B rows, S positions, C ranks of the axis, s = S / C.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -17,11 +18,11 @@ import torch
 from megamm_kernels import AttentionMask, interval_attention
 
 from megamm.config import ModelConfig
-from megamm.model.context import ends_seen, make_context, position_kinds, rotary_positions
+from megamm.model.context import ends_seen, make_context, position_kinds
 from megamm.model.multimodal import MultimodalModel
 from megamm.parallel.collectives import gather, shift
 from megamm.parallel.mesh import Axis, World
-from megamm.sequence import Batch, keys_seen, patches_per_image
+from megamm.sequence import Batch, grid_positions, keys_seen, patches_per_image
 
 CHUNKS = 16
 """Pieces of a row that each rank gets: enough to even out the work, few enough to keep neighbours together."""
@@ -36,12 +37,18 @@ class CutBatch(Batch):
     Attributes:
         key_index: int64 [B, S], where each position of a row lies among the ranks' positions, end to end.
         own_positions: int64 [C, B, s], the positions of every rank.
+        grid_rows, grid_columns: int32 [B, S], from :func:`megamm.sequence.grid_positions`, which needs whole rows.
         feature_rows: int64 [P], the row of each image position's feature among those that the ranks' vision towers
             make, end to end; empty without a tower.
+
+    ``patches`` are those of this rank's positions, and ``grids`` those of all images; with a vision tower both are of
+    the images that this rank's tower sees.
     """
 
     key_index: torch.Tensor
     own_positions: torch.Tensor
+    grid_rows: torch.Tensor
+    grid_columns: torch.Tensor
     feature_rows: torch.Tensor
 
 
@@ -75,7 +82,7 @@ def cut_batch(batch: Batch, axis: Axis, image_patches: int | None) -> CutBatch:
     """This rank's positions of a batch on the CPU.
 
     Args:
-        image_patches: patches of an image, for a model with a vision tower: images are dealt to the ranks, each to
+        image_patches: patches of a full image, for a model with a vision tower: images are dealt to the ranks, each to
             one. None: a rank keeps the patches at its own positions.
     """
     work = keys_seen(batch.lo, batch.hi).numpy() + 1
@@ -100,38 +107,54 @@ def cut_batch(batch: Batch, axis: Axis, image_patches: int | None) -> CutBatch:
     # Labels elsewhere are those ranks' to count; together they are the batch's.
     labels = place[batch.label_index]
     if image_patches is None:
-        patches, feature_rows = batch.patches[at >= 0], at.new_zeros(0)
+        patches, grids, feature_rows = batch.patches[at >= 0], batch.grids, at.new_zeros(0)
     else:
-        patches, feature_rows = _deal_images(batch.patches, image_patches, axis)
+        patches, grids, feature_rows = _deal_images(batch, image_patches, axis)
         feature_rows = feature_rows[at >= 0]
+    on_grid = grid_positions(batch.positions, batch.patch_index, batch.grids)
     return CutBatch(
         **arrays,
         patches=patches,
         patch_index=at[at >= 0],
+        grids=grids,
         label_index=labels[labels >= 0].sort().values,
         key_index=key_index,
         own_positions=own_positions,
+        grid_rows=on_grid[0].gather(1, own),
+        grid_columns=on_grid[1].gather(1, own),
         feature_rows=feature_rows,
     )
 
 
-def _deal_images(patches: torch.Tensor, image_patches: int, axis: Axis) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's images, as many as every other rank has (black ones at the end), and the row of each patch.
+def _deal_images(batch: Batch, full: int, axis: Axis) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's images, as many patches as every other rank has (black ones at the end), and the row of each patch.
 
     Returns:
-        uint8 [n * image_patches, C], and int64 [P]: the row of each of ``patches`` among all ranks' features.
+        uint8 [n, C]; int32 [images, 2], their grids; and int64 [P]: the row of each of the batch's patches among all
+        ranks' features.
     """
-    images = patches.unflatten(0, (-1, image_patches)) if len(patches) else patches.new_zeros(0, 1, patches.shape[1])
-    # Equally many on every rank, since features are gathered; at least one, so that no rank is missing in the tower's
-    # collectives.
-    each = max(1, -(-len(images) // axis.size))
-    own = images[axis.rank :: axis.size]
-    black = patches.new_zeros((each - len(own)) * image_patches, patches.shape[1])
-    number = torch.arange(len(images))
-    # Image i is number i // C of rank i % C, and ranks' features lie end to end, `each` images long.
-    first = (number % axis.size * each + number // axis.size) * image_patches
-    rows = first[:, None] + torch.arange(image_patches)
-    return torch.cat((own.flatten(0, 1) if len(own) else black[:0], black)), rows.flatten()
+    sizes = batch.grids.long().prod(1)
+    rank = torch.arange(len(sizes)) % axis.size
+    loads = [int(sizes[rank == r].sum()) for r in range(axis.size)]
+    # Equally many patches on every rank, since features are gathered, and of whole images, so that the tower adds none;
+    # at least one image, so that no rank is missing in the tower's collectives.
+    each = max(1, -(-max(loads) // full)) * full
+    missing = each - loads[axis.rank]
+    if (sizes == full).all():
+        black = batch.grids.new_full((missing // full, 2), math.isqrt(full))
+    else:
+        # By images of one patch no rank's are all full ones: every rank's tower then lays its images end to end.
+        each += full * (each in loads)
+        missing = each - loads[axis.rank]
+        black = batch.grids.new_ones(missing, 2)
+    number = rank.repeat_interleave(sizes)
+    rows = torch.empty(len(number), dtype=torch.int64)
+    for r, load in enumerate(loads):
+        # Ranks' features lie end to end.
+        rows[number == r] = r * each + torch.arange(load)
+    own = batch.patches[number == axis.rank]
+    patches = torch.cat((own, own.new_zeros(missing, own.shape[1])))
+    return patches, torch.cat((batch.grids[rank == axis.rank], black)), rows
 
 
 def apply_context(model: MultimodalModel, world: World, method: str) -> None:
@@ -169,8 +192,8 @@ class _Ring:
 def _cut_context(model: MultimodalModel, batch: CutBatch, dtype: torch.dtype, *, method: str, axis: Axis):
     """The context of a rank's positions; see model.context.make_context."""
     config = model.config
-    kinds = position_kinds(config, batch)
-    positions, ends = rotary_positions(config, batch), ends_seen(config, batch)
+    kinds, ends = position_kinds(config, batch), ends_seen(config, batch)
+    positions = batch.positions if config.image_positions == "sequence" else (batch.grid_rows, batch.grid_columns)
     make = partial(make_context, config, positions, head_dim=config.head_dim, dtype=dtype, **kinds)
     if method == "gather":
         # lo and hi still name positions of the whole row, which are the gathered keys once these are in its order.

@@ -27,7 +27,7 @@ def parallel_embedding(
     Args:
         embedding: whole, or this rank's part of the vocabulary.
         batch: rows, or this rank's positions of them (context.CutBatch).
-        features: of a tower, [images, this rank's patches of each, W].
+        features: of a tower, [rows, this rank's patches of each, W].
         dtype: of the result.
         world: this process among all.
     """
@@ -57,15 +57,15 @@ def parallel_embedding(
 def _features_of_positions(features: torch.Tensor, batch: Batch, tensor: Axis, context: Axis) -> torch.Tensor:
     """A feature for each image position of the batch; zero where another tensor rank has it."""
     if context.size > 1:
-        features = gather(features, 0, context.group)  # every rank's images
+        features = gather(features, 0, context.group)  # every rank's images, in equally many rows
     per_rank = features.shape[1]
     if isinstance(batch, CutBatch):
         rows = batch.feature_rows
     else:
         rows = torch.arange(len(batch.patch_index), device=features.device)
-    # Rows count over whole images; a tensor rank has a run of each one's patches, as its blocks saw them.
-    image, patch = rows // (per_rank * tensor.size), rows % (per_rank * tensor.size)
+    # Features count over the tower's whole rows; a tensor rank has a run of each one's patches, as its blocks saw them.
+    row, patch = rows // (per_rank * tensor.size), rows % (per_rank * tensor.size)
     own = patch // per_rank == tensor.rank
     # Rows of other ranks pick some feature of this one, and are zeroed: the shape must not depend on the rank.
-    picked = features.flatten(0, 1)[image * per_rank + patch % per_rank]
+    picked = features.flatten(0, 1)[row * per_rank + patch % per_rank]
     return picked * own[:, None]

@@ -6,7 +6,7 @@ tower on patches.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -62,7 +62,7 @@ def part_costs(model: ModelConfig, stats: TokenStats) -> PartCosts:
 
 
 def _with(stats: TokenStats, labels: float) -> TokenStats:
-    return TokenStats(patches=stats.patches, labels=labels, pairs=stats.pairs)
+    return replace(stats, labels=labels)
 
 
 def cut_stages(model: ModelConfig, stats: TokenStats, num_stages: int) -> list[Stage]:

@@ -2,21 +2,27 @@
 
 Rows 0 to N-1 of a source's plan are dealt to the data ranks; each share is filled up with empty rows, so that all make
 equally many passes. Images are numbered through all N rows: with swapped images, image i has the
-pixels of image i-1, and image 0 those of the last one, wherever they are computed.
+pixels of image i-1, and image 0 those of the last one, wherever they are computed; of another shape, stretched to that
+of the image in whose place they are.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from megamm.config import AugmentConfig, DataConfig
+from megamm.data.images import on_grid
 from megamm.data.loader import build_pack_plan
 from megamm.data.rows import RowReader
 from megamm.data.shards import ShardedDataset
 from megamm.parallel.engine import Engine
 from megamm.parallel.mesh import World
 from megamm.sequence import LABEL_KINDS, Batch
+
+Picture = tuple[torch.Tensor, tuple[int, int]]
+"""Patches of an image, and the rows and columns of its grid."""
 
 
 class ValidationRows:
@@ -26,15 +32,14 @@ class ValidationRows:
         dataset: its val split.
         config: of the training data.
         num_rows: how many.
-        image_patches: patches of an image.
         options: ``cache_dir`` and ``world`` of :func:`megamm.data.loader.build_pack_plan`.
 
     Raises:
         InputError: the split is empty or has a document longer than a row.
     """
 
-    def __init__(self, dataset: ShardedDataset, config: DataConfig, num_rows: int, image_patches: int, **options):
-        self.num_rows, self.image_patches = num_rows, image_patches
+    def __init__(self, dataset: ShardedDataset, config: DataConfig, num_rows: int, **options):
+        self.num_rows = num_rows
         self.has_images = bool(dataset.info["splits"][dataset.split]["num_images"])
         # A plan of this source alone: its rows do not change when the mixture does.
         plan = build_pack_plan([dataset], [1.0], config, num_rows=num_rows, **options)
@@ -57,21 +62,33 @@ class ValidationRows:
             for begin in range(start, min(start + pass_rows, length), layout.micro_rows):
                 batch = self._reader.read(numbers[begin : begin + layout.micro_rows])
                 if before is not None and len(batch.patches):
-                    images = torch.cat((before, batch.patches))
                     # The batch's own last image goes to the first place of the next one.
-                    before = images[-self.image_patches :]
-                    batch = replace(batch, patches=images[: -self.image_patches])
+                    *pictures, before = [before, *_pictures(batch)]
+                    batch = replace(batch, patches=_in_places(pictures, batch))
                 batches.append(batch)
             yield batches
 
-    def _image_before(self, row: int) -> torch.Tensor | None:
-        """Patches of the last image before a row, going round at the first row; None where no row has an image."""
+    def _image_before(self, row: int) -> Picture | None:
+        """The last image before a row, going round at the first row; None where no row has an image."""
         # Up to the row itself, which is its own predecessor where no other row has an image.
         for back in range(1, self.num_rows + 1):
-            patches = self._reader.read([(row - back) % self.num_rows]).patches
-            if len(patches):
-                return patches[-self.image_patches :]
+            pictures = _pictures(self._reader.read([(row - back) % self.num_rows]))
+            if pictures:
+                return pictures[-1]
         return None
+
+
+def _pictures(batch: Batch) -> list[Picture]:
+    grids = [(rows, columns) for rows, columns in batch.grids.tolist()]
+    sizes = [rows * columns for rows, columns in grids]
+    return list(zip(batch.patches.split(sizes), grids, strict=True)) if sizes else []
+
+
+def _in_places(pictures: list[Picture], batch: Batch) -> torch.Tensor:
+    """``patches`` of a batch whose images are these."""
+    grids = [(rows, columns) for rows, columns in batch.grids.tolist()]
+    moved = [on_grid(patches.numpy(), grid, other) for (patches, grid), other in zip(pictures, grids, strict=True)]
+    return torch.from_numpy(np.concatenate(moved))
 
 
 def validation_loss(engine: Engine, passes: Iterator[list[Batch]], world: World) -> dict[str, float]:

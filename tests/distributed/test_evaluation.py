@@ -15,10 +15,10 @@ ROWS = 5  # shares of 2, 2 and 1 rows on 3 ranks; 3 and 2 on 2
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Rows hold an image and a caption or two; some rows of pages hold several images."""
+    """Rows hold an image and a caption or two; some rows of pages hold several images, of unlike shape."""
     folder = tmp_path_factory.mktemp("data")
-    for kind in ("caption", "interleaved"):
-        make_dataset(folder / kind, kind=kind, num_documents=60, num_val=20, max_text=12)
+    for kind, fit in (("caption", "pad"), ("interleaved", "native")):
+        make_dataset(folder / kind, kind=kind, num_documents=60, num_val=20, max_text=12, fit=fit)
     return folder
 
 
@@ -79,7 +79,7 @@ def test_swapping_images_matters(alone):
 
 
 def test_image_i_gets_the_pixels_of_image_i_minus_1(data, tmp_path):
-    """Across micro-batches of one row, of which some may have no image."""
+    """Across micro-batches of one row, of which some may have no image; stretched where the shape is another."""
     run = Trainer(
         load(
             None,
@@ -95,6 +95,14 @@ def test_image_i_gets_the_pixels_of_image_i_minus_1(data, tmp_path):
     true, swapped = (
         [batch for batches in rows.passes(run.world, swapped) for batch in batches] for swapped in (False, True)
     )
-    pixels, moved = (torch.cat([b.patches for b in batches]).unflatten(0, (-1, 4)) for batches in (true, swapped))
-    assert len(pixels) > ROWS and torch.equal(moved, pixels.roll(1, 0))
+    grids = torch.cat([batch.grids for batch in true])
+    sizes = grids.prod(1).tolist()
+    pixels, moved = (torch.cat([b.patches for b in batches]).split(sizes) for batches in (true, swapped))
+    assert len(pixels) > ROWS
+    same = (grids == grids.roll(1, 0)).all(1).tolist()
+    assert True in same and False in same
+    for before, found, equal in zip((pixels[-1], *pixels), moved, same, strict=False):
+        # Pictures are of one colour each, up to some noise.
+        colours = (x.float().unflatten(1, (-1, 3)).mean((0, 1)) for x in (before, found))
+        assert torch.equal(found, before) if equal else torch.allclose(*colours, atol=8)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(true, swapped, strict=True))

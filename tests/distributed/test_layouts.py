@@ -22,6 +22,7 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     for seed, kind in enumerate(KINDS):  # texts have no image: micro-batches without any
         make_dataset(folder / kind, kind=kind, num_documents=120, seed=seed, vocab_size=304)
+        make_dataset(folder / "native" / kind, kind=kind, num_documents=120, seed=seed, vocab_size=304, fit="native")
     return folder
 
 
@@ -40,6 +41,7 @@ def train(data: Path, architecture: str, layout: dict, rank: int = 0, size: int 
     from megamm.resolve import resolve_config
     from megamm.trainer import Trainer
 
+    data = data / "native" if architecture == "native" else data  # images of unlike shape
     sources = ", ".join(f"{kind}: {{path: {data}/{kind}}}" for kind in KINDS)
     settings = {
         "model.architecture": architecture,
@@ -61,6 +63,8 @@ def train(data: Path, architecture: str, layout: dict, rank: int = 0, size: int 
     }
     if architecture == "grid":
         settings |= {"model.architecture": "early", "model.image_mask": "causal", "model.image_positions": "grid"}
+    if architecture == "native":
+        settings |= {"model.architecture": "late", "model.image_positions": "grid"}
     if architecture == "muon":
         settings |= {"model.architecture": "early", "optimizer.name": "muon"}
     if architecture == "mot":  # a mixture of transformers
@@ -163,6 +167,8 @@ PRODUCTS_OF_FOUR = [
     ("grid", {"context": 2, "tensor": 2}),
     ("grid", {"context": 2, "pipeline": 2, "context_method": "ring"}),
     ("late", {"tensor": 2, "dp_shard": 2, "optimizer.offload": "true"}),
+    ("native", {"context": 2, "tensor": 2}),
+    ("native", {"pipeline": 2, "dp_shard": 2}),
     ("early", {"pipeline": 2, "dp_shard": 2, "pipeline_schedule": "interleaved", "micro_batches": 4}),
     ("late", {"context": 2, "dp_shard": 2, "context_method": "ring", "train.recompute": "per_op"}),
 ]

@@ -75,6 +75,7 @@ def make_batch(rows: list, copies: int, generator: torch.Generator) -> Batch:
         **arrays | {"source": arrays["source"].byte(), "label_kind": arrays["label_kind"].byte()},
         patches=pixels.byte(),
         patch_index=patch_index,
+        grids=torch.tensor([[-n, 1] for documents in rows for spans in documents for n in spans if n < 0]).view(-1, 2),
         label_index=(arrays["targets"] >= 0).flatten().nonzero().squeeze(1),
     )
 

@@ -27,6 +27,7 @@ def make_dataset(
     num_val: int = 20,
     shard_documents: int = 64,
     tokenizer_sha256: str = "0" * 64,
+    fit: images.Fit = images.DEFAULT_FIT,
 ) -> Path:
     """Write a dataset of learnable documents and return its folder.
 
@@ -38,16 +39,18 @@ def make_dataset(
         num_documents: documents of the train split.
         num_val: documents of the val split.
         max_text: most words of a caption, of a piece of an interleaved document or of a text.
+        fit: native: images of any shape.
     """
     path = Path(path)
     rng = np.random.default_rng(seed)
     splits, fingerprints = {}, {}
     for split, count in (("train", num_documents), ("val", num_val)):
         documents = [
-            _document(rng, f"{split}-{i}", kind, image_size, patch_size, vocab_size, max_text) for i in range(count)
+            _document(rng, f"{split}-{i}", kind, image_size, patch_size, vocab_size, max_text, fit == "native")
+            for i in range(count)
         ]
         shutil.rmtree(path / split, ignore_errors=True)
-        writer = ShardWriter(path / split, shard_documents)
+        writer = ShardWriter(path / split, shard_documents, fit == "native")
         writer.add_table(pieces_table(documents))
         splits[split], fingerprints[split] = writer.close(), writer.fingerprint.hex()
     info = make_info(
@@ -59,12 +62,13 @@ def make_dataset(
         max_length=1024,
         splits=splits,
         fingerprints=fingerprints,
+        fit=fit,
     )
     (path / "dataset.json").write_text(json.dumps(info))
     return path
 
 
-def _document(rng, name, kind, image_size, patch_size, vocab_size, max_text) -> Piece:
+def _document(rng, name, kind, image_size, patch_size, vocab_size, max_text, native) -> Piece:
     first_word, num_words = len(SPECIAL_TOKENS), vocab_size - len(SPECIAL_TOKENS)
     tokens, layout, encoded = [BOS], [1], []
     for _ in range(rng.integers(2, 5) if kind == "interleaved" else 1):
@@ -72,11 +76,13 @@ def _document(rng, name, kind, image_size, patch_size, vocab_size, max_text) -> 
         if kind != "text":
             colour = int(rng.integers(NUM_CLASSES))
             start = colour * num_words // NUM_CLASSES
-            image = np.empty((image_size, image_size, 3), np.uint8)
+            side = image_size // patch_size
+            rows, columns = rng.integers(1, side + 1, 2).tolist() if native else (side, side)
+            image = np.empty((rows * patch_size, columns * patch_size, 3), np.uint8)
             image[:] = [255 * (colour >> bit & 1) for bit in range(3)]
             noise = rng.integers(0, 32, image.shape, dtype=np.uint8)
             encoded.append(images.encode(image ^ noise))
-            layout += [-((image_size // patch_size) ** 2), 1]
+            layout += [-rows * columns, 1]
             tokens.append(IMAGE_END)
         count = int(rng.integers(1, max_text + 1))
         tokens += [first_word + (start + i) % num_words for i in range(count)]

@@ -111,5 +111,6 @@ def causal_batch(tokens: torch.Tensor, patches: torch.Tensor | None = None) -> B
         hi=rows.clone(),
         patches=torch.zeros(0, 192, dtype=torch.uint8) if patches is None else patches,
         patch_index=torch.zeros(0, dtype=torch.int64) if patches is None else (tokens.flatten() == 7).nonzero()[:, 0],
+        grids=torch.full((0 if patches is None else len(patches) // 4, 2), 2, dtype=torch.int32),
         label_index=torch.zeros(0, dtype=torch.int64),
     )

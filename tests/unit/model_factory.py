@@ -41,6 +41,7 @@ def one_row(words: list[int], generator: torch.Generator) -> Batch:
         hi=hi,
         patches=torch.randint(0, 256, (PATCHES, 192), generator=generator).to(torch.uint8),
         patch_index=torch.arange(1, 1 + PATCHES),
+        grids=torch.tensor([[2, 2]], dtype=torch.int32),
         label_index=torch.arange(PATCHES + 1, length - 1),
     )
 
@@ -58,13 +59,14 @@ def stack_rows(documents: list[Batch | None], length: int) -> Batch:
         "lo": places.clone(),
         "hi": places - 1,
     }
-    patches, patch_index, label_index = [torch.zeros(0, 192, dtype=torch.uint8)], [], []
+    patches, grids, patch_index, label_index = [torch.zeros(0, 192, dtype=torch.uint8)], [], [], []
     for row, document in enumerate(documents):
         if document is None:
             continue
         for name, field in fields.items():
             field[row, : document.tokens.shape[1]] = getattr(document, name)[0]
         patches.append(document.patches)
+        grids.append(document.grids)
         patch_index.append(document.patch_index + row * length)
         label_index.append(document.label_index + row * length)
     none = torch.zeros(0, dtype=torch.int64)
@@ -72,5 +74,6 @@ def stack_rows(documents: list[Batch | None], length: int) -> Batch:
         **fields,
         patches=torch.cat(patches),
         patch_index=torch.cat([none, *patch_index]),
+        grids=torch.cat([torch.zeros(0, 2, dtype=torch.int32), *grids]),
         label_index=torch.cat([none, *label_index]),
     )

@@ -38,7 +38,7 @@ class Naive:
         self.embedding, self.vision = model.embedding, model.vision
 
     def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        features = None if self.vision is None else self.vision(batch.patches, torch.float64)
+        features = None if self.vision is None else self.vision(batch.patches, batch.grids, torch.float64)
         x = self.embedding(batch, features, torch.float64)
         rows, auxiliary = [list(row.unbind(0)) for row in x], 0.0
         for i in range(self.config.depth):
@@ -89,11 +89,20 @@ class Naive:
     def position(self, batch: Batch, r: int, s: int) -> tuple[int, int]:
         """Row and column of a position, found by walking back to the image's first patch."""
         place, patch = int(batch.positions[r, s]), 0
-        if self.config.image_positions == "grid" and batch.tokens[r, s] == IMAGE:
+        if self.on_grid(batch, r, s):
             while s - patch > 0 and batch.tokens[r, s - patch - 1] == IMAGE:
                 patch += 1
-        side = self.config.image_size // self.config.patch_size
-        return place - patch + patch // side, place - patch + patch % side
+        if not self.on_grid(batch, r, s):
+            return place, place
+        # Images are counted by their first patches, up to this one's.
+        flat = (batch.tokens.flatten() == IMAGE).tolist()
+        end = r * batch.tokens.shape[1] + s + 1
+        number = sum(flat[i] and not (i and flat[i - 1]) for i in range(end)) - 1
+        columns = int(batch.grids[number, 1])
+        return place - patch + patch // columns, place - patch + patch % columns
+
+    def on_grid(self, batch: Batch, r: int, s: int) -> bool:
+        return self.config.image_positions == "grid" and bool(batch.tokens[r, s] == IMAGE)
 
     def part(self, token: int) -> str:
         if self.config.per_modality != "block":

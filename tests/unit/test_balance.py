@@ -61,8 +61,7 @@ def test_contents_from_lengths_against_rows_read(prepared):
     )
     datasets = open_sources(config.data, "train")
     plan = build_pack_plan(datasets, [1.0], config.data, num_rows=16)
-    patches = (config.model.image_size // config.model.patch_size) ** 2
-    contents = row_contents(plan, range(4, 12), patches)
+    contents = row_contents(plan, range(4, 12))
     batch = RowReader(plan, datasets, config.data.augment, config.data.seed).read(range(4, 12))
     np.testing.assert_array_equal(contents.labels, (batch.targets >= 0).sum(1))
     np.testing.assert_array_equal(contents.pairs, keys_seen(batch.lo, batch.hi).sum(1))

@@ -224,9 +224,9 @@ def test_towers_are_counted(vision, options):
     estimated = sum(work.flops for group in groups for work in (group.forward, group.backward))
     assert estimated == pytest.approx(64 * exact_flops_per_token(model.config, stats), rel=1e-9)
     if vision != "megamm":  # whose attention computes masked pairs, too
-        patches = one_row([7], torch.Generator().manual_seed(0)).patches
+        row = one_row([7], torch.Generator().manual_seed(0))
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others are not counted
-            model.vision(patches, torch.float32).sum().backward()
+            model.vision(row.patches, row.grids, torch.float32).sum().backward()
         counted = exact_flops_per_token(model.config, stats) - exact_flops_per_token(model.config, none)
         assert counted == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
@@ -241,8 +241,8 @@ def test_pixel_shuffle_sees_the_same_image(kind):
     images = torch.randint(0, 256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     small.projector = large.projector = torch.nn.Identity()
     with torch.no_grad():
-        each = small(patches_of(images, 4), torch.float32).unflatten(1, (4, 4))
-        joined = large(patches_of(images, 8), torch.float32)
+        each = small(patches_of(images, 4), torch.full((2, 2), 4), torch.float32).unflatten(1, (4, 4))
+        joined = large(patches_of(images, 8), torch.full((2, 2), 2), torch.float32)
     for row in range(2):
         for column in range(2):
             four = [each[:, 2 * row + i, 2 * column + j] for i in range(2) for j in range(2)]
@@ -258,9 +258,9 @@ def test_projectors_are_what_their_names_say(projector, ratio):
     images = torch.randint(0, 256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     weights = dict(tower.projector.named_parameters())
     with torch.no_grad():
-        found = tower(patches_of(images, 8), torch.float64)
+        found = tower(patches_of(images, 8), torch.full((2, 2), 2), torch.float64)
         tower.projector = torch.nn.Identity()
-        x = tower(patches_of(images, 8), torch.float64)
+        x = tower(patches_of(images, 8), torch.full((2, 2), 2), torch.float64)
     assert found.shape == (2, 4, 32) and x.shape == (2, 4, 16 * ratio**2)
     if projector == "linear":
         assert set(weights) == {"weight"}

@@ -63,7 +63,8 @@ def prompt(spans: list[list[int] | None], seed: int = 0) -> Prompt:
     rng = np.random.default_rng(seed)
     patches = rng.integers(0, 256, (PATCHES * sum(s is None for s in spans), 192), dtype=np.uint8)
     example = Example(id="", tokens=np.array(tokens, np.int32), layout=np.array(layout, np.int32), images=[])
-    return Prompt(example=example, patches=patches)
+    grids = np.full((len(patches) // PATCHES, 2), 2, np.int32)
+    return Prompt(example=example, patches=patches, grids=grids)
 
 
 PROMPTS = [
@@ -111,7 +112,8 @@ def test_an_image_may_enter_after_text(variant):
         part |= {name: getattr(whole, name)[:, start:stop] for name in ("label_kind", "lo", "hi")}
         index = whole.patch_index[is_mine] - start
         none = torch.zeros(0, dtype=torch.int64)
-        found = cache.logits(Batch(**part, patches=whole.patches[is_mine], patch_index=index, label_index=none))
+        images = {"patches": whole.patches[is_mine], "grids": whole.grids[: int(is_mine.any())]}
+        found = cache.logits(Batch(**part, **images, patch_index=index, label_index=none))
         assert torch.allclose(found[0].double(), whole_logits(model, PROMPTS[2])[stop - 1], atol=1e-5)
 
 

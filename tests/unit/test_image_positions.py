@@ -14,14 +14,14 @@ from megamm.model.multimodal import MultimodalModel
 from megamm.model.rotary import rotary_table
 from megamm.sequence import causal_ends, grid_positions, keys_seen, pairs_of_documents, row_positions
 
-SIDE = 3
+GRID = (2, 4)
 
 
 def document(images: int, words: list[int]) -> np.ndarray:
     """Spans: text, then images with text between and after."""
     spans = [1 + words[0]]
     for i in range(images):
-        spans += [-SIDE * SIDE, 1 + words[(i + 1) % len(words)]]
+        spans += [-GRID[0] * GRID[1], 1 + words[(i + 1) % len(words)]]
     return np.array(spans)
 
 
@@ -34,21 +34,24 @@ def test_the_rules_are_those_of_a_walk_along_the_row(layouts, padding):
     length = sum(int(np.abs(layout).sum()) for layout in layouts) + padding
     start, is_image, lo, hi = row_positions(layouts, length)
     positions = np.arange(length) - start
-    rows, columns = grid_positions(lo, hi, positions, is_image, SIDE)
+    patch_index, grids = np.flatnonzero(is_image), [GRID] * sum(int((layout < 0).sum()) for layout in layouts)
+    tensors = torch.from_numpy(positions), torch.from_numpy(patch_index), torch.tensor(grids).view(-1, 2)
+    rows, columns = (one.numpy() for one in grid_positions(*tensors))
     ends = causal_ends(lo, hi, positions)
     patch = 0
     for q in range(length):
         patch = patch + 1 if is_image[q] and q and is_image[q - 1] else 0
         if is_image[q]:
             first = positions[q] - patch
-            assert (rows[q], columns[q]) == (first + patch // SIDE, first + patch % SIDE)
+            assert (rows[q], columns[q]) == (first + patch // GRID[1], first + patch % GRID[1])
         else:
             assert rows[q] == columns[q] == positions[q]
         assert ends[q] == (q if hi[q] >= lo[q] else hi[q])
     sizes = np.array([np.abs(layout).sum() for layout in layouts])
-    images = np.array([(layout < 0).sum() for layout in layouts])
+    patches = np.array([-layout[layout < 0].sum() for layout in layouts])
+    image_pairs = np.array([(layout[layout < 0] ** 2).sum() for layout in layouts])
     for seen, is_causal in ((hi, False), (ends, True)):
-        assert keys_seen(lo, seen).sum() == pairs_of_documents(sizes, images, SIDE * SIDE, is_causal).sum()
+        assert keys_seen(lo, seen).sum() == pairs_of_documents(sizes, patches, image_pairs, is_causal).sum()
 
 
 def test_rows_and_columns_turn_every_other_pair():
@@ -67,7 +70,8 @@ def test_the_settings_change_what_follows_an_image_and_nothing_in_text(architect
     text = one_row([7, 8], torch.Generator().manual_seed(0))
     text.tokens[0, 1:5] = 11  # words where patches were
     text.hi[:] = text.positions
-    text.patches, text.patch_index = text.patches[:0], text.patch_index[:0]
+    for name in ("patches", "patch_index", "grids"):
+        setattr(text, name, getattr(text, name)[:0])
     plain, other = (MultimodalModel(model_config(architecture, **s), seed=0).double() for s in ({}, settings))
     with torch.no_grad():
         assert torch.equal(plain.logits(text, torch.float64), other.logits(text, torch.float64))

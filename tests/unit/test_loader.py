@@ -140,8 +140,9 @@ def test_batch_fields(folder):
     (batch,) = load(data_config(folder))[0]
     shapes = dict.fromkeys(FIELDS, (BATCH, ROW))
     shapes |= {"patches": (batch.patch_index.numel(), 8 * 8 * 3), "patch_index": (batch.patches.shape[0],)}
+    shapes |= {"grids": (batch.patch_index.numel() // 4, 2)}
     shapes |= {"label_index": (int((batch.targets >= 0).sum()),)}
-    dtypes = dict.fromkeys(("tokens", "positions", "targets", "lo", "hi"), torch.int32)
+    dtypes = dict.fromkeys(("tokens", "positions", "targets", "lo", "hi", "grids"), torch.int32)
     dtypes |= dict.fromkeys(("source", "label_kind", "patches"), torch.uint8)
     dtypes |= dict.fromkeys(("patch_index", "label_index"), torch.int64)
     for f in fields(Batch):

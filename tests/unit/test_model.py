@@ -72,9 +72,11 @@ def test_documents_of_a_row_do_not_see_each_other(architecture):
     first, second = one_row([7, 8, 9], generator), one_row([11, 12], generator)
     a, b = first.tokens.shape[1], second.tokens.shape[1]
     joined = {
-        f.name: torch.cat([getattr(x, f.name) for x in (first, second)], dim=-1) for f in dataclasses.fields(Batch)
+        f.name: torch.cat([getattr(x, f.name) for x in (first, second)], dim=-1)
+        for f in dataclasses.fields(Batch)
+        if f.name not in ("patches", "grids")
     }
-    joined["patches"] = torch.cat((first.patches, second.patches))
+    joined |= {name: torch.cat([getattr(x, name) for x in (first, second)]) for name in ("patches", "grids")}
     for name in ("patch_index", "label_index"):
         joined[name] = torch.cat((getattr(first, name), getattr(second, name) + a))
     for name in ("lo", "hi"):

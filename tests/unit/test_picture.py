@@ -47,6 +47,7 @@ def batch() -> Batch:
         hi=rows([-1] * len(tokens), hi),
         patches=torch.from_numpy(patches),
         patch_index=torch.arange(4) + len(tokens) + 1,
+        grids=torch.tensor([[2, 2]], dtype=torch.int32),
         label_index=torch.tensor([len(tokens) + i for i, t in enumerate(targets) if t != IGNORE]),
     )
 

@@ -255,7 +255,7 @@ def test_split_pieces_loses_nothing(spans, num_patches, extra):
     numbers = iter(range(10, 10_000))
     units = [b"image" if span == "image" else [next(numbers) for _ in range(span)] for span in spans]
     units.append([next(numbers), EOS])
-    rows = split_pieces("x", units, max_length, num_patches)
+    rows = split_pieces("x", units, max_length, [num_patches] * len(units))
     found = []
     for index, row in enumerate(rows):
         assert row.id == ("x" if index == 0 else f"x#{index}")
