@@ -38,8 +38,10 @@ def spans_of(document):
     return [span.text.strip() if isinstance(span, Text) else span.data for span in document.spans]
 
 
-def test_web_documents_and_conversations_in_tars(tmp_path):
-    """OBELICS, mmc4 and LLaVA records, with their pictures by name or in order."""
+def test_web_documents_and_conversations_in_tars(tmp_path, monkeypatch):
+    """OBELICS, mmc4 and LLaVA records, with their pictures by name or in order, and from the archive alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.png").write_bytes(picture())
     one, two, three = picture(), picture(64), picture(96)
     obelics = {"texts": [None, "after", "end"], "images": ["https://x.example/a.png", None, "https://x.example/b.png"]}
     mmc4 = {"text_list": ["first", "second"], "image_info": [{"image_name": "z9.png", "matched_text_index": 1}]}
@@ -53,17 +55,19 @@ def test_web_documents_and_conversations_in_tars(tmp_path):
         ("d/3.json", json.dumps(talk).encode()),
         ("d/c.png", one),
         ("d/4.json", b"{}"),
+        ("d/5.json", json.dumps({"texts": [None, "alone"], "images": ["own.png", None]}).encode()),
         ("d/stray.png", one),
     ]
     write_tar(tmp_path / "w.tar", members)
     assert open_inputs([str(tmp_path / "w.tar")]).kinds == ["interleaved"]
     documents, skipped = read(tmp_path / "w.tar")
-    assert [d.id for d in documents] == ["w.tar:d/1", "w.tar:d/2", "w.tar:d/3"]
+    assert [d.id for d in documents] == ["w.tar:d/1", "w.tar:d/2", "w.tar:d/3", "w.tar:d/5"]
     assert spans_of(documents[0]) == [one, "after", two, "end"]
     assert spans_of(documents[1]) == ["first", three, "second"]
     assert spans_of(documents[2]) == ["USER:", one, "what?"]
     assert [(s.id, s.reason) for s in skipped] == [
         ("w.tar:d/4", "no conversation or web document"),
+        ("w.tar:d/5: image 0", "image not found"),
         ("w.tar:d/stray.png", "image that nothing refers to"),
     ]
 
@@ -130,3 +134,19 @@ def test_bad_pdfs_are_told(tmp_path, damage):
     documents, skipped = read(tmp_path)
     assert [d.id for d in documents] == ["a.md"] and [s.id for s in skipped] == ["a.pdf"]
     assert skipped[0].reason.startswith("encrypted PDF" if damage == "locked" else "damaged PDF")
+
+
+def test_pictures_of_urls_that_were_loaded_before(tmp_path):
+    """Host and path as folders, in a folder beside the table; nothing is fetched, and nothing outside is read."""
+    mirror = tmp_path / "mirror" / "img.example"
+    (mirror / "a b").mkdir(parents=True)
+    (mirror / "a b" / "1.png").write_bytes(picture(10))
+    (mirror / "2.png").write_bytes(picture(20))
+    (tmp_path.parent / "outside.png").write_bytes(picture(30))
+    urls = ["a%20b/1.png", "2.png?w=3", "gone.png", "../../outside.png", "x%00.png"]
+    lines = [json.dumps({"url": f"https://img.example/{url}", "caption": url}) for url in urls]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    documents, skipped = read(tmp_path)
+    assert [spans_of(d) for d in documents] == [[picture(10), "a%20b/1.png"], [picture(20), "2.png?w=3"]]
+    assert [s.id for s in skipped] == ["t.jsonl:2", "t.jsonl:3", "t.jsonl:4"]
+    assert {s.reason for s in skipped} <= {"remote image", "image outside the input folder"}

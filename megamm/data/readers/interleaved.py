@@ -11,6 +11,8 @@ CONVERSATIONS = ("conversations", "messages")
 WEB_DOCUMENTS = (("texts", "images"), ("text_list", "image_info"))
 FIELDS = (*CONVERSATIONS, *(name for pair in WEB_DOCUMENTS for name in pair))
 MARK = "<image>"
+MISSING = {"missing": True}
+"""Stands for a picture that is not in the archive of its record."""
 
 _SPEAKERS = {"human": "USER", "user": "USER", "gpt": "ASSISTANT", "assistant": "ASSISTANT", "system": "SYSTEM"}
 
@@ -65,7 +67,9 @@ def with_pictures(
         found = [find(value) if isinstance(value, str) else None for value in wanted]
         if not any(found) and len(members) == len(wanted):
             found = list(members)
-        places = iter([load(name) if name else value for name, value in zip(found, wanted, strict=True)])
+        # A name that the archive lacks must not be looked for elsewhere: an archive may come from anybody.
+        missing = [v if isinstance(v, str) and v.startswith("data:") else MISSING for v in wanted]
+        places = iter([load(name) if name else value for name, value in zip(found, missing, strict=True)])
         return [value and next(places) for value in values]
 
     if is_conversation(record):
