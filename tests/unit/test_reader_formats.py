@@ -72,6 +72,17 @@ def test_web_documents_and_conversations_in_tars(tmp_path, monkeypatch):
     ]
 
 
+def test_names_used_twice_in_a_tar(tmp_path):
+    """Each record has the picture of its own sample."""
+    members = []
+    for value in (10, 20):
+        record = {"texts": [None, f"text {value}"], "images": ["1.png", None]}
+        members += [("1.json", json.dumps(record).encode()), ("1.png", picture(value))]
+    write_tar(tmp_path / "w.tar", members)
+    documents, skipped = read(tmp_path / "w.tar")
+    assert [spans_of(d) for d in documents] == [[picture(10), "text 10"], [picture(20), "text 20"]] and not skipped
+
+
 @pytest.mark.parametrize("damage", [None, "cut", "two", "locked"])
 def test_zipped_tables(tmp_path, damage):
     buffer = io.BytesIO()

@@ -138,32 +138,35 @@ def _interleaved_tasks(samples: dict[str, _Sample], id: str, content: BinaryIO) 
 
     Pictures are found by the names in the records, wherever in the archive they are, or share the record's name.
     """
-    pictures = {m.name: m for sample in samples.values() for m in sample.of(*IMAGE_SUFFIXES)}
+    every = [member for sample in samples.values() for member in sample.of(*IMAGE_SUFFIXES)]
+    pictures = {member.name: member for member in every}
     by_file = {name.rpartition("/")[2]: name for name in pictures}
-    used: set[str] = set()
+    used: set[Member] = set()
 
     def find(name: str) -> str | None:
         return name if name in pictures else by_file.get(name.rpartition("/")[2])
 
-    def load(name: str) -> bytes:
-        used.add(name)
-        return _read(content, pictures[name])
+    def load(name: str, own: dict[str, Member]) -> bytes:
+        member = own.get(name) or pictures[name]
+        used.add(member)
+        return _read(content, member)
 
     for key, sample in samples.items():
-        own = sorted(member.name for member in sample.of(*IMAGE_SUFFIXES))
+        # First the record's own: archives that were put together may use a name twice.
+        own = {member.name: member for member in sample.of(*IMAGE_SUFFIXES)}
         for number, member in enumerate(sample.of(METADATA_SUFFIX)):
             name = f"{id}:{key}" if not number else f"{id}:{member.name}"
             record = _json(_read(content, member))
             if not isinstance(record, dict) or not is_interleaved(record):
                 yield given(Skipped(id=name, reason="no conversation or web document"))
                 continue
-            record = with_pictures(record, own, find, load)
+            record = with_pictures(record, sorted(own), find, partial(load, own=own))
             yield Task(name, partial(read_record, record, Path(), Path(), name, "interleaved"))
         for text in sample.of(*CAPTION_SUFFIXES):
             yield given(Skipped(id=f"{id}:{text.name}", reason="of another kind: not interleaved"))
-    for name in pictures:
-        if name not in used:
-            yield given(Skipped(id=f"{id}:{name}", reason="image that nothing refers to"))
+    for member in every:
+        if member not in used:
+            yield given(Skipped(id=f"{id}:{member.name}", reason="image that nothing refers to"))
 
 
 def _json(content: bytes):
