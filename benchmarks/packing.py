@@ -1,6 +1,6 @@
 """Padding and speed of the packed loader: ours beside greedy packing and best-fit-decreasing, on the same documents.
 
-    python benchmarks/packing.py [--data DIR ...] [--rows 1024 4096] [--window-tokens 1000000]
+    python benchmarks/packing.py [--data DIR ...] [--rows 1024 4096] [--window-tokens 1000000] [--far 1000000]
 
 Without ``--data``: lengths drawn like a 45-45-10 mixture of captions, interleaved pages and text, with images of
 256 patches (224 pixels, patch 14) or 64, and a loader that reads 224-pixel JPEG captions with one worker process.
@@ -8,9 +8,12 @@ Without ``--data``: lengths drawn like a 45-45-10 mixture of captions, interleav
 
 import argparse
 import json
+import multiprocessing
+import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +25,10 @@ from megamm.config import DataConfig, SourceConfig
 from megamm.data import images
 from megamm.data.dataset_info import make_info
 from megamm.data.loader import Loader, build_pack_plan, open_sources
+from megamm.data.pack_plan import PackPlan
 from megamm.data.packing import best_fit_decreasing, num_rows, pack_documents, padding_share
-from megamm.data.shards import ShardedDataset
-from megamm.data.writer import ShardWriter, pieces_table, split_pieces
+from megamm.data.shards import ShardedDataset, lengths_digest
+from megamm.data.writer import SHARD_DOCUMENTS, ShardWriter, pieces_table, split_pieces
 from megamm.errors import exit_on_error
 from megamm.sequence import EOS, patches_per_image
 
@@ -152,17 +156,91 @@ def loader_table(paths: list[str], row_length: int, seconds: float = 5) -> Table
     return table
 
 
+def make_lengths(path: Path, num_documents: int) -> None:
+    """A dataset of nothing but lengths, which is all that a plan needs: 210 positions a document in the mean."""
+    rng = np.random.default_rng(0)
+    text = np.minimum(700, rng.lognormal(4.5, 0.8, num_documents)).astype(np.int32) + 5
+    lengths = np.stack([text, rng.choice(np.array([0, 64, 256], np.int32), num_documents)], axis=1)
+    (path / "train").mkdir(parents=True)
+    np.save(path / "train" / "lengths.npy", lengths)
+    shards = [
+        {"file": f"shard-{start}.arrow", "num_documents": n, "num_bytes": 1, "sha256": "0" * 64}
+        for start in range(0, num_documents, SHARD_DOCUMENTS)
+        if (n := min(SHARD_DOCUMENTS, num_documents - start))
+    ]
+    text_tokens, patches = lengths.sum(0, dtype=np.int64).tolist()
+    split = {
+        "lengths_sha256": lengths_digest(lengths),
+        "num_documents": num_documents,
+        "num_text_tokens": text_tokens,
+        "num_patches": patches,
+        "num_images": 0,
+        "shards": shards,
+    }
+    info = make_info(
+        kind="caption",
+        vocab_size=1000,
+        tokenizer_sha256="0" * 64,
+        image_size=224,
+        patch_size=14,
+        max_length=1024,
+        splits={"train": split},
+        fingerprints={"train": "0" * 64},
+    )
+    (path / "dataset.json").write_text(json.dumps(info))
+
+
+def start_table(folder: Path, num_documents: int, far: int) -> Table:
+    """What a run waits for before its first step, with rows of 1024 and windows of 1M tokens."""
+    # In a process of its own, whose memory does not count here.
+    maker = multiprocessing.Process(target=make_lengths, args=(folder / "lengths", num_documents))
+    maker.start()
+    maker.join()
+    table = Table(title=f"before the first step: {num_documents:,} documents, row {far:,}")
+    for column in ("what", "seconds", "MB more"):
+        table.add_column(column, justify="right")
+
+    def measure(what: str, work: Callable[[], PackPlan]) -> PackPlan:
+        peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        plan = work()
+        seconds = time.perf_counter() - began
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+        table.add_row(what, f"{seconds:.3f}", f"{grown / 1024:.0f}")
+        return plan
+
+    def opened() -> PackPlan:
+        dataset = ShardedDataset(folder / "lengths", "train")
+        cache = folder / "index"
+        return PackPlan([dataset], [1.0], row_length=1024, window_tokens=1_000_000, seed=0, cache_dir=cache)
+
+    def at(plan: PackPlan, row: int) -> PackPlan:
+        plan.ensure(row + 1)
+        plan.row(row)
+        return plan
+
+    plan = measure("open", opened)
+    measure("a new run: row 0", lambda: at(plan, 0))
+    measure(f"row {far:,} without an index, one process", lambda: at(plan, far))
+    measure(f"a run that goes on: open, row {far:,}", lambda: at(opened(), far))
+    return table
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=[], help="folders written by tools/prepare_data.py")
     parser.add_argument("--rows", nargs="+", type=int, default=[1024, 1280, 2048, 4096], help="row lengths")
     parser.add_argument("--window-tokens", type=int, default=1_000_000)
+    parser.add_argument("--documents", type=int, default=10_000_000, help="of the dataset that is opened and planned")
+    parser.add_argument("--far", type=int, default=1_000_000, help="a row to begin at; 0 leaves this table out")
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(padding_table(args))
     with tempfile.TemporaryDirectory() as folder:
         if not args.data:
             make_captions(Path(folder) / "captions", 500)
+        if args.far:
+            # Before the loader: its memory would hide what opening takes.
+            console.print(start_table(Path(folder), args.documents, args.far))
         console.print(loader_table(args.data or [f"{folder}/captions"], args.rows[0]))
 
 

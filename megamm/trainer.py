@@ -154,12 +154,14 @@ class Trainer:
 
     def _loop(self, log: MetricsLog | None) -> None:
         config = self.config
+        trunk = config.train.branch_from
         plan = build_pack_plan(
             self.datasets,
             [s.weight for s in config.data.sources.values()],
             config.data,
             cache_dir=self.run_dir / "pack_plan",
-            num_rows=self.steps * config.train.batch_rows,
+            other_dirs=[Path(trunk) / "pack_plan"] if trunk else [],
+            num_rows=self.step * config.train.batch_rows + 1,
             world=self.world,
         )
         loader = Loader(

@@ -109,8 +109,12 @@ def print_summary(info: dict, out: str) -> None:
         means = [counts["num_text_tokens"] / number, counts["num_patches"] / number]
         table.add_row(split, *(f"{n:,}" for n in totals), *(f"{n:.1f}" for n in means))
     console.print(table)
-    if info["num_repeats"]:
-        print(f"{info['num_repeats']:,} documents repeat an earlier one; repeats are never held out for validation")
+    equal, near = info["num_repeats"], info["num_near_repeats"]
+    if equal or near:
+        print(
+            f"{equal:,} documents repeat an earlier one, {near:,} more are nearly like one; repeats are not divided "
+            "between training and validation"
+        )
     if info["num_skipped"]:
         table = Table(title=f"skipped: {info['num_skipped']:,} (listed in skipped.jsonl)", min_width=48)
         table.add_column("reason")

@@ -47,6 +47,7 @@ def make_info(
     fit: images.Fit = images.DEFAULT_FIT,
     settings: Mapping[str, Any] | None = None,
     num_repeats: int = 0,
+    num_near_repeats: int = 0,
     skipped_by_reason: Mapping[str, int] | None = None,
 ) -> dict:
     """The content of ``dataset.json``.
@@ -56,6 +57,7 @@ def make_info(
         fingerprints: of each split, hex.
         settings: of preparation, for the record.
         num_repeats: documents with the content of an earlier one.
+        num_near_repeats: others that are much like an earlier one.
     """
     skipped = dict(sorted((skipped_by_reason or {}).items()))
     return {
@@ -74,6 +76,7 @@ def make_info(
         "settings": dict(settings or {}),
         "splits": dict(splits),
         "num_repeats": num_repeats,
+        "num_near_repeats": num_near_repeats,
         "num_skipped": sum(skipped.values()),
         "skipped_by_reason": skipped,
     }
@@ -85,7 +88,7 @@ def read_dataset_info(path: Path | str) -> dict:
     Keys: ``format_version, kind, vocab_size, tokenizer_sha256, image_size, patch_size, max_length,
     fingerprints: {tokenizer, preprocessing, splits: {split: hex}}, settings, splits: {split: {num_documents,
     num_text_tokens, num_patches, num_images, shards: [{file, num_documents, num_bytes, sha256}]}}, num_repeats,
-    num_skipped, skipped_by_reason``.
+    num_near_repeats (not in older ones), num_skipped, skipped_by_reason``.
 
     Raises:
         InputError: it is missing, no JSON, of another version, or a field is not what it should be.
@@ -130,6 +133,8 @@ def _check(info: dict) -> None:
     multiple = f"a multiple of patch_size {info['patch_size']}"
     _expect("image_size", info["image_size"], info["image_size"] % info["patch_size"] == 0, multiple)
     _whole(info, "num_repeats")
+    info.setdefault("num_near_repeats", 0)  # what older ones lack
+    _whole(info, "num_near_repeats")
     _whole(info, "num_skipped")
     _mapping(info, "settings")
     for reason in _mapping(info, "skipped_by_reason"):

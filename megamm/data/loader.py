@@ -61,6 +61,7 @@ def build_pack_plan(
     config: DataConfig,
     *,
     cache_dir: Path | str | None = None,
+    other_dirs: Sequence[Path | str] = (),
     num_rows: int = 0,
     world=None,
 ) -> PackPlan:
@@ -68,6 +69,8 @@ def build_pack_plan(
 
     Args:
         cache_dir: where the index is kept. Ranks that do not see the same folder compute it as they go.
+        other_dirs: further folders where it may lie.
+        num_rows: rows before the first one to be read, and that one. Later rows are found as they are read.
         world: has ``rank`` and ``agree()``; None for a single process.
 
     Raises:
@@ -82,6 +85,8 @@ def build_pack_plan(
             window_tokens=config.window_tokens,
             seed=config.seed,
             cache_dir=cache_dir,
+            other_dirs=other_dirs,
+            saves=world is None or world.rank == 0,
         )
         # To pack all windows once is the slow part: rank 0 does it, and agree() lets the others wait for the file.
         if world is None or world.rank == 0:

@@ -3,15 +3,17 @@
 Every source is an endless stream of its documents, epoch after epoch, each epoch in a new pseudo-random order.
 Window w takes the next slice of each stream, as long as the mixture says, packs these documents into rows and
 shuffles the rows. Since a stream can be entered anywhere, a window is a pure function of (seed, w). The number
-of rows differs between windows; an index of cumulative counts, computed once and kept on disk, finds row i.
+of rows differs between windows; an index of cumulative counts, kept on disk, finds row i.
 
 The cost: to know where row i lies, all windows before it must have been packed once (about ten seconds per million
-documents and core; rank 0 does it before training), and a window is held in memory.
+documents and core). Whoever reads rows in order packs them anyway, so the index grows as rows are read and a run does
+not wait for it; a run that goes on, and a branch of it, find it on disk. A window is held in memory.
 """
 
 import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, count
@@ -34,6 +36,9 @@ MIN_WINDOW_ROWS = 128
 WINDOWS_KEPT = 3
 # Fewer missing windows than this are not worth the start of processes.
 PARALLEL_WINDOWS = 256
+# A grown index is written after this many windows, and not before it is longer by this share (1 in 64): writing it
+# must not cost more than packing, however long it is.
+SAVED_WINDOWS, SAVED_SHARE = 32, 64
 _ORDER, _ROWS, _WITHIN = range(3)  # what a derived seed is for
 
 
@@ -71,6 +76,8 @@ class PackPlan:
             shrinks to one epoch of it, though not below 128 rows.
         seed: seed of the order.
         cache_dir: folder for the index; None keeps it in memory only.
+        other_dirs: further folders where an index of the same plan may lie, such as that of another run; only read.
+        saves: whether this process writes the index as it grows. One rank does.
 
     Raises:
         InputError: more than 256 sources, one is empty or has a document longer than a row.
@@ -85,6 +92,8 @@ class PackPlan:
         window_tokens: int,
         seed: int,
         cache_dir: Path | str | None = None,
+        other_dirs: Sequence[Path | str] = (),
+        saves: bool = True,
     ):
         if len(datasets) > MAX_SOURCES:
             raise InputError(f"data.sources: {len(datasets)} sources, at most {MAX_SOURCES}; prepare some together")
@@ -104,18 +113,19 @@ class PackPlan:
         ]
         self._ends = np.zeros(0, np.int64)
         self._windows: dict[int, Window] = {}
-        self._index_path = None
-        if cache_dir is not None:
-            identity: list[int | str] = [PLAN_VERSION, seed, row_length, self.window_tokens]
-            # The lengths alone decide the rows: a copy of the data elsewhere finds the same index.
-            identity += [f"{share} {scan.sha256}" for share, scan in zip(self.shares, scans, strict=True)]
-            name = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-            self._index_path = Path(cache_dir) / f"rows-{name}.index"
+        self._saves, self._num_saved = saves, 0
+        identity: list[int | str] = [PLAN_VERSION, seed, row_length, self.window_tokens]
+        # The lengths alone decide the rows: a copy of the data elsewhere finds the same index.
+        identity += [f"{share} {scan.sha256}" for share, scan in zip(self.shares, scans, strict=True)]
+        name = f"rows-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.index"
+        self._index_path = None if cache_dir is None else Path(cache_dir) / name
+        for folder in other_dirs:
+            self._load(Path(folder) / name)
         self.load_index()
 
     def __getstate__(self):
         # Workers pack the windows that they need.
-        return self.__dict__ | {"_windows": {}, "_ends": np.asarray(self._ends)}
+        return self.__dict__ | {"_windows": {}}
 
     @property
     def num_rows_known(self) -> int:
@@ -141,31 +151,51 @@ class PackPlan:
                 self._extend(num_rows, chain(counts, map(self._count_rows, count(first + ahead))), progress)
         else:
             self._extend(num_rows, map(self._count_rows, count(first)), progress)
-        if self._index_path is not None:
-            ends = np.ascontiguousarray(self._ends, "<i8").tobytes()
-            with files.atomic_path(self._index_path) as temporary:
-                # With a digest, since a wrong index would give wrong rows without a word.
-                temporary.write_bytes(hashlib.sha256(ends).digest() + ends)
+        self._save()
 
     def load_index(self) -> None:
-        """Map the saved index, if there is a longer one than that in memory."""
-        if self._index_path is None:
-            return
+        """Read the saved index, if there is a longer one than that in memory."""
+        if self._index_path is not None:
+            self._num_saved = max(self._num_saved, self._load(self._index_path))
+
+    def _load(self, path: Path) -> int:
+        """Take over an index that is longer than that in memory; returns the number of its windows, 0 if damaged."""
+        # Read, not mapped: it is 8 bytes a window, and a file that another machine replaces must not be mapped.
         try:
-            stored = np.memmap(self._index_path, np.uint8, mode="r")
-        except (OSError, ValueError):  # none yet, or an empty one
+            stored = path.read_bytes() if path.stat().st_size > DIGEST_BYTES + 8 * len(self._ends) else b""
+        except OSError:  # none yet
+            return 0
+        digest, ends = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
+        # It is only a cache: found again, and written anew.
+        if not ends or len(ends) % 8 or hashlib.sha256(ends).digest() != digest:
+            return 0
+        self._ends = np.frombuffer(ends, "<i8")
+        return len(self._ends)
+
+    def _save(self) -> None:
+        """Write the index; whole or not at all, since other ranks read it at any time."""
+        if self._index_path is None or not self._saves:
             return
-        digest, ends = stored[:DIGEST_BYTES].tobytes(), stored[DIGEST_BYTES:]
-        if hashlib.sha256(ends.tobytes()).digest() != digest:  # it is only a cache: found again, and written anew
-            return
-        if len(ends) // 8 > len(self._ends):  # int64; a shorter one would forget windows
-            self._ends = ends.view("<i8")
+        ends = np.ascontiguousarray(self._ends, "<i8").tobytes()
+        with files.atomic_path(self._index_path) as temporary:
+            # With a digest, since a wrong index would give wrong rows without a word.
+            temporary.write_bytes(hashlib.sha256(ends).digest() + ends)
+        self._num_saved = len(self._ends)
+
+    def _grow(self, i: int) -> None:
+        """Extend the index to row i as rows are read: from the file, if another process was faster, else by packing."""
+        self.load_index()
+        if i >= self.num_rows_known:
+            self._extend(i + 1, map(self._count_rows, count(len(self._ends))))
+            if len(self._ends) - self._num_saved >= max(SAVED_WINDOWS, self._num_saved // SAVED_SHARE):
+                # A full disk costs the next start some seconds, not the run its life.
+                with suppress(OSError):
+                    self._save()
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of row i in order: sources uint8 [n] and indices in their source int64 [n]."""
         if i >= self.num_rows_known:
-            # A rank that does not see the cache, or rows beyond those that were asked for.
-            self._extend(i + 1, map(self._count_rows, count(len(self._ends))))
+            self._grow(i)
         w = int(np.searchsorted(self._ends, i, side="right"))  # right: a row at an end is the next window's first
         return self.window(w).row(i - int(self._ends[w - 1] if w else 0))
 
@@ -239,12 +269,12 @@ def scan_lengths(dataset: ShardedDataset, row_length: int, chunk: int = 1 << 20)
     """
     if not len(dataset):
         raise InputError(f"{dataset.path}: the {dataset.split} split has no documents; prepare more data")
-    digest, num_tokens = hashlib.sha256(), 0
+    num_tokens = 0
     # In chunks: the lengths of a large corpus are mapped, not loaded.
     for start in range(0, len(dataset), chunk):
-        part = np.ascontiguousarray(dataset.lengths[start : start + chunk])
-        digest.update(part.data)
-        lengths = part.sum(1)
+        part = dataset.lengths[start : start + chunk]
+        # Several times faster than sum(1) over two columns.
+        lengths = np.add(part[:, 0], part[:, 1], dtype=np.int64)
         num_tokens += int(lengths.sum())
         longest = int(lengths.argmax())
         if lengths[longest] > row_length:
@@ -253,7 +283,8 @@ def scan_lengths(dataset: ShardedDataset, row_length: int, chunk: int = 1 << 20)
                 f"{lengths[longest]} tokens and patches, more than data.row_length {row_length}; prepare with "
                 f"--max-length {row_length} or raise data.row_length"
             )
-    return LengthScan(num_tokens, digest.hexdigest())
+    # Compared with the lengths when they were opened.
+    return LengthScan(num_tokens, dataset.info["splits"][dataset.split]["lengths_sha256"])
 
 
 def _exact(weight: float) -> Fraction:

@@ -28,7 +28,7 @@ from megamm.data.writer import PACK_PIECES, Piece, pieces_table
 
 PART_TASKS = 32
 """Reading tasks of a part: few enough that two workers share a small corpus, and that a killed run loses little."""
-VERSION = 1  # to go up whenever other parts come out of the same inputs
+VERSION = 2  # to go up whenever other parts come out of the same inputs
 PROGRESS = "progress.json"
 
 
@@ -41,6 +41,7 @@ class Entry:
         files: paths of the pictures that it refers to.
         digest: hex, of its content without its id; empty if the document was left out.
         image_digests: hex, of each picture.
+        text_bands, image_bits: by which near repeats are found (megamm.data.near).
         num_pieces, num_tokens, num_images: of its pieces; tokens are text tokens and patches.
     """
 
@@ -48,6 +49,8 @@ class Entry:
     files: tuple[str, ...] = ()
     digest: str = ""
     image_digests: tuple[str, ...] = ()
+    text_bands: tuple[int, ...] = ()
+    image_bits: tuple[int, ...] = ()
     num_pieces: int = 0
     num_tokens: int = 0
     num_images: int = 0
@@ -99,7 +102,7 @@ def read_part(folder: Path, number: int) -> list[Entry]:
     return [
         Entry(
             **fields
-            | {key: tuple(fields[key]) for key in ("files", "image_digests")}
+            | {key: tuple(fields[key]) for key in ("files", "image_digests", "text_bands", "image_bits")}
             | {"skipped": tuple(Skipped(**one) for one in fields["skipped"])}
         )
         for fields in map(json.loads, lines)

@@ -27,6 +27,7 @@ from megamm import files
 from megamm.data import images
 from megamm.data.dataset_info import FILE, FORMAT_VERSION, make_info
 from megamm.data.documents import Document, Skipped, Task, Text, unread
+from megamm.data.near import image_bits, text_bands
 from megamm.data.parts import Entry, PreparedParts, listing_digest, read_part, write_part
 from megamm.data.readers import open_inputs
 from megamm.data.shards import DIGEST_BYTES, document_digest
@@ -203,7 +204,7 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
     def left_out(reason: str) -> tuple[list[Piece], Entry]:
         return [], Entry(skipped=(*skipped, Skipped(id=document.id, reason=reason)), files=document.files)
 
-    units, text, num_patches = [], "", []
+    units, text, num_patches, bits = [], "", [], []
     try:
         for span in document.spans:
             if isinstance(span, Text):
@@ -219,6 +220,8 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
                     continue
                 # A whole span at a time: a token may reach across the spans of a reader, but not across a picture.
                 units += [tokenizer.encode(text).tolist()]
+                if settings.kind == "caption":
+                    bits.append(image_bits(pixels))
                 pixels = images.resize(pixels, settings.image_size, settings.fit, settings.patch_size)
                 num_patches.append(pixels.shape[0] * pixels.shape[1] // settings.patch_size**2)
                 units += [images.encode(pixels)]
@@ -231,13 +234,17 @@ def encode_document(document: Document, settings: PrepareSettings, tokenizer: To
         return left_out("too little text" if num_tokens else "no text")
     pieces = split_pieces(document.id, units, settings.max_length, num_patches)
     texts = [unit for unit in units if isinstance(unit, list)]
+    ids = [token for text in texts for token in text]
     pictures = [unit for unit in units if isinstance(unit, bytes)]
     return pieces, Entry(
         skipped=tuple(skipped),
         files=document.files,
         # Without the id, which differs between copies; with all of the content before it is cut into pieces.
-        digest=document_digest("", [t for text in texts for t in text], [len(text) for text in texts], pictures).hex(),
+        digest=document_digest("", ids, [len(text) for text in texts], pictures).hex(),
         image_digests=tuple(hashlib.sha256(picture).digest()[:DIGEST_BYTES].hex() for picture in pictures),
+        # As with equal ones: a caption pair is known by its picture, another document by its text.
+        text_bands=() if settings.kind == "caption" else tuple(text_bands(np.array(ids)).tolist()),
+        image_bits=tuple(bits),
         num_pieces=len(pieces),
         num_tokens=sum(piece.length for piece in pieces),
         num_images=len(pictures),
@@ -288,6 +295,8 @@ def _write(
                     entry.num_tokens,
                     entry.num_images,
                     entry.num_pieces,
+                    entry.text_bands,
+                    entry.image_bits,
                 )
             report(done, skipped.reasons.total())
             if len(documents) == settings.limit:
@@ -304,6 +313,7 @@ def _write(
         "splits": splits,
         "fingerprints": fingerprints,
         "num_repeats": documents.num_repeats(),
+        "num_near_repeats": documents.num_near_repeats(),
         "skipped_by_reason": skipped.reasons,
     }
 

@@ -69,9 +69,12 @@ def _counts(info: dict, splits: dict[str, ShardedDataset]) -> str:
         size = sum(shard["num_bytes"] for shard in split["shards"])
         rows.append([escape(name), *(f"{cell:,}" for cell in cells), f"{size / 1e6:,.1f} MB"])
     heads = ["split", "documents", "images", "text tokens", "patches", "tokens in all", "on disk"]
-    repeats = info["num_repeats"]
-    told = f"{repeats:,} documents repeat an earlier one; repeats are never held out for validation."
-    return html_table(heads, rows) + note(told if repeats else "No document repeats another.")
+    equal, near = info["num_repeats"], info["num_near_repeats"]
+    told = (
+        f"{equal:,} documents repeat an earlier one, {near:,} more are nearly like one; repeats are not divided "
+        "between training and validation."
+    )
+    return html_table(heads, rows) + note(told if equal or near else "No document repeats another.")
 
 
 def _lengths(splits: dict[str, ShardedDataset]) -> str:

@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 from collections import Counter
 
@@ -7,7 +8,7 @@ from dataset_factory import make_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamm.data.pack_plan import PackPlan
+from megamm.data.pack_plan import SAVED_WINDOWS, PackPlan
 from megamm.data.shards import ShardedDataset
 from megamm.errors import InputError
 
@@ -24,14 +25,9 @@ def datasets(tmp_path_factory):
     ]
 
 
-def make_plan(datasets, weights=(0.45, 0.45, 0.1), window_tokens=2000, seed=3, cache_dir=None, row_length=ROW):
+def make_plan(datasets, weights=(0.45, 0.45, 0.1), window_tokens=2000, seed=3, row_length=ROW, **options):
     return PackPlan(
-        datasets[: len(weights)],
-        weights,
-        row_length=row_length,
-        window_tokens=window_tokens,
-        seed=seed,
-        cache_dir=cache_dir,
+        datasets[: len(weights)], weights, row_length=row_length, window_tokens=window_tokens, seed=seed, **options
     )
 
 
@@ -48,6 +44,16 @@ def test_a_row_is_a_pure_function(datasets):
     assert row_of(make_plan(datasets), 137) == rows[137]
     assert row_of(pickle.loads(pickle.dumps(forward)), 137) == rows[137]
     assert row_of(make_plan(datasets, seed=4), 137) != rows[137]
+
+
+def test_rows_are_those_of_earlier_versions(datasets):
+    """A run that goes on with a newer version must see the rows that it would have seen."""
+    digest = hashlib.sha256()
+    plan = make_plan(datasets)
+    for i in (*range(300), 5000):
+        sources, documents = plan.row(i)
+        digest.update(sources.astype("u1").tobytes() + documents.astype("<i8").tobytes())
+    assert digest.hexdigest() == "c2f37fc656b6fc436680fa0d65a3c8d6fc3f39857c6e8522906b67bcae1f88f8"
 
 
 def test_rows_are_full_but_not_overfull(datasets):
@@ -114,6 +120,48 @@ def test_index_is_kept_and_extended(datasets, tmp_path):
     assert make_plan(datasets, cache_dir=tmp_path).num_rows_known == again.num_rows_known >= 400
     fresh = make_plan(datasets)
     assert [row_of(again, i) for i in (0, 49, 399, 900)] == [row_of(fresh, i) for i in (0, 49, 399, 900)]
+
+
+def test_index_grows_as_rows_are_read(datasets, tmp_path):
+    """Nothing beyond the first window is packed before it is needed, and what is packed once is kept."""
+    plan = make_plan(datasets, cache_dir=tmp_path)
+    plan.ensure(1)
+    assert len(plan._ends) == 1
+    for i in range(0, 3000, 8):
+        plan.row(i)
+    stored = make_plan(datasets, cache_dir=tmp_path)
+    assert 0 < len(plan._ends) - len(stored._ends) < SAVED_WINDOWS
+    assert np.array_equal(stored._ends, plan._ends[: len(stored._ends)])
+
+
+def test_a_process_takes_over_what_another_has_counted(datasets, tmp_path, monkeypatch):
+    reader, writer = (make_plan(datasets, cache_dir=tmp_path, saves=saves) for saves in (False, True))
+    reader.row(2000)
+    assert not list(tmp_path.iterdir())
+    writer.ensure(6000)
+    monkeypatch.setattr(reader, "_count_rows", None)
+    reader.row(6000 - 1)
+    assert np.array_equal(reader._ends, writer._ends)
+    # A shorter index in memory never takes the place of a longer one on disk.
+    late = make_plan(datasets, cache_dir=tmp_path)
+    late._ends = late._ends[:3]
+    late.row(1000)
+    assert len(make_plan(datasets, cache_dir=tmp_path)._ends) == len(writer._ends)
+
+
+def test_index_of_another_run(datasets, tmp_path):
+    trunk = make_plan(datasets, cache_dir=tmp_path / "trunk")
+    trunk.ensure(300)
+    branch = make_plan(datasets, cache_dir=tmp_path / "branch", other_dirs=[tmp_path / "none", tmp_path / "trunk"])
+    assert np.array_equal(branch._ends, trunk._ends)
+    branch.ensure(600)
+    assert len(make_plan(datasets, cache_dir=tmp_path / "trunk")._ends) == len(trunk._ends)
+
+
+def test_a_full_disk_does_not_end_a_run(datasets, tmp_path):
+    plan = make_plan(datasets, cache_dir=tmp_path / "file")
+    (tmp_path / "file").write_text("in the way")
+    assert row_of(plan, 2500) == row_of(make_plan(datasets), 2500)
 
 
 def test_several_processes_count_the_same_rows(datasets):

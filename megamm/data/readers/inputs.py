@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megamm.data.dataset_info import KINDS
 from megamm.data.documents import Document, Skipped, Task, given, printable, unread
-from megamm.data.readers import tables
+from megamm.data.readers import pdf, tables
 from megamm.data.readers.captions import IMAGE_SUFFIXES, VECTOR_SUFFIXES, match_captions, read_class, read_pair
 from megamm.data.readers.pages import HTML_SUFFIXES, MARKDOWN_SUFFIXES, NOTEBOOK_SUFFIXES, read_page
 from megamm.data.readers.streams import inside
@@ -18,7 +18,7 @@ from megamm.data.readers.text import read_text
 from megamm.errors import InputError
 
 SCENES = "scenes:"
-PAGE_SUFFIXES = HTML_SUFFIXES + MARKDOWN_SUFFIXES + NOTEBOOK_SUFFIXES
+PAGE_SUFFIXES = HTML_SUFFIXES + MARKDOWN_SUFFIXES + NOTEBOOK_SUFFIXES + pdf.SUFFIXES
 ABOUT = frozenset(
     """
     readme license licence copying copyright notice authors contributors changelog changes news todo index robots
@@ -204,7 +204,8 @@ class _Files:
                 if name in self.classes:
                     yield self._task(name, read_class, self.root / name, self.root)
             else:
-                yield self._task(name, read_text if name in self.texts else read_page, self.root / name, self.root)
+                page = pdf.read_pdf if name.lower().endswith(pdf.SUFFIXES) else read_page
+                yield self._task(name, read_text if name in self.texts else page, self.root / name, self.root)
             used.add(name)
         pictures = set(self.pictures(kind).values())
         for name in self.names:

@@ -5,12 +5,14 @@ with ``messages``, the pairs of lists of OBELICS (``texts``, ``images``) and doc
 ``image_info``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 CONVERSATIONS = ("conversations", "messages")
 WEB_DOCUMENTS = (("texts", "images"), ("text_list", "image_info"))
 FIELDS = (*CONVERSATIONS, *(name for pair in WEB_DOCUMENTS for name in pair))
 MARK = "<image>"
+MISSING = {"missing": True}
+"""Stands for a picture that is not in the archive of its record."""
 
 _SPEAKERS = {"human": "USER", "user": "USER", "gpt": "ASSISTANT", "assistant": "ASSISTANT", "system": "SYSTEM"}
 
@@ -47,6 +49,41 @@ def parts(record: dict, images: list) -> Iterator[str | list]:
     if isinstance(record.get("texts"), list):
         return _obelics(record["texts"], record["images"])
     return _mmc4(record["text_list"], record["image_info"])
+
+
+def with_pictures(
+    record: dict, members: list[str], find: Callable[[str], str | None], load: Callable[[str], bytes]
+) -> dict:
+    """A record whose pictures are bytes where an archive has them: by their name, or in order if there are as many.
+
+    Args:
+        members: names of the pictures that share the record's name.
+        find: the member of the archive that a record means by a name.
+        load: the bytes of a member.
+    """
+
+    def filled(values: list) -> list:
+        wanted = [value for value in values if value]
+        found = [find(value) if isinstance(value, str) else None for value in wanted]
+        if not any(found) and len(members) == len(wanted):
+            found = list(members)
+        # A name that the archive lacks must not be looked for elsewhere: an archive may come from anybody.
+        missing = [v if isinstance(v, str) and v.startswith("data:") else MISSING for v in wanted]
+        places = iter([load(name) if name else value for name, value in zip(found, missing, strict=True)])
+        return [value and next(places) for value in values]
+
+    if is_conversation(record):
+        named = record.get("image") or record.get("images") or []
+        listed = named if isinstance(named, list) else [named]
+        return {key: value for key, value in record.items() if key != "images"} | {
+            "image": filled(listed) or [load(name) for name in members]
+        }
+    if isinstance(record.get("texts"), list):
+        return record | {"images": filled(record["images"])}
+    infos = record["image_info"]
+    names = [info.get("image_name") or info.get("raw_url") if isinstance(info, dict) else None for info in infos]
+    pairs = zip(infos, filled(names), strict=True)
+    return record | {"image_info": [info | {"image_name": value} if value else info for info, value in pairs]}
 
 
 def _turns(value) -> list[dict]:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from megamm.data.documents import Document, Image, Skipped, Text
 from megamm.data.readers.captions import IMAGE_SUFFIXES, VECTOR_SUFFIXES, captioned
 from megamm.data.readers.html import load_data_uri
 from megamm.data.readers.interleaved import FIELDS as INTERLEAVED_FIELDS
-from megamm.data.readers.interleaved import BadRecordError, is_conversation, is_interleaved, parts
+from megamm.data.readers.interleaved import MISSING, BadRecordError, is_conversation, is_interleaved, parts
 from megamm.data.readers.streams import RefusedError, read_picture
 
 TEXT_FIELDS = ("text", "caption", "description", "content")
@@ -141,6 +141,8 @@ def _read_interleaved(record: dict, root: Path, folder: Path, id: str) -> Iterat
 
 
 def _load(value, root: Path, folder: Path) -> Image:
+    if value == MISSING:
+        raise RefusedError("image not found")
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")  # as Hugging Face's datasets store pictures
     if isinstance(value, bytes):
@@ -154,14 +156,30 @@ def _load(value, root: Path, folder: Path) -> Image:
         return image
     try:
         # Nothing is fetched: a corpus that depends on the network is another one each time.
-        remote = "://" in value and bool(urlsplit(value).netloc)
-    except ValueError:
-        remote = True
-    if remote:
-        raise RefusedError("remote image")
+        url = urlsplit(value) if "://" in value else None
+    except ValueError as error:
+        raise RefusedError("remote image") from error
+    if url is not None and url.netloc:
+        return _downloaded(url, root, folder)
     if value.lower().endswith(VECTOR_SUFFIXES):
         raise RefusedError("SVG image")
     return read_picture(_place(value, root, folder), root, value)
+
+
+def _downloaded(url: SplitResult, root: Path, folder: Path) -> Image:
+    """The picture of a URL that was loaded before: ``HOST/PATH``, as ``wget -x`` and its like lay it down.
+
+    Raises:
+        RefusedError: it is not there, or cannot be read.
+    """
+    name = f"{url.netloc}{unquote(url.path)}"  # without ?query and #fragment
+    try:
+        place = _place(name, root, folder)
+        if not os.path.lexists(place):
+            raise RefusedError("remote image")
+    except ValueError as error:  # a NUL in the name
+        raise RefusedError("remote image") from error
+    return read_picture(place, root, name)
 
 
 def _place(name: str, root: Path, folder: Path) -> Path:

@@ -5,6 +5,7 @@ import io
 import lzma
 import os
 import stat
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from megamm.data.documents import Image, printable
 
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
 MAX_FILE_BYTES = 256 * 2**20
 """A picture, caption, page or text above this size is refused before it is read."""
 
@@ -80,7 +81,7 @@ def decode_text(content: bytes) -> str:
 
 
 class Stream(io.RawIOBase):
-    """The bytes of a file, unpacked if it is gzip, bzip2, xz or zstd (known by its first bytes).
+    """The bytes of a file, unpacked if it is gzip, bzip2, xz, zstd or a zip of one file (known by its first bytes).
 
     Damage is no exception: the stream ends at the last byte that can be had.
 
@@ -188,6 +189,21 @@ def _unpack_zstd(file: BinaryIO) -> Iterator[bytes]:
         yield data
 
 
+def _unpack_zip(file: BinaryIO) -> Iterator[bytes]:
+    """The one file of a zip."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # Some tools add folders, and notes of their own.
+            names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX/")]
+            if len(names) != 1:
+                raise ValueError(f"a zip of {len(names)} files, expected one: unpack it")
+            with archive.open(names[0]) as member:
+                while data := member.read(_STEP):
+                    yield data
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged, encrypted, packed oddly
+        raise ValueError(str(error)) from error
+
+
 class _InChunks(io.RawIOBase):
     """A file that gives little at a time, so that little is lost at damage."""
 
@@ -206,4 +222,5 @@ _UNPACK: dict[bytes, Callable] = {
     b"BZh": partial(_unpack, make=bz2.BZ2Decompressor),
     b"\xfd7zXZ\0": partial(_unpack, make=lzma.LZMADecompressor),
     b"\x28\xb5\x2f\xfd": _unpack_zstd,
+    b"PK\x03\x04": _unpack_zip,
 }

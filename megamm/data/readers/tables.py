@@ -28,7 +28,7 @@ from megamm.data.readers.records import (
 )
 from megamm.data.readers.separated import MAX_LINE, BadRow, read_rows
 from megamm.data.readers.streams import COMPRESSED_SUFFIXES, open_stream, without_compression
-from megamm.data.readers.tars import tar_tasks
+from megamm.data.readers.tars import tar_kind, tar_tasks
 from megamm.errors import InputError
 
 _PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tar")
@@ -55,7 +55,7 @@ def table_kind(path: Path) -> str:
         InputError: no record with a text field was found.
     """
     if _format(path) == ".tar":
-        return "caption"
+        return tar_kind(path)
     fields: dict[str, None] = {}
     has_text = has_picture = False
     damage = "it has no records"

@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 from megamm.data.documents import Skipped, Task, given, printable
 from megamm.data.readers.captions import IMAGE_SUFFIXES
+from megamm.data.readers.interleaved import is_interleaved, with_pictures
 from megamm.data.readers.records import read_record, text_of
 from megamm.data.readers.streams import MAX_FILE_BYTES, Stream, open_stream
 
@@ -24,6 +26,8 @@ BLOCK = 512
 CAPTION_SUFFIXES = (".txt", ".text", ".caption")
 METADATA_SUFFIX = ".json"
 MAX_NAME_BYTES = 2**20
+PROBE_MEMBERS = 1000
+"""Members that are looked at to find what an archive holds."""
 
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
@@ -61,6 +65,18 @@ class _Sample:
         return [member for suffix in suffixes for member in self.members if member.suffix == suffix]
 
 
+def tar_kind(path: Path) -> str:
+    """interleaved if the first metadata in a tar is a conversation or a web document, else caption."""
+    stream, buffered = open_stream(path)
+    with buffered, tempfile.TemporaryFile() as store:
+        content = store if stream.packed else buffered
+        for member in islice(_Archive(stream, buffered, store, "").members(), PROBE_MEMBERS):
+            if isinstance(member, Member) and member.suffix == METADATA_SUFFIX:
+                record = _json(_read(content, member))
+                return "interleaved" if isinstance(record, dict) and is_interleaved(record) else "caption"
+    return "caption"
+
+
 def tar_tasks(path: Path, id: str, kind: str) -> Iterator[Task]:
     """Tasks of a tar: one for each sample, then what was not used.
 
@@ -86,8 +102,11 @@ def tar_tasks(path: Path, id: str, kind: str) -> Iterator[Task]:
                 number = int(key.rpartition("~")[2]) + 1 if found.key in latest else 2
                 latest[found.key] = key = f"{found.key}~{number}"
             samples.setdefault(key, _Sample()).members.append(found)
-        for key, sample in samples.items():
-            yield from _sample_tasks(sample, f"{id}:{key}", content, kind)
+        if kind == "interleaved":
+            yield from _interleaved_tasks(samples, id, content)
+        else:
+            for key, sample in samples.items():
+                yield from _sample_tasks(sample, f"{id}:{key}", content, kind)
         for entry in unused:
             yield given(entry)
 
@@ -114,13 +133,55 @@ def _sample_tasks(sample: _Sample, id: str, content: BinaryIO, kind: str) -> Ite
             yield given(Skipped(id=f"{id}{member.name[len(member.key) :]}", reason=reason))
 
 
+def _interleaved_tasks(samples: dict[str, _Sample], id: str, content: BinaryIO) -> Iterator[Task]:
+    """Documents of the records of an archive, then what none of them uses.
+
+    Pictures are found by the names in the records, wherever in the archive they are, or share the record's name.
+    """
+    every = [member for sample in samples.values() for member in sample.of(*IMAGE_SUFFIXES)]
+    pictures = {member.name: member for member in every}
+    by_file = {name.rpartition("/")[2]: name for name in pictures}
+    used: set[Member] = set()
+
+    def find(name: str) -> str | None:
+        return name if name in pictures else by_file.get(name.rpartition("/")[2])
+
+    def load(name: str, own: dict[str, Member]) -> bytes:
+        member = own.get(name) or pictures[name]
+        used.add(member)
+        return _read(content, member)
+
+    for key, sample in samples.items():
+        # First the record's own: archives that were put together may use a name twice.
+        own = {member.name: member for member in sample.of(*IMAGE_SUFFIXES)}
+        for number, member in enumerate(sample.of(METADATA_SUFFIX)):
+            name = f"{id}:{key}" if not number else f"{id}:{member.name}"
+            record = _json(_read(content, member))
+            if not isinstance(record, dict) or not is_interleaved(record):
+                yield given(Skipped(id=name, reason="no conversation or web document"))
+                continue
+            record = with_pictures(record, sorted(own), find, partial(load, own=own))
+            yield Task(name, partial(read_record, record, Path(), Path(), name, "interleaved"))
+        for text in sample.of(*CAPTION_SUFFIXES):
+            yield given(Skipped(id=f"{id}:{text.name}", reason="of another kind: not interleaved"))
+    for member in every:
+        if member not in used:
+            yield given(Skipped(id=f"{id}:{member.name}", reason="image that nothing refers to"))
+
+
+def _json(content: bytes):
+    """A value of JSON; None if it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _caption(content: bytes, suffix: str) -> str | None:
     if suffix != METADATA_SUFFIX:
         return content.decode("utf-8-sig", errors="surrogateescape")  # preparation knows the bad ones by it
-    try:
-        return text_of(json.loads(content))
-    except (ValueError, RecursionError, AttributeError):
-        return None
+    record = _json(content)
+    return text_of(record) if isinstance(record, dict) else None
 
 
 class _Archive:
