@@ -1,6 +1,7 @@
 """Images in their own shape: grids, what rows, models, counts and prompts make of them, against plain walks."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from model_factory import model_config
 from naive_blocks import Naive, rms
 from PIL import Image, ImageDraw
 from run_factory import run_until, trainer
+from tokenizers import Tokenizer as Words
 
 from megamm.config import DataConfig, SourceConfig, VisionConfig, load
 from megamm.data import images
@@ -272,12 +274,10 @@ def test_ranks_of_a_row_find_every_image_and_place(folder, num_ranks):
         assert torch.equal(torch.stack((cut.grid_rows, cut.grid_columns)), places.gather(2, own.expand(2, -1, -1)))
         # Of each position of the whole rows, the number of its patch.
         number = torch.full((batch.tokens.numel(),), -1).index_copy(
-            0, batch.patch_index, torch.arange(len(features))[: len(batch.patches)]
+            0, batch.patch_index, torch.arange(len(batch.patches))
         )
         mine = number.view_as(batch.tokens).gather(1, own).flatten()[cut.patch_index]
-        order = cut.feature_rows
-        found = features[order]
-        assert torch.equal(found, batch.patches[mine.sort().values])
+        assert torch.equal(features[cut.feature_rows], batch.patches[mine.sort().values])
 
 
 def test_counts_from_lengths_are_those_of_rows(folder):
@@ -336,7 +336,10 @@ def test_a_tower_with_learnt_positions_is_refused(folder):
 
 def test_rows_are_drawn_in_the_shape_of_their_images(folder):
     (batch,) = batches(data_config(folder))[0]
-    from tokenizers import Tokenizer as Words
+    words = Words.from_file(str(folder / "tokenizer.json"))
 
-    picture = np.asarray(draw_row(batch, 0, Words.from_file(str(folder / "tokenizer.json")), scale=1))
-    assert picture.ndim == 3 and picture.std() > 0
+    def drawn(grids: torch.Tensor) -> list[Image.Image]:
+        return [draw_row(replace(batch, grids=grids), row, words, scale=1) for row in range(4)]
+
+    # With rows and columns exchanged, long images are drawn otherwise.
+    assert drawn(batch.grids) != drawn(batch.grids.flip(1))
