@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megamm.config import Config, ModelConfig
 from megamm.model.sizes import decoder_hidden, num_heads, shuffle_ratio, tower_hidden
+from megamm.sequence import patches_per_image
 
 AXES = ("pipeline", "dp_replicate", "dp_shard", "context", "tensor")
 """Axes of the mesh, outermost first; their sizes multiply to the number of ranks."""
@@ -167,6 +168,9 @@ def _tensor_shares(model: ModelConfig) -> dict[str, int]:
         v = model.vision
         found["the vision tower's heads"] = v.width // v.head_dim
         found["the vision tower's SwiGLU width"] = tower_hidden(model)
+        if model.image_size and model.patch_size:  # else not known before the data is
+            size = patches_per_image(model.image_size, model.patch_size)
+            found["the patches of an image (model.image_size, model.patch_size)"] = size
     return found
 
 

@@ -67,7 +67,7 @@ def train(data: Path, architecture: str, layout: dict, rank: int = 0, size: int 
         settings |= {"model.architecture": "late", "model.image_positions": "grid"}
     if architecture == "muon":
         settings |= {"model.architecture": "early", "optimizer.name": "muon"}
-    if architecture == "mot":  # a mixture of transformers
+    if architecture == "mixture":  # a mixture of transformers
         settings |= {"model.architecture": "early", "model.per_modality": "block"}
     if architecture in ("moe", "muon"):
         settings |= {"model.architecture": "early", "model.experts.num": 4, "model.experts.top_k": 2}
@@ -154,8 +154,8 @@ PRODUCTS_OF_FOUR = [
     ("moe", {"expert": 2, "dp_shard": 2, "tensor": 2}),
     ("moe", {"pipeline": 2, "dp_shard": 2, "expert": 2}),
     ("early", {"tensor": 2, "context": 2}),
-    ("mot", {"tensor": 2, "dp_shard": 2}),
-    ("mot", {"tensor": 2, "pipeline": 2}),
+    ("mixture", {"tensor": 2, "dp_shard": 2}),
+    ("mixture", {"tensor": 2, "pipeline": 2}),
     ("late", {"tensor": 2, "context": 2}),
     ("late", {"tensor": 2, "pipeline": 2}),
     ("early", {"dp_replicate": 2, "dp_shard": 2, "train.micro_rows": 1}),

@@ -124,6 +124,11 @@ def check(config: Config, world: int) -> None:
             ["--parallel.tensor=16", "--model.architecture=late"],
             "parallel.tensor: 16 does not divide the vision tower's heads 8",
         ),
+        (
+            2,
+            ["--parallel.tensor=2", "--model.architecture=late", "--model.image_size=210"],
+            "parallel.tensor: 2 does not divide the patches of an image (model.image_size, model.patch_size) 225",
+        ),
         (32, ["--parallel.pipeline=32"], "parallel.pipeline: 32 for 24 blocks (model.depth)"),
         (
             16,
