@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from megamm_laws.fitting.fit import OBJECTIVE
 from megamm_laws.fitting.fits_file import read_fits_file
+from megamm_laws.forecasts.one_run import noise_between_runs, with_noise
 from megamm_laws.law import power_law
 from megamm_laws.law.fitted import Law
 from megamm_laws.runs.table import RunTable
@@ -16,9 +17,6 @@ from megamm.errors import InputError
 from megamm.estimate.hardware import Efficiency, Gpu
 from megamm.planning.tradeoffs import repeated_loss
 
-HUBER_DELTA = 1e-3
-NORMAL_95 = 1.96
-"""95% of a normal lie within as many standard deviations."""
 BUDGETS = {"flops": "--flops", "gpu_hours": "--gpu-hours", "money": "--money"}
 """Fields of a request of which one is given, the budget, and their options."""
 POSITIVE = {
@@ -106,14 +104,8 @@ class Fitted:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of log loss between runs, from the objective.
-
-        Beyond delta the Huber loss is delta (|r| - delta/2), so the objective gives the mean |r|; of a normal that is
-        0.798 standard deviations. With n - 5 degrees of freedom.
-        """
-        n = self.entry["n_runs"]
-        mean = self.entry["objective"] / (n * HUBER_DELTA) + HUBER_DELTA / 2
-        return float(mean / 0.798 * np.sqrt(n / max(n - 5, 1)))
+        """Standard deviation of log loss between runs."""
+        return noise_between_runs(self.entry)
 
 
 def read_fits(path: Path | str, loss_column: str = "loss") -> tuple[list[Fitted], list[str]]:
@@ -181,19 +173,7 @@ def losses_at(fitted: Fitted, params: float, tokens: float, unique: float | None
 
     value, draws = float(predict(law.parameters)), predict(law.draws)
     loss = measured(value, draws)
-    return {"loss": loss, "loss_of_one_run": {"value": value, "interval": _with_noise(loss, fitted.noise)}}
-
-
-def _with_noise(loss: dict[str, Any], noise: float) -> list[float | None]:
-    """The interval of ``loss`` widened by normal noise of the standard deviation ``noise`` in log loss.
-
-    The distance of each end from the value and that of the noise add as independent errors do, in squares (Donner and
-    Zou 2010, "MOVER"). Percentiles of draws with noise on them may come out narrower than those of the draws where
-    these leave gaps; this is wider at both ends, whatever the draws.
-    """
-    ends = []
-    for end, sign in zip(loss["interval"], (-1, 1)):
-        distance = max(0.0, sign * np.log(end / loss["value"])) if end else 0.0
-        more = np.hypot(distance, NORMAL_95 * noise) - distance
-        ends.append(None if end is None else float(end * np.exp(sign * more)))
-    return ends
+    return {
+        "loss": loss,
+        "loss_of_one_run": {"value": value, "interval": with_noise(value, loss["interval"], fitted.noise)},
+    }

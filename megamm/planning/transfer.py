@@ -119,7 +119,7 @@ def fit_transfer(
             return (np.log(E + A * n**-alpha + B * (d + np.exp(log_worth)) ** -beta) - np.log(y))[rows]
 
         bounds = [-30.0, -2.0, -2.0][:free], [60.0, 2.0, 2.0][:free]
-        # Residuals count in squares up to the delta of the law's own fit (inputs.HUBER_DELTA).
+        # Residuals count in squares up to the delta of the law's own fit (megamm_laws.law.solver.DELTA).
         found = least_squares(residuals, start[:free], bounds=bounds, loss="soft_l1", f_scale=1e-3)
         return np.append(found.x, np.zeros(3 - free))
 

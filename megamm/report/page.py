@@ -19,6 +19,7 @@ from megamm.report.style import CSS, DRAW, PRINT, SORT
 from megamm.report.tables import (
     comparison_table,
     fits_table,
+    forecasts_table,
     image_table,
     note,
     optimum_table,
@@ -56,6 +57,7 @@ def render_page(
         ("frontiers", "Loss against compute", chart("frontier") + chart("frontier_by_source") + profiles),
         ("lead", "Who is ahead, and by how much", comparison_table(found) + chart("lead") if found else ""),
         ("sizes", "How large, and for how long", optimum_table(study)),
+        ("forecasts", "Forecasts and what came out", forecasts_table(study)),
         ("constants", "Fitted constants", fits_table(study) + diagnostics),
         ("training", "Training loss", chart("training")),
         ("validation", "Validation loss of each source", chart("validation")),

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from megamm_laws.fitting.outputs import fit_table, write_fits
 from megamm_laws.law import power_law
+from megamm_laws.law.solver import DELTA
 from megamm_laws.runs.table import RunTable, check_rows
 from plan_factory import EARLY
 from scipy.optimize import minimize_scalar
@@ -20,7 +21,7 @@ from megamm.dry_run import describe_run
 from megamm.errors import InputError
 from megamm.estimate.hardware import GPUS, bill, find_gpu, read_mfu, stated_mfu
 from megamm.model.counts import count_parameters
-from megamm.planning.inputs import HUBER_DELTA, PlanRequest, default_model, losses_at, read_fits
+from megamm.planning.inputs import PlanRequest, default_model, losses_at, read_fits
 from megamm.planning.outputs import to_markdown, train_values, write_plan
 from megamm.planning.proposal import budget_flops, make_plan
 from megamm.planning.sizes import nearest_model, peak_lr
@@ -60,7 +61,7 @@ def test_plan_is_the_optimum_of_the_fit(fits):
 @pytest.mark.parametrize("noise", [1e-4, 1e-3, 1e-2])
 def test_noise_widens_at_both_ends_whatever_the_draws(fits, noise):
     """Draws with gaps between them, over which percentiles jump; with no spread of the law it is the normal's own."""
-    objective = fits[0].entry["n_runs"] * HUBER_DELTA * (0.798 * noise * np.sqrt(20 / 25) - HUBER_DELTA / 2)
+    objective = fits[0].entry["n_runs"] * DELTA * (0.798 * noise * np.sqrt(20 / 25) - DELTA / 2)
     for spread in (0.0, 0.05):
         steps = np.round(np.random.default_rng(0).standard_normal(200))
         draws = EARLY * np.exp(np.outer(spread * steps, [1, 0, 0, 0, 0]))
