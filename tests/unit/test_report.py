@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megamm_laws.comparison.compare import compare, verdict
 from megamm_laws.fitting.outputs import fit_table, write_fits
+from megamm_laws.forecasts.forecast import PlannedRun, make_forecast, score_forecast
 from megamm_laws.law import power_law
 from megamm_laws.pictures import units
 from megamm_laws.pictures.charts import extent, to_png
@@ -26,6 +27,7 @@ from PIL import Image
 from study_factory import COOLDOWN, LAWS, make_datasets, make_study
 
 from megamm.errors import InputError
+from megamm.files import write_json
 from megamm.report import render_report
 from megamm.report.figures import all_charts, shade
 from megamm.report.findings import cautions, findings, headline
@@ -266,6 +268,18 @@ def test_warnings_name_their_fits(study):
     assert texts
     assert {text for text, _ in cautions(study)} == {units.prettify(text) for text in texts}
     assert any(fits == "all fits" or "fusion" in fits for _, fits in cautions(study))
+
+
+def test_shows_what_was_forecast_and_what_came_out(copy):
+    assert "Forecasts and what came out" not in (render_report(copy)[0]).read_text()
+    run = PlannedRun(group="early", params=1e8, tokens=1e9)
+    forecast = make_forecast(copy / "fits", run, by=EVIL)
+    write_json(copy / "forecasts" / "big.json", forecast)
+    loss = forecast["losses"]["loss"]["value"]
+    score = score_forecast(forecast, {"run": "big", "params": 1e8, "tokens": 1e9, "loss": loss})
+    write_json(copy / "forecasts" / "big.score.json", score)
+    page = render_report(copy)[0].read_text()
+    assert "Forecasts and what came out" in page and "inside 80%" in page and EVIL not in page
 
 
 def test_one_architecture_has_no_verdict(copy):
