@@ -5,7 +5,6 @@ import binascii
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
 from lxml import etree
@@ -13,39 +12,28 @@ from lxml import html as lxml_html
 
 from megamm.data.documents import Image, Text
 from megamm.data.images import ImageError, header_size
+from megamm.data.readers.page_furniture import is_dropped, lost_heading, menus
 
 LoadImage = Callable[[str], Image | None]
 """Given the ``src`` of an image, its bytes; None if it cannot be had (the callee notes why)."""
 
-DROPPED_TAGS = frozenset(
-    """
-    script style nav footer head template noscript iframe button select textarea input form svg math
-    audio video object canvas dialog
-    """.split()  # noqa: SIM905
-)
-PICTURE_TAGS = ("svg", "math", "video", "object", "canvas")
+PICTURE_TAGS = ("svg", "video", "object", "canvas")
 """Pictures that are not read; told where they stand."""
-DROPPED_ROLES = frozenset(("navigation", "search", "contentinfo", "banner"))
-DROPPED_CLASSES = frozenset(
-    """
-    navheader navfooter nav navbar navigation navigationbar breadcrumb breadcrumbs sphinxsidebar
-    related toc menu footer headerlink skip-link indexdiv reportbug navinextprevious
-    docnav sphx-glr-footer sphx-glr-signature sphx-glr-download-link-note
-    """.split()  # noqa: SIM905
-)
 BLOCKS = frozenset(
     """
     address article aside blockquote body center dd details div dl dt fieldset figcaption figure h1 h2
     h3 h4 h5 h6 header hr li main ol p pre section summary table tbody tfoot thead tr ul caption
     """.split()  # noqa: SIM905
 )
-LINK_BLOCKS = {"ul": 1, "ol": 1, "dl": 1, "p": 2, "table": 2, "div": 3}
-"""Blocks that are navigation if nearly all their text is links, and the fewest links it takes."""
-LINK_SHARE = 0.9
 MAX_FRAMES = 10_000
 """Calls in each other that it takes to walk a page as deep as the parser allows (2,048 elements)."""
 ICON_MAX = 15
 """An image no larger than this on both sides is a bullet or an icon."""
+FILE_NAME = re.compile(r"(\S+[_.])(png|jpe?g|gif|svg|webp)", re.IGNORECASE)
+"""An alt text that says nothing: the name of the picture's file."""
+RAISED = str.maketrans("0123456789+-−=()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿ")
+LOWERED = str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎")
+"""Characters of which Unicode has raised and lowered ones."""
 ALT_WINDOW = 400
 """Characters before and after an image in which an equal caption makes its alt text redundant."""
 
@@ -82,13 +70,15 @@ def html_spans(
     # The parser mends what it can and goes on; after a fatal error the rest of the page is missing.
     for entry in parser.error_log.filter_from_fatals():
         note("rest", f"damaged page: {entry.message}")
-    builder = _Builder(load_image, note, _menus(root))
+    builder = _Builder(load_image, note, menus(root))
     mains = root.xpath("//main") or root.xpath("//*[@role='main']")
     # Of several none is known to be the main one.
     content = mains[0] if len(mains) == 1 else root.find("body")
     title = root.findtext("head/title")
     # A heading mostly says the title again.
-    if title and not root.xpath("//h1|//h2|//h3|//h4"):
+    if content is not None and (heading := lost_heading(root, content, builder.menus)):
+        builder.add(f"{heading}\n\n")
+    elif title and not root.xpath("//h1|//h2|//h3|//h4"):
         builder.add(f"{' '.join(title.split())}\n\n")
     if content is not None:
         builder.visit(content)
@@ -115,7 +105,7 @@ class _Builder:
 
     def visit(self, element: etree._Element) -> None:
         """Add an element and what follows it up to the next tag."""
-        if _is_dropped(element, self.menus):
+        if is_dropped(element, self.menus):
             self.dropped(element)
         else:
             tag = element.tag
@@ -123,14 +113,22 @@ class _Builder:
                 self.image(element)
             elif tag == "br":
                 self.add("\n")
+            elif tag in ("sup", "sub"):
+                self.script(element)
+            elif tag == "math":
+                self.formula(element)
+            elif tag == "object":
+                self.embedded(element)
             elif tag == "pre":
+                for end in element.iter("br"):
+                    end.tail = "\n" + (end.tail or "")
                 # White space of code has a meaning: stand-ins save it from being tidied.
                 code = element.text_content().strip("\n").expandtabs()
                 self.add("\n\n" + code.replace(" ", _SPACE).replace("\n", _NEWLINE) + "\n\n")
             elif tag == "li":
                 self.list_item(element)
             # A row on one line; rows that hold blocks are layout, and are read as such.
-            elif tag == "tr" and not any(e.tag in BLOCKS or e.tag == "img" for e in element.iterdescendants()):
+            elif tag == "tr" and not any(_is_layout(cell) for cell in element):
                 cells = [" ".join(cell.text_content().split()) for cell in element if cell.tag in ("td", "th")]
                 self.add(_LINE + " | ".join(cells) + _LINE)
             else:
@@ -152,6 +150,35 @@ class _Builder:
         self.words(element.text)
         for child in element:
             self.visit(child)
+
+    def script(self, element: etree._Element) -> None:
+        """Raised or lowered signs as such, since 2 to the 32nd is not 232; other text, as in 1st, as it is."""
+        text, signs = element.text_content().strip(), RAISED if element.tag == "sup" else LOWERED
+        if text and all(ord(character) in signs for character in text):
+            self.add(text.translate(signs))
+        else:
+            self.children(element)
+
+    def formula(self, element: etree._Element) -> None:
+        """A formula as its author wrote it in TeX, where the page says so, else its signs in a row."""
+        written = element.xpath(".//*[local-name()='annotation'][@encoding='application/x-tex']/text()")
+        tex = element.get("alttext") or next(iter(written), None)
+        if tex:
+            self.add(f"${' '.join(tex.split())}$")
+        else:
+            for other in element.xpath(".//*[starts-with(local-name(), 'annotation')]"):
+                other.drop_tree()
+            self.words(element.text_content())
+
+    def embedded(self, element: etree._Element) -> None:
+        """A picture that is embedded as an object; of other objects what the page shows in their place."""
+        source = element.get("data") or ""
+        kind = element.get("type") or ""
+        if kind.startswith("image/") or re.search(r"\.(png|jpe?g|gif|webp|svgz?)$", source, re.IGNORECASE):
+            self.picture(source, " ".join(element.text_content().split()), self.is_alone(element))
+        else:
+            self.note(source or "object", "object element")
+            self.children(element)
 
     def list_item(self, element: etree._Element) -> None:
         parent = element.getparent()
@@ -175,6 +202,11 @@ class _Builder:
         # A data URI is often only a placeholder for the picture in data-src.
         if not source or source.startswith("data:"):
             source = element.get("data-src") or source  # images loaded late by a script
+        self.picture(source, alt, self.is_alone(element))
+        return None
+
+    def picture(self, source: str, alt: str, is_alone: bool) -> None:
+        """Add a picture and its alternative text; ``is_alone``: no text stands beside it in its block."""
         if source.startswith("data:"):
             image = load_data_uri(source)
             if image is None:
@@ -189,8 +221,8 @@ class _Builder:
                 pass  # kept: preparation lists it as broken
             self.parts.append(image)
         # An alt text that is a file's name says nothing.
-        if alt and not re.search(r"\.(png|jpe?g|gif|svg|webp)$", alt, re.IGNORECASE):
-            self.parts.append(_Alt(alt + ("\n\n" if self.is_alone(element) else " ")))
+        if alt and not FILE_NAME.fullmatch(alt):
+            self.parts.append(_Alt(alt + ("\n\n" if is_alone else " ")))
         return None
 
     def is_alone(self, image: etree._Element) -> bool:
@@ -237,9 +269,13 @@ class _Builder:
         """Whether the alt text at ``index`` stands in the text just before or after it."""
         # A bounded number of parts: pages of thousands of pictures would take time by the square.
         alt, near = self._letters(index)[0], range(max(0, index - ALT_PARTS), min(len(self.parts), index + ALT_PARTS))
-        before = "".join(self._letters(i)[1] for i in near if i < index)
-        after = "".join(self._letters(i)[0] for i in near if i > index)
-        return not alt or alt in before[-ALT_WINDOW:] or alt in after[:ALT_WINDOW]
+        # Pictures of one kind may all have the same alt text: each keeps its own.
+        texts = [i for i in near if not isinstance(self.parts[i], _Alt)]
+        before = "".join(self._letters(i)[1] for i in texts if i < index)
+        after = "".join(self._letters(i)[0] for i in texts if i > index)
+        if not alt:  # the number of a key or a callout
+            return not any(character.isalnum() for character in str(self.parts[index]))
+        return alt in before[-ALT_WINDOW:] or alt in after[:ALT_WINDOW]
 
     def _letters(self, index: int) -> tuple[str, str]:
         """Letters of the start and of the end of a part, which may be a whole book."""
@@ -276,17 +312,10 @@ def load_data_uri(uri: str) -> Image | None:
     return Image(data=data, name="data URI")
 
 
-def _is_dropped(element: etree._Element, menus: set[etree._Element]) -> bool:
-    tag = element.tag
-    # Comments and the like have a function for a tag.
-    if not isinstance(tag, str) or tag in DROPPED_TAGS or "hidden" in element.attrib:
-        return True
-    # The header of an article is its heading, that of the page its navigation.
-    if tag == "header" and not any(e.tag in ("article", "main", "section") for e in element.iterancestors()):
-        return True
-    if element.get("role") in DROPPED_ROLES or DROPPED_CLASSES & set((element.get("class") or "").lower().split()):
-        return True
-    return element in menus
+def _is_layout(cell: etree._Element) -> bool:
+    """Whether a cell holds more than a line of text: a picture, or blocks other than one paragraph."""
+    inside = [e for e in cell.iterdescendants() if e.tag in BLOCKS or e.tag in ("img", "object", "br")]
+    return len(inside) > 1 or any(e.tag not in ("p", "div", "br") for e in inside)
 
 
 def _is_tight(element: etree._Element) -> bool:
@@ -296,42 +325,6 @@ def _is_tight(element: etree._Element) -> bool:
     return element.tag in ("dd", "tr", "td", "th", "thead", "tbody", "tfoot") or (
         element.tag in ("p", "ul", "ol") and inside
     )
-
-
-@dataclass
-class _Inside:
-    """What is inside an element."""
-
-    letters: int = 0
-    link_letters: int = 0
-    links: int = 0
-    has_image: bool = False
-
-
-def _menus(root: etree._Element) -> set[etree._Element]:
-    """Blocks that are menus: almost all of their letters inside links, and no image. One walk, however they nest."""
-    menus: set[etree._Element] = set()
-    open_elements = [_Inside()]  # what is around the root
-    for event, element in etree.iterwalk(root, events=("start", "end")):
-        if event == "start":
-            open_elements.append(_Inside(letters=_num_letters(element.text)))
-            continue
-        inside, outer = open_elements.pop(), open_elements[-1]
-        if element.tag == "a" and element.get("href"):
-            inside.link_letters, inside.links = inside.letters, inside.links + 1
-        fewest = LINK_BLOCKS.get(element.tag)
-        is_menu = fewest and inside.links >= fewest and inside.link_letters >= LINK_SHARE * inside.letters
-        if is_menu and not inside.has_image:
-            menus.add(element)
-        outer.letters += inside.letters + _num_letters(element.tail)
-        outer.link_letters += inside.link_letters
-        outer.links += inside.links
-        outer.has_image = outer.has_image or inside.has_image or element.tag == "img"
-    return menus
-
-
-def _num_letters(text: str | None) -> int:
-    return sum(map(str.isalpha, text)) if text else 0
 
 
 def _letters(text: str) -> str:

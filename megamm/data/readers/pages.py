@@ -4,14 +4,12 @@ import codecs
 import os
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from markdown_it import MarkdownIt
-
 from megamm.data.documents import Document, Image, Skipped, printable
 from megamm.data.readers.html import html_spans
+from megamm.data.readers.markdown import render_markdown
 from megamm.data.readers.notebooks import NotebookError, notebook_page
 from megamm.data.readers.streams import RefusedError, decode_text, read_file, read_picture
 
@@ -22,7 +20,9 @@ NOTEBOOK_SUFFIXES = (".ipynb",)
 MAX_PAGE_BYTES = 8 * 2**20
 """Of a larger page reading would take over half a gigabyte."""
 
-_CHARSET = re.compile(rb"""(?:charset|encoding)\s*=\s*["']?\s*([A-Za-z0-9_:.-]+)""")
+_CHARSET = re.compile(
+    rb"""(?:<meta\b[^>]*?\bcharset|<\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([A-Za-z0-9_:.-]+)""", re.IGNORECASE
+)
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _SUPERSETS = {
     "ascii": "cp1252",
@@ -123,13 +123,3 @@ def _load_image(source: str, folder: Path, root: Path) -> Image | str:
         return read_picture(Path(path), root, name)
     except RefusedError as error:
         return str(error)
-
-
-def render_markdown(text: str) -> str:
-    """Markdown as HTML."""
-    return _markdown().render(text)
-
-
-@lru_cache(maxsize=1)
-def _markdown() -> MarkdownIt:
-    return MarkdownIt("commonmark", {"html": True}).enable("table")
