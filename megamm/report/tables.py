@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from megamm_laws.forecasts.record import HEADS, read_record, summary
+from megamm_laws.forecasts.record import HEADS, read_forecasts, summary
 from megamm_laws.law import power_law
 from megamm_laws.pictures.units import count, digits, power, prettify
 
@@ -245,7 +245,7 @@ def _sorted_runs(study: StudyResults) -> list[tuple[str, dict[str, Any]]]:
 def forecasts_table(study: StudyResults) -> str:
     """What was said before runs were trained, and what came out: the files in ``forecasts`` of the study's folder."""
     folder = study.folder / "forecasts"
-    lines = read_record(folder) if folder.is_dir() else []
+    lines = read_forecasts(folder) if folder.is_dir() else []
     if not lines:
         return ""
     return note(summary(lines)) + html_table(list(HEADS), [[escape(cell) for cell in line.cells()] for line in lines])

@@ -14,7 +14,7 @@ from megamm_laws.files import write_json
 from megamm_laws.fitting.fits_file import read_laws
 from megamm_laws.fitting.outputs import fit_table, write_fits
 from megamm_laws.forecasts.forecast import PlannedRun, make_forecast, read_forecast, score_forecast
-from megamm_laws.forecasts.record import read_record, summary
+from megamm_laws.forecasts.record import read_forecasts, summary
 from megamm_laws.law import power_law
 from megamm_laws.runs.table import read_runs
 from scipy import integrate, stats
@@ -112,7 +112,7 @@ def test_a_forecast_that_was_changed_is_refused(tmp_path, forecast, change):
     with pytest.raises(InputError, match="not what was signed"):
         read_forecast(tmp_path / "bad.json")
     with pytest.raises(InputError, match="not what was signed"):
-        read_record(tmp_path)
+        read_forecasts(tmp_path)
 
 
 def test_the_record_counts_what_lay_inside(tmp_path, fits, forecast):
@@ -122,7 +122,7 @@ def test_the_record_counts_what_lay_inside(tmp_path, fits, forecast):
         write_json(tmp_path / f"{i}.json", made)
         if actual is not None:
             write_json(tmp_path / f"{i}.score.json", score_forecast(made, row(loss=actual)))
-    lines = read_record(tmp_path)
+    lines = read_forecasts(tmp_path)
     assert [line.cells()[-1] for line in lines] == ["inside 80%", "inside 80%", "outside 95%", "not trained yet"]
     assert summary(lines).startswith("Losses forecast: 4, scored: 3; 2 inside 80%, 2 inside 95%")
 

@@ -17,13 +17,13 @@ from megamm_laws.errors import InputError, exit_on_error
 from megamm_laws.files import check_out, read_json, write_json, write_text
 from megamm_laws.fitting.fits_file import read_fits_file
 from megamm_laws.forecasts.forecast import PlannedRun, make_forecast, read_forecast, score_forecast
-from megamm_laws.forecasts.record import Line, read_record, summary, to_markdown
+from megamm_laws.forecasts.record import Line, read_forecasts, summary, to_markdown
 from megamm_laws.pictures.units import count, digits
 from megamm_laws.runs.collect import CollectOptions, collect
 from megamm_laws.runs.table import read_runs
 
 
-def parser() -> ArgumentParser:
+def _parser() -> ArgumentParser:
     """The command line."""
     made = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = made.add_subparsers(dest="command", required=True, metavar="write|score|record")
@@ -53,7 +53,7 @@ def parser() -> ArgumentParser:
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    arguments = _parser().parse_args()
     {"write": _write, "score": _score, "record": _record}[arguments.command](arguments)
 
 
@@ -150,7 +150,7 @@ def _result(path: Path, name: str | None) -> dict[str, Any]:
 def _record(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         check_out(arguments.out, folder=False)
-    lines = read_record(arguments.folder)
+    lines = read_forecasts(arguments.folder)
     if not lines:
         raise InputError(f"{arguments.folder}: no forecast in it")
     page = to_markdown(lines)

@@ -40,7 +40,7 @@ class Line:
 HEADS = ("forecast", "date", "by", "params", "tokens", "loss", "said (95%)", "came out", "error", "verdict")
 
 
-def read_record(folder: Path | str) -> list[Line]:
+def read_forecasts(folder: Path | str) -> list[Line]:
     """A line for each loss of each forecast below ``folder``, oldest first.
 
     Raises:
