@@ -116,6 +116,11 @@ def make_captions(path: Path, num_documents: int) -> None:
         words = rng.integers(5, 1000, rng.integers(20, 61)).tolist()
         units = [[], images.encode(images.resize(coarse, 224)), [*words, EOS]]
         writer.add_table(pieces_table(split_pieces(str(i), units, 1024, [256])))
+    write_info(path, writer.close(), writer.fingerprint.hex())
+
+
+def write_info(path: Path, split: dict, fingerprint: str) -> None:
+    """``dataset.json`` of a dataset of captions with one split."""
     info = make_info(
         kind="caption",
         vocab_size=1000,
@@ -123,8 +128,8 @@ def make_captions(path: Path, num_documents: int) -> None:
         image_size=224,
         patch_size=14,
         max_length=1024,
-        splits={"train": writer.close()},
-        fingerprints={"train": writer.fingerprint.hex()},
+        splits={"train": split},
+        fingerprints={"train": fingerprint},
     )
     (path / "dataset.json").write_text(json.dumps(info))
 
@@ -177,17 +182,7 @@ def make_lengths(path: Path, num_documents: int) -> None:
         "num_images": 0,
         "shards": shards,
     }
-    info = make_info(
-        kind="caption",
-        vocab_size=1000,
-        tokenizer_sha256="0" * 64,
-        image_size=224,
-        patch_size=14,
-        max_length=1024,
-        splits={"train": split},
-        fingerprints={"train": "0" * 64},
-    )
-    (path / "dataset.json").write_text(json.dumps(info))
+    write_info(path, split, "0" * 64)
 
 
 def start_table(folder: Path, num_documents: int, far: int) -> Table:
