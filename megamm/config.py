@@ -17,9 +17,21 @@ STEPS = 10**12
 
 
 def default_head_dim(width: int) -> int:
-    """The multiple of 8 nearest to 64 that divides the width, itself a multiple of 8."""
-    divisors = [d for d in range(8, width + 1, 8) if width % d == 0]
-    return min(divisors, key=lambda d: (abs(d - 64), d))
+    """The least multiple of 8 from 64 to 128 that divides the width, a multiple of 8; or else the largest below."""
+    # Narrower heads have more scores, whose exponentials then bind attention, not its products.
+    return next(d for d in (*range(64, 129, 8), *range(56, 0, -8)) if width % d == 0)
+
+
+def default_decoder_head_dim(width: int) -> int:
+    """As :func:`default_head_dim`, but 64 rather than less where heads of 64 all but fill the width."""
+    head_dim = default_head_dim(width)
+    return 64 if head_dim < 64 and heads_fill(width, 64) else head_dim
+
+
+def heads_fill(width: int, head_dim: int) -> bool:
+    """Whether the heads that fit into the width leave at most a 64th of it."""
+    # A model then is less than 0.5% smaller than one without a rest.
+    return width % head_dim <= width // 64
 
 
 @dataclass(kw_only=True)
@@ -132,10 +144,11 @@ class ModelConfig:
     depth: int = setting(24, min=1, max=10**4)
     """Number of blocks."""
     heads: int | None = setting(None, min=1, max=10**6)
-    """Heads of queries; by default model.width / model.head_dim. Their widths need not add up to model.width."""
+    """Heads of queries; by default as many as fit into model.width. Their widths need not add up to it."""
     head_dim: int | None = setting(None, min=2, max=10**4)
-    """Width of an attention head; by default model.width / model.heads where that is set, otherwise the multiple of 8
-    nearest to 64 that divides the width."""
+    """Width of an attention head; by default model.width / model.heads where that is set, otherwise the least
+    multiple of 8 from 64 to 128 that divides the width; without one, 64 where that leaves at most a 64th of the
+    width, or else the largest multiple of 8 below that divides it."""
     key_heads: int | None = setting(None, min=1, max=10**6)
     """Heads of keys and values (grouped-query attention), a divisor of the query heads; by default as many."""
     hidden: int | None = setting(None, min=1, max=10**7)
@@ -174,7 +187,7 @@ class ModelConfig:
     def problems(self) -> list[str]:
         found = []
         # As resolve_model will set it; None where there is no such width.
-        head_dim = self.head_dim or (default_head_dim(self.width) if self.width % 8 == 0 else None)
+        head_dim = self.head_dim or (default_decoder_head_dim(self.width) if self.width % 8 == 0 else None)
         if self.heads:
             head_dim = self.head_dim or (None if self.width % self.heads else self.width // self.heads)
             if head_dim is None or head_dim % 2:
@@ -187,9 +200,10 @@ class ModelConfig:
                 found.append(f"model.key_heads: {self.key_heads} does not divide model.heads {self.heads}")
         elif head_dim is None:
             found.append(f"model.width: {self.width} is not a multiple of 8; change it or set model.head_dim")
-        elif head_dim % 2 or self.width % head_dim:
+        elif head_dim % 2 or not heads_fill(self.width, head_dim):
             found.append(
-                f"model.head_dim: {head_dim} must be even and divide model.width {self.width} (or set model.heads)"
+                f"model.head_dim: {head_dim} must be even and divide model.width {self.width} up to a rest of at most "
+                "1/64 (or set model.heads)"
             )
         elif self.key_heads and self.width // head_dim % self.key_heads:
             found.append(

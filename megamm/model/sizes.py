@@ -2,7 +2,7 @@
 
 import math
 
-from megamm.config import ModelConfig, default_head_dim
+from megamm.config import ModelConfig, default_decoder_head_dim, default_head_dim
 
 
 def hidden_width(width: int, multiple: int) -> int:
@@ -56,7 +56,7 @@ def num_heads(config: ModelConfig) -> int:
 def resolve_model(config: ModelConfig) -> ModelConfig:
     """Fill in head width, key heads, experts and vision tower where they default to other settings, in place."""
     if config.head_dim is None:
-        config.head_dim = config.width // config.heads if config.heads else default_head_dim(config.width)
+        config.head_dim = config.width // config.heads if config.heads else default_decoder_head_dim(config.width)
     config.key_heads = config.key_heads or num_heads(config)
     if config.experts.num:
         config.experts.hidden = config.experts.hidden or decoder_hidden(config)

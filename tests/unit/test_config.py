@@ -11,7 +11,8 @@ from megamm.config import Config, ModelConfig, default_head_dim, load
 from megamm.dry_run import describe_run
 from megamm.errors import InputError
 from megamm.model.counts import count_parameters
-from megamm.model.sizes import hidden_width, resolve_model
+from megamm.model.multimodal import MultimodalModel
+from megamm.model.sizes import hidden_width, num_heads, resolve_model
 from megamm.model.vision import VisionTower
 from megamm.resolve import remarks, resolve_config
 from megamm.settings import build, parse_overrides, to_yaml
@@ -95,7 +96,31 @@ def test_overrides_need_a_value():
 def test_paper_sizes():
     """Hidden widths of arXiv 2504.07951: a multiple of 256 above 8/3 of the width."""
     assert [hidden_width(w, 256) for w in (800, 1088, 1632, 2208)] == [2304, 3072, 4352, 5888]
-    assert [default_head_dim(w) for w in (768, 1024, 64, 24)] == [64, 64, 64, 24]
+
+
+def test_heads_are_at_least_64_wide_where_that_fits():
+    assert [default_head_dim(w) for w in (768, 1024, 64, 24, 200, 808)] == [64, 64, 64, 24, 40, 8]
+    made = [resolve_model(ModelConfig(architecture="text", width=w)) for w in (800, 1632, 2208, 3232, 200)]
+    assert [(m.head_dim, num_heads(m)) for m in made] == [(80, 10), (96, 17), (96, 23), (64, 50), (40, 5)]
+
+
+def test_a_model_whose_heads_leave_a_rest_is_read_back_as_it_is():
+    """Its head width does not divide its width, of which it leaves a 101st."""
+    settings = {"model": {"width": 3232, "head_dim": 64}, "train": {"steps": 5}}
+    assert num_heads(build(Config, settings).model) == 50
+    with pytest.raises(InputError, match=r"model.head_dim: 96 must be even and divide model.width 800 up to a rest"):
+        build(Config, {"model": {"width": 800, "head_dim": 96}, "train": {"steps": 5}})
+
+
+def test_a_decoder_whose_heads_leave_a_rest_counts_what_it_has():
+    config = resolve_model(
+        ModelConfig(
+            architecture="text", width=130, depth=1, head_dim=64, vocab_size=64, hidden_multiple=8, patch_size=2
+        )
+    )
+    model = MultimodalModel(config, seed=0)
+    assert num_heads(config) == 2 and model.blocks["0"].attention.out.weight.shape == (130, 128)
+    assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
 
 
 PAPER = [
@@ -115,7 +140,8 @@ def test_every_size_of_the_paper_can_be_built(architecture, width, tower, millio
     ]
     config = resolve_config(load(None, sizes))
     model, vision = config.model, config.model.vision
-    assert model.width % model.head_dim == 0 and vision.width % vision.head_dim == 0
+    assert 0.98 * model.width < num_heads(model) * model.head_dim <= model.width and 64 <= model.head_dim <= 128
+    assert vision.width % vision.head_dim == 0
     assert model.head_dim % 8 == 0 and vision.head_dim % 8 == 0
     assert count_parameters(model).total == pytest.approx(millions * 1e6, rel=0.01)
     assert f"{count_parameters(model).total:,}" in describe_run(config)
@@ -128,7 +154,7 @@ def test_the_tower_of_the_late_model_of_2430_million_parameters_runs():
     )
     config.vision.width = 1184
     tower = VisionTower(resolve_model(config))
-    assert (config.head_dim, config.vision.head_dim) == (56, 32)
+    assert (config.head_dim, config.vision.head_dim) == (88, 32)
     patches = torch.zeros(4, 3 * 14 * 14, dtype=torch.uint8)
     assert tower(patches, torch.float32).shape == (1, 4, 2464)
 
