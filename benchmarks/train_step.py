@@ -21,6 +21,7 @@ import argparse
 import copy
 import csv
 import json
+import math
 import platform
 import statistics
 import time
@@ -88,6 +89,7 @@ def make_batch(rows: list[list[list[int]]], length: int, vocab_size: int, rng: n
     arrays["patch_index"] = np.flatnonzero(is_image)
     arrays["label_index"] = np.flatnonzero(arrays["targets"] >= 0)
     arrays["patches"] = rng.integers(0, 256, (is_image.sum(), 3 * PATCH_SIZE**2)).astype(np.uint8)
+    arrays["grids"] = np.full((is_image.sum() // PATCHES, 2), math.isqrt(PATCHES), np.int32)
     return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 

@@ -156,7 +156,7 @@ def test_the_tower_of_the_late_model_of_2430_million_parameters_runs():
     tower = VisionTower(resolve_model(config))
     assert (config.head_dim, config.vision.head_dim) == (88, 32)
     patches = torch.zeros(4, 3 * 14 * 14, dtype=torch.uint8)
-    assert tower(patches, torch.float32).shape == (1, 4, 2464)
+    assert tower(patches, torch.tensor([[2, 2]]), torch.float32).shape == (1, 4, 2464)
 
 
 @pytest.mark.parametrize(
