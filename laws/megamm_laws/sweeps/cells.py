@@ -16,12 +16,11 @@ from scipy import stats
 from megamm_laws.errors import InputError
 from megamm_laws.fitting.isoflop import NOISE
 from megamm_laws.law.percentiles import LEVEL
+from megamm_laws.runs.groups import SWEEP, are_own
 from megamm_laws.runs.table import RunTable, parse_number
 
 COLUMNS = {"lr": "learning rate", "batch_tokens": "tokens per batch"}
 """What can be swept, and what people call it."""
-USED = "sweep"
-"""Column of the table that is empty for the runs that a ladder is made of, and says what was varied for all others."""
 SAME = 1.01
 """Tokens within this factor are one budget: whole steps of unlike batches do not end at the same token."""
 MIN_RATES = 3
@@ -201,8 +200,8 @@ def _with_values(table: RunTable, column: str, loss_column: str) -> tuple[RunTab
 def _cell(table: RunTable, column: str, loss_column: str, used: float | None, lines: list[str]) -> Cell:
     """One cell; of several values of the other column, each rate keeps the best one."""
     params, tokens = float(np.median(table.numbers("params"))), float(np.median(table.numbers("tokens")))
-    if used is None and USED in table.columns:
-        own = table.select(not str(row.get(USED) or "").strip() for row in table.rows).numbers(column)
+    if used is None and SWEEP in table.columns:
+        own = table.select(are_own(table)).numbers(column)
         used = float(own[0]) if len(np.unique(own)) == 1 else None
     other = next(name for name in COLUMNS if name != column)
     if other in table.columns and len({row[other] for row in table.rows}) > 1:
