@@ -97,6 +97,11 @@ def test_a_best_rate_at_the_edge_is_no_optimum():
     (fit,) = fit_rates(table([r for r in found if r["params"] != 1.6e8 or r["lr"] > 0.9 * best(1.6e8, r["tokens"])]))
     assert len(fit.used) == 4 and fit.warnings[0].startswith("1.6e+08 parameters, 1e+09 tokens: the best value")
     assert "is the smallest one: add smaller ones" in fit.warnings[0]
+    high = rows(SIZES[:1], BUDGETS[:1], grid=best(1e7, 1e9) * 8)
+    (fit,) = fit_rates(table(high))
+    # At the factors 1 and .25 of a rate 8 times too high: .02 (log(8)^2 - log(2)^2) nats.
+    assert "was trained at lr 0.016, the best run had 0.004: this costs 0.0769 nats" in fit.warnings[1]
+    assert fit.to_json()["cells"][0]["excess"] == pytest.approx(0.02 * (np.log(8) ** 2 - np.log(2) ** 2))
     (none,) = fit_rates(table([r for r in found if r["lr"] > best(r["params"], r["tokens"])]))
     assert none.law is None and none.to_json()["law"] is None and "there is no law of lr" in none.warnings[-1]
 

@@ -124,13 +124,14 @@ class Cell:
         return self.centre + (-linear - root) / (2 * square), self.centre + (-linear + root) / (2 * square)
 
     def excess(self) -> float | None:
-        """Nats that the used rate costs over the optimum; None where either is not known."""
-        if self.used is None or self.problem is not None:
+        """Nats that the used rate costs over the optimum, or else over the best run; None where it is not known."""
+        if self.used is None or not self.swept:
             return None
+        lowest = self.lowest if self.problem is None else float(self.losses.min())
         at = np.isclose(self.rates, self.used, rtol=SAME - 1)
         if at.any():
-            return float(self.losses[at].mean()) - self.lowest
-        return float(self.curve(self.used)) - self.lowest
+            return float(self.losses[at].mean()) - lowest
+        return float(self.curve(self.used)) - lowest if self.problem is None else None
 
 
 def cells_of(table: RunTable, column: str, loss_column: str, used: float | None) -> tuple[list[Cell], list[str]]:
@@ -232,7 +233,8 @@ def _fit(cell: Cell) -> None:
     """Fit the quadratic near the best rate, or say why there is none."""
     rates, where = np.unique(cell.rates, return_inverse=True)
     if len(rates) < MIN_RATES:
-        cell.problem = f"{len(rates)} values, at least {MIN_RATES} are needed"
+        few = f"{len(rates)} values, at least {MIN_RATES} are needed"
+        cell.problem = "not swept" if len(rates) == 1 else few
         return
     means = np.bincount(where, cell.losses) / np.bincount(where)
     best = int(means.argmin())

@@ -82,10 +82,10 @@ def _line(cell: dict[str, Any]) -> str:
     low, high = cell["range"]
     head = f"| {count(cell['params'])} | {count(cell['tokens'])} | {cell['n_runs']} | {low:.3g} to {high:.3g} "
     used = f"{cell['used']:.3g}" if "used" in cell else ""
-    if "left_out" in cell:
-        return head + f"| none: {cell['left_out']} | | {used} | |"
-    ends = ["open" if end is None else f"{end:.3g}" for end in cell["interval"]]
     costs = f"{cell['excess']:.3g}" if "excess" in cell else ""
+    if "left_out" in cell:
+        return head + f"| none: {cell['left_out']} | | {used} | {costs} |"
+    ends = ["open" if end is None else f"{end:.3g}" for end in cell["interval"]]
     return head + f"| {cell['optimum']:.3g} | [{', '.join(ends)}] | {used} | {costs} |"
 
 

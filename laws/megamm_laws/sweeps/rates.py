@@ -136,14 +136,13 @@ class RateFit:
         }
         if cell.used is not None:
             entry["used"] = cell.used
+        if (excess := cell.excess()) is not None:
+            entry["excess"] = excess
         if cell.problem is not None:
             return entry | {"left_out": cell.problem}
         ends = [float(np.exp(end)) if np.isfinite(end) else None for end in cell.interval(self.noise)]
-        entry |= {"optimum": float(np.exp(cell.optimum)), "interval": ends, "loss": cell.lowest}
-        entry |= {"curvature": cell.curvature}
-        if (excess := cell.excess()) is not None:
-            entry["excess"] = excess
-        return entry
+        found = {"optimum": float(np.exp(cell.optimum)), "interval": ends, "loss": cell.lowest}
+        return entry | found | {"curvature": cell.curvature}
 
 
 def fit_rates(
@@ -300,7 +299,10 @@ def _off(fit: RateFit, cell: Cell) -> str | None:
     if cell.problem is None:
         low, high = np.exp(cell.interval(fit.noise))
         best, excess, source = float(np.exp(cell.optimum)), cell.excess(), "the best is"
-    elif fit.law is not None and cell.used is not None and not cell.swept:
+    elif cell.swept:
+        best, excess, source = float(cell.rates[cell.losses.argmin()]), cell.excess(), "the best run had"
+        low = high = best
+    elif fit.law is not None and cell.used is not None:
         best, low, high = fit.law.predict(cell.params, cell.tokens)
         steepness = float(np.median([other.curvature for other in fit.used]))
         excess, source = steepness * float(np.log(cell.used / best)) ** 2, "the law gives"
@@ -308,8 +310,9 @@ def _off(fit: RateFit, cell: Cell) -> str | None:
         return None
     if cell.used is None or excess is None or excess <= OFF * fit.noise.nats or low <= cell.used <= high:
         return None
+    ends = f" [{low:.3g}, {high:.3g}]" if low < high else ""
     return (
-        f"{cell.name}: was trained at {fit.column} {cell.used:.3g}, {source} {best:.3g} [{low:.3g}, {high:.3g}]: this "
+        f"{cell.name}: was trained at {fit.column} {cell.used:.3g}, {source} {best:.3g}{ends}: this "
         f"costs {excess:.3g} nats, the noise is {fit.noise.nats:.2g}"
     )
 
