@@ -390,6 +390,8 @@ class TrainConfig:
     variant: str | None = setting(None, study=True)
     """What run tables and reports call the architecture; by default model.architecture, with -moe where it has
     experts."""
+    sweep: str | None = setting(None, study=True)
+    """What a study varied in this run, such as `lr 2`; such a run is in no law of losses."""
     branch_from: str | None = setting(None, study=True)
     """Run directory of a trunk; start from its checkpoint of the step where the cool-down begins."""
 

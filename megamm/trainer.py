@@ -501,6 +501,7 @@ class Trainer:
             "losses": losses,
             "batch_tokens": config.train.batch_rows * config.data.row_length,
             "lr": config.optimizer.lr,
+            "sweep": config.train.sweep,
             "cooled": config.schedule.cooldown != "none",
             "branch_from": config.train.branch_from,
             # A pretrained tower alone is neither.

@@ -17,7 +17,7 @@ from megamm_laws.proposals.design import (
     propose,
     ratio_range,
 )
-from megamm_laws.runs.groups import are_native
+from megamm_laws.runs.groups import are_native, are_own
 
 from megamm.errors import InputError
 from megamm.estimate.hardware import bill
@@ -99,6 +99,7 @@ def _runs_so_far(request: PlanRequest, chosen: Fitted) -> _Runs:
         for column in ("architecture", "mixture"):
             if column in table.columns and any(row.get(column) == chosen.law.name for row in table.rows):
                 table = table.select(row.get(column) == chosen.law.name for row in table.rows)
+        table = table.select(are_own(table))
         table = table.select(are_native(table, request.init_column))
         if len(table) >= 5:
             n, d = table.numbers("params"), table.numbers("tokens")

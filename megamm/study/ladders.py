@@ -6,7 +6,7 @@ With budgets D_1 < ... < D_n and a cool-down share f a ladder costs (1 - f) D_n 
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,26 @@ class SingleRunConfig:
 
 
 @dataclass(kw_only=True)
+class SweepCellsConfig:
+    """Which cells of the grid are swept, in every architecture and mixture."""
+
+    widths: list[int] = setting(default_factory=list, min=2, max=10**6)
+    """Some of the study's; by default all."""
+    tokens: list[float] = setting(default_factory=list, min=1, max=1e18)
+    """Some of the study's; by default the smallest one."""
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """Runs of the grid that are trained at other learning rates, too, to see whether the ladders are tuned."""
+
+    lr: list[float] = setting(default_factory=list, min=1e-3, max=1e3)
+    """Factors on the learning rate that a run has by the other sections; without 1, which is the grid's own run."""
+    at: SweepCellsConfig = field(default_factory=SweepCellsConfig)
+    """The cells."""
+
+
+@dataclass(kw_only=True)
 class StudyConfig:
     """A grid of training runs."""
 
@@ -55,6 +75,8 @@ class StudyConfig:
     """Name -> weight of each source that takes part; by default one mixture, with the weights in the base."""
     baselines: list[SingleRunConfig] = field(default_factory=list)
     """Runs beside the grid."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """Learning rates to try at some cells of the grid."""
 
     def problems(self) -> list[str]:
         found = [f"{name}: empty" for name in ("architectures", "widths", "tokens") if not getattr(self, name)]
@@ -67,6 +89,22 @@ class StudyConfig:
         for i, single in enumerate(self.baselines):
             if single.mixture is not None and single.mixture not in self.mixtures:
                 found.append(f"baselines.{i}.mixture: {single.mixture!r} is not one of mixtures")
+        return found + self._sweep_problems()
+
+    def _sweep_problems(self) -> list[str]:
+        found, sweep = [], self.sweep
+        if 1 in sweep.lr:
+            found.append("sweep.lr: 1 is the grid's own run; leave it out")
+        if not sweep.lr and (sweep.at.widths or sweep.at.tokens):
+            found.append("sweep.lr: empty; give factors on the learning rate, such as [.25, .5, 2, 4]")
+        grid: list[tuple[str, list, list]] = [
+            ("widths", sweep.at.widths, list(self.widths)),
+            ("tokens", sweep.at.tokens, self.tokens),
+        ]
+        for name, asked, known in grid:
+            if other := [value for value in asked if value not in known]:
+                named = [", ".join(f"{value:g}" for value in values) for values in (other, known)]
+                found.append(f"sweep.at.{name}: {named[0]}: not in the study's {name}: {named[1]}")
         return found
 
 
@@ -202,14 +240,17 @@ class _Cell:
     mixture: str
     budgets: list[float]
     overrides: dict = field(default_factory=dict)
+    factor: float | None = None
+    """On the learning rate, where the ladder is of a sweep."""
 
     @property
     def ladder(self) -> str:
-        return f"{self.architecture}-w{self.width:04d}-{self.mixture}"
+        name = f"{self.architecture}-w{self.width:04d}-{self.mixture}"
+        return name if self.factor is None else f"{name}-lr{self.factor:g}"
 
 
 def _cells(config: StudyConfig) -> list[_Cell]:
-    """The grid, then the baselines."""
+    """The grid, then the baselines, then what is swept: a study that is stopped early has its ladders."""
     mixtures = list(config.mixtures) or [DEFAULT_MIXTURE]
     grid = [
         _Cell(architecture=architecture, width=width, mixture=mixture, budgets=config.tokens)
@@ -227,7 +268,14 @@ def _cells(config: StudyConfig) -> list[_Cell]:
         )
         for s in config.baselines
     ]
-    return grid + singles
+    at = config.sweep.at
+    swept = [
+        replace(cell, budgets=at.tokens or [min(config.tokens)], factor=factor)
+        for cell in grid
+        if cell.width in (at.widths or config.widths)
+        for factor in config.sweep.lr
+    ]
+    return grid + singles + swept
 
 
 def _ladder(cell: _Cell, config: StudyConfig, base: dict, out: Path) -> list[Run]:
@@ -239,6 +287,9 @@ def _ladder(cell: _Cell, config: StudyConfig, base: dict, out: Path) -> list[Run
     shared = _shared_settings(cell, config, base)
     # Any length will do: only batch and schedule are read of it.
     typed = build(Config, merge(copy.deepcopy(shared), {"train": {"steps": 1}}))
+    if cell.factor is not None:
+        rate = float(f"{typed.optimizer.lr * cell.factor:.6g}")
+        merge(shared, {"optimizer": {"lr": rate}, "train": {"sweep": f"lr {cell.factor:g}"}})
     steps = sorted(-(-int(tokens) // _step_tokens(typed)) for tokens in cell.budgets)
     starts = [cooldown_start(typed.schedule, n) for n in steps]
     _check_lengths(typed, steps, starts, cell.budgets)

@@ -8,10 +8,12 @@ from megamm.study.runner import Status
 
 def grid_table(study: Study, patch_shares: dict[str, float]) -> str:
     """A line per run with its size and cost, then the totals (runs with resolved configs)."""
-    rows, total = [], 0.0
+    rows, total, swept = [], 0.0, []
     for run in study.runs:
         flops = run.flops(patch_shares[run.name], own=True)
         total += flops
+        if run.config.train.sweep is not None:
+            swept.append(flops)
         steps = f"{run.steps:,}" if run.trunk or not run.start else f"{run.start:,} to {run.steps:,}"
         params = count_parameters(run.config.model).total
         rows.append(
@@ -19,6 +21,8 @@ def grid_table(study: Study, patch_shares: dict[str, float]) -> str:
         )
     head = ["run", "architecture", "width", "params", "tokens", "steps", "FLOPs"]
     lines = [format_table(head, rows), "", f"{len(rows)} runs, {total:.4g} FLOPs (6ND of the steps that each trains)"]
+    if swept:
+        lines.append(f"{len(swept)} of them are of the sweep, {sum(swept):.4g} FLOPs, {sum(swept) / total:.1%} of all")
     saving = study.saving(patch_shares)
     return "\n".join([*lines, saving_line(saving)] if saving else lines)
 

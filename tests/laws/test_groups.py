@@ -7,7 +7,7 @@ from megamm_laws.fitting.isoflop import fit_isoflop_table
 from megamm_laws.fitting.outputs import fit_table
 from megamm_laws.law import power_law
 from megamm_laws.proposals.next_runs import RunsRequest, choose_runs
-from megamm_laws.runs.groups import native_groups, native_runs
+from megamm_laws.runs.groups import law_runs, native_groups, native_runs
 from megamm_laws.runs.table import RunTable, check_rows
 
 LAW = np.array([1.9, 420.0, 0.30, 1500.0, 0.335])
@@ -84,3 +84,15 @@ def test_comparisons_and_proposals_leave_them_out(table):
     plan = choose_runs(table, RunsRequest(budget=1e21, resamples=20, max_runs=2))
     assert plan["groups"]["all"]["n_runs"] == 16
     assert any(text.startswith(f"from the fit of all: {LINE}") for text in plan["warnings"])
+
+
+def test_runs_of_a_sweep_are_in_no_law_but_named(table):
+    plain = table.select(row.get("init") != "llm" for row in table.rows)
+    swept = rows_of("swept", -0.05, 3, sweep="lr 2")
+    both = made(plain.rows, swept)
+    (alone,), (fit,) = fit_table(plain, resamples=20), fit_table(both, resamples=20)
+    assert fit.warnings[0].startswith("9 runs of a sweep were left out of the law (the first: line 18 (run swept-0)")
+    assert fit.law.parameters == pytest.approx(alone.law.parameters)
+    assert len(runs_of(both, None, "all")) == len(plain)
+    kept, lines = law_runs(made(swept))
+    assert len(kept) == 9 and lines == ["all 9 runs are of a sweep: this is no law of one ladder"]

@@ -37,6 +37,7 @@ def run_dir(folder: Path, name: str, **changes) -> Path:
         "loss": 3.5,
         "losses": {"text": {"loss": 4.0}, "pages": {"loss": 3.0, "kind": "interleaved"}, "stamps": {"loss": 3.5}},
         "batch_tokens": 4096,
+        "lr": 0.001,
         "branch_from": None,
         "trunk": False,
     } | changes
@@ -188,7 +189,7 @@ def test_collect_round_trip(tmp_path):
     assert header == (
         "run,architecture,mixture,params,params_active,tokens,flops,loss,"
         "loss_text,loss_interleaved,loss_stamps,params_vision,tokens_vision,flops_convention,measured_on,checkpoint,"
-        "cooled,trunk"
+        "cooled,trunk,lr,batch_tokens"
     )
     runs = read_runs(out)
     assert runs.numbers("loss").tolist() == [3.5, 3.2, 3.5]

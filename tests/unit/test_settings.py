@@ -147,6 +147,7 @@ def test_marks():
         "train.steps",
         "train.tokens",
         "train.variant",
+        "train.sweep",
         "train.branch_from",
         "checkpoint.steps",
     ]

@@ -20,6 +20,7 @@ from megamm.study.cost import ladder_costs, resolve_without_data
 from megamm.study.ladders import expand, read_study
 from megamm.study.launchers import LocalLauncher, NodeCall, SlurmLauncher
 from megamm.study.runner import resolve_study
+from megamm.study.tables import grid_table
 from megamm.training.schedule import learning_rate_factor
 
 TOOL = Path(__file__).parents[2] / "tools" / "run_study.py"
@@ -375,3 +376,44 @@ def test_variants_of_one_architecture_are_told_apart():
     )
     assert {run.architecture: run.config.variant for run in found.runs} == {n: n for n in ("early", "fine", "moe")}
     assert build(Config, {"model": experts["model"], "train": {"steps": 1}}).variant == "early-moe"
+
+
+def test_a_sweep_adds_runs_at_other_rates_of_the_cells_that_are_asked_for():
+    values = study(widths={32: {"optimizer": {"lr": 3e-3}}, 64: {}}, mixtures={"m": {"a": 1}}, architectures=["early"])
+    plain = expand(values, Path("out"))
+    found = expand(values | {"sweep": {"lr": [0.5, 2]}}, Path("out"))
+    assert found.runs[: len(plain.runs)] == plain.runs
+    swept = found.runs[len(plain.runs) :]
+    assert [run.name for run in swept] == [f"early-w{w}-m-lr{f}-t12800" for w in ("0032", "0064") for f in ("0.5", "2")]
+    own = Config().optimizer.lr
+    assert [run.config.optimizer.lr for run in swept] == pytest.approx([1.5e-3, 6e-3, own / 2, own * 2])
+    assert [run.config.train.sweep for run in swept] == ["lr 0.5", "lr 2"] * 2
+    assert not any(run.config.train.sweep for run in plain.runs)
+    some = {"lr": [4], "at": {"widths": [64], "tokens": [100 * STEP, 400 * STEP]}}
+    swept = expand(values | {"sweep": some}, Path("out")).runs[len(plain.runs) :]
+    assert [run.name.removeprefix("early-w0064-m-lr4-") for run in swept] == ["trunk", "t12800", "t51200"]
+    assert {run.config.optimizer.lr for run in swept} == {own * 4} and swept[1].config.train.branch_from
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"lr": [1, 2]}, "sweep.lr: 1 is the grid's own run; leave it out"),
+        ({"at": {"widths": [32]}}, "sweep.lr: empty; give factors"),
+        ({"lr": [2], "at": {"widths": [48]}}, "sweep.at.widths: 48: not in the study's widths: 32, 64"),
+        ({"lr": [2], "at": {"tokens": [7]}}, "sweep.at.tokens: 7: not in the study's tokens: 12800"),
+        ({"lr": [2, 2]}, "early-w0032-default-lr2: in the grid or in baselines twice"),
+        ({"lr": [0]}, "sweep.lr"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(sweep, message):
+    with pytest.raises(InputError) as caught:
+        expand(study(sweep=sweep), Path("out"))
+    assert message in str(caught.value)
+
+
+def test_the_grid_says_what_the_sweep_costs():
+    found = expand(study(architectures=["early"], tokens=[100 * STEP], sweep={"lr": [0.5, 2, 4]}), Path("out"))
+    shares, _ = resolve_without_data(found)
+    line = grid_table(found, shares).splitlines()[-1]
+    assert line.startswith("6 of them are of the sweep, ") and line.endswith(" FLOPs, 75.0% of all")

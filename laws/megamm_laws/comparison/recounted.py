@@ -15,7 +15,7 @@ from megamm_laws.errors import InputError
 from megamm_laws.fitting.fit import distinct
 from megamm_laws.law.fitted import Law
 from megamm_laws.runs import conventions
-from megamm_laws.runs.groups import native_runs
+from megamm_laws.runs.groups import law_runs
 from megamm_laws.runs.table import RunTable
 
 COUNTED = {
@@ -126,6 +126,6 @@ def group_column(table: RunTable, groups: set[str]) -> str | None:
 
 
 def runs_of(table: RunTable, column: str | None, group: str, loss_column: str = "loss") -> RunTable:
-    """The runs that a law of ``group`` was fitted to: those of the group that are native and have the loss."""
-    runs, _ = native_runs(table.select(column is None or str(row.get(column)) == group for row in table.rows))
+    """The runs that a law of ``group`` was fitted to: of the group those of no sweep that are native and have it."""
+    runs, _ = law_runs(table.select(column is None or str(row.get(column)) == group for row in table.rows))
     return runs.select(np.isfinite(runs.numbers(loss_column)))

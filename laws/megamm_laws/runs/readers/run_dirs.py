@@ -13,7 +13,7 @@ from megamm_laws.errors import InputError
 from megamm_laws.files import read_json
 from megamm_laws.runs.table import COLUMNS, LOSS_COLUMNS, REQUIRED, is_number, parse_number, parse_record
 
-COPIED = ("params_vision", "tokens_vision", "flops_exact", "init")
+COPIED = ("params_vision", "tokens_vision", "flops_exact", "init", "lr", "batch_tokens", "sweep")
 """Columns of the table, beside those of `runs.csv`, that result.json holds."""
 STUDY_DEPTH = 4
 """Folders looked into for study.json, upwards: a run directory, its ladder, runs/, the study."""
