@@ -14,7 +14,7 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/laws:$(PYTHONPATH)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real own test faults kills lint format bench bench-kernels compiled gpu docker laws-alone site install \
+.PHONY: help demo demo-real own test faults kills lint format bench bench-kernels compiled gpu gpu-test gpu-bench gpu-train docker laws-alone site install \
 	install-test install-bench install-docs browser \
 	clean distclean
 
@@ -69,10 +69,22 @@ compiled: install-test  ## what the compiler makes of every kernel for four GPUs
 	env -u TRITON_INTERPRET $(PYTHON) kernels/bench/compiled.py --arch sm_80 sm_90 sm_100 gfx942 \
 		--out kernels/bench/results/compiled.csv
 
-gpu: RESULTS ?= benchmarks/results
-gpu: PYTHON = python3
-gpu:  ## tests and benchmarks on one GPU, with a python3 that has torch, triton and pytest; installs nothing
-	PYTHONPATH=kernels:laws:.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(RESULTS)
+# With a python3 that has torch, triton and pytest; nothing is installed.
+gpu gpu-test gpu-bench gpu-train: RESULTS ?= benchmarks/results
+gpu gpu-test gpu-bench gpu-train: PYTHON = python3
+GPU = PYTHONPATH=kernels:laws:.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(RESULTS)
+
+gpu:  ## the next three in turn, on a machine with one GPU: under half an hour; installs nothing
+	$(GPU)
+
+gpu-test:  ## kernel tests on one GPU, under ten minutes: RESULTS=DIR PYTHON=...
+	$(GPU) --part test
+
+gpu-bench:  ## every operator against its peers on one GPU, under ten minutes
+	$(GPU) --part bench
+
+gpu-train:  ## a training step against Llama on one GPU, under ten minutes
+	$(GPU) --part train
 
 laws-alone:  ## install laws/ in an empty environment, without torch, and fit a published table
 	rm -rf build/laws-alone laws/build

@@ -98,7 +98,7 @@ def compiled(inputs: Inputs):
 PROVIDERS = [
     Provider("megamm", partial(layer, module_function)),
     Provider("megamm, Triton products", triton_only),
-    Provider("loop over experts", partial(layer, grouped_experts_reference)),
+    Provider("loop over experts", partial(layer, grouped_experts_reference), minor=True),
     Provider("F.grouped_mm, eager", partial(layer, torch_grouped)),
     Provider("F.grouped_mm, compiled", compiled, compiles=True),
 ]

@@ -7,7 +7,8 @@ A script names its cases (shapes) and providers (implementations) and calls :fun
 
     main(op="rms_norm", cases=cases, providers=[Provider("megamm", setup), ...])
 
-Providers that compile run after all others, so that a spent time budget costs the peers and not our own figures.
+Providers that compile run after the others and minor ones last, so that a spent time budget costs the peers that matter
+least, and not our own figures.
 A peer that is missing or fails is a row with its error; a failure of a provider called ``megamm...`` ends the run
 with status 1.
 """
@@ -17,9 +18,11 @@ import csv
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +31,7 @@ import torch
 
 FIELDS = (
     "device",
+    "driver",
     "torch",
     "triton",
     "op",
@@ -96,12 +100,14 @@ class Provider:
         setup: inputs -> zero-argument closure to be timed. May raise ImportError or :class:`UnavailableError`.
         mode: what the closure does, ``TRAINING`` or ``FORWARD``.
         compiles: spends seconds compiling; left out of quick runs on the CPU.
+        minor: a peer that nobody would use for speed, or that no aim is stated against; measured last.
     """
 
     name: str
     setup: Callable[[Any], Callable[[], Any]]
     mode: str = TRAINING
     compiles: bool = False
+    minor: bool = False
 
 
 class Ceilings(NamedTuple):
@@ -201,7 +207,7 @@ def main(
     }
     pairs = [(c, p) for c in cases(args.quick) for p in providers]
     rows = {}
-    for case, provider in sorted(pairs, key=lambda pair: pair[1].compiles):
+    for case, provider in sorted(pairs, key=lambda pair: (pair[1].minor, pair[1].compiles)):
         if provider.compiles and args.quick and device.type == "cpu":
             figures = {"error": "skipped: compiles"}
         elif time.monotonic() - start > args.budget:
@@ -235,13 +241,18 @@ def parse(op: str, argv: list[str] | None) -> argparse.Namespace:
 
 
 def about(device: torch.device) -> dict[str, str]:
-    """Device and versions."""
+    """Device, its driver and versions; empty where there is none."""
+    driver = ""
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+        with suppress(OSError, subprocess.SubprocessError):
+            driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     try:
         from triton import __version__ as triton
     except ImportError:
         triton = ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"device": name, "torch": torch.__version__, "triton": triton}
+    return {"device": name, "driver": driver, "torch": torch.__version__, "triton": triton}
 
 
 def share_of_ceiling(figures: dict, ceilings: Ceilings) -> float | None:

@@ -100,10 +100,10 @@ def torch_chunked(inputs: Inputs):
 PROVIDERS = [
     Provider("megamm", ours),
     Provider("megamm, float32 head", partial(ours, head_dtype=torch.float32)),
-    Provider("full logits, eager", partial(full_logits, compiled=False)),
+    Provider("full logits, eager", partial(full_logits, compiled=False), minor=True),
     Provider("full logits, compiled", partial(full_logits, compiled=True), compiles=True),
     Provider("Liger-Kernel", liger),
-    Provider("Hugging Face", hugging_face),
+    Provider("Hugging Face", hugging_face, minor=True),
     Provider("F.linear_cross_entropy", torch_chunked),
 ]
 

@@ -99,7 +99,7 @@ def compiled(inputs: Inputs):
 PROVIDERS = [
     Provider("megamm", training(multimodal_patch_embedding, multimodal_embedding)),
     Provider("megamm", forward(multimodal_patch_embedding, multimodal_embedding), FORWARD),
-    Provider("eager", training(multimodal_patch_embedding_reference, multimodal_embedding_reference)),
+    Provider("eager", training(multimodal_patch_embedding_reference, multimodal_embedding_reference), minor=True),
     Provider("torch.compile", compiled, compiles=True),
 ]
 

@@ -113,10 +113,10 @@ def hugging_face(inputs: Inputs):
 PROVIDERS = [
     Provider("megamm", training(qk_norm_rope)),
     Provider("megamm", forward(qk_norm_rope), FORWARD),
-    Provider("eager", training(qk_norm_rope_reference)),
+    Provider("eager", training(qk_norm_rope_reference), minor=True),
     Provider("torch.compile", compiled, compiles=True),
     Provider("liger norm and rope", liger),
-    Provider("Hugging Face norm and rope", hugging_face),
+    Provider("Hugging Face norm and rope", hugging_face, minor=True),
 ]
 
 if __name__ == "__main__":

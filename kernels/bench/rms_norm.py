@@ -105,11 +105,11 @@ def hugging_face(inputs: Inputs):
 PROVIDERS = [
     Provider("megamm", training(rms_norm, add_rms_norm)),
     Provider("megamm", forward(rms_norm, add_rms_norm), FORWARD),
-    Provider("eager", training(rms_norm_reference, add_rms_norm_reference)),
+    Provider("eager", training(rms_norm_reference, add_rms_norm_reference), minor=True),
     Provider("torch F.rms_norm", training(torch_norm, torch_add_norm)),
     Provider("torch.compile", compiled, compiles=True),
     Provider("liger", liger),
-    Provider("Hugging Face", hugging_face),
+    Provider("Hugging Face", hugging_face, minor=True),
 ]
 
 if __name__ == "__main__":

@@ -87,11 +87,11 @@ def hugging_face(inputs: Inputs):
 PROVIDERS = [
     Provider("megamm", training(swiglu)),
     Provider("megamm", forward(swiglu), FORWARD),
-    Provider("eager", training(swiglu_reference)),
+    Provider("eager", training(swiglu_reference), minor=True),
     Provider("torch.compile", compiled, compiles=True),
     Provider("liger", liger),
-    Provider("liger, gate and up apart", liger_apart),
-    Provider("Hugging Face, gate and up apart", hugging_face),
+    Provider("liger, gate and up apart", liger_apart, minor=True),
+    Provider("Hugging Face, gate and up apart", hugging_face, minor=True),
 ]
 
 if __name__ == "__main__":

@@ -20,3 +20,11 @@ def use_triton(x: torch.Tensor) -> bool:
     if wanted and not HAS_TRITON:
         raise RuntimeError("megamm_kernels runs CUDA tensors with Triton, which is not installed: pip install triton")
     return wanted
+
+
+def nvidia_generation(device: torch.device) -> int | None:
+    """Major compute capability of a CUDA device (9: Hopper, 10: Blackwell); None for AMD's.
+
+    ROCm's torch gives AMD GPUs capabilities, too: an MI300 (gfx942) says 9.4 and would be taken for a Hopper.
+    """
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)[0]

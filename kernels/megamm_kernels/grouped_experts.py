@@ -8,8 +8,8 @@ Every expert takes exactly the tokens routed to it (MegaBlocks, arXiv 2211.15841
 host never learns how many there are. A token's k copies are added in a fixed order, forward and backward, so two
 runs agree bitwise.
 
-On GPUs of compute capability 9.x and 10.x bfloat16 products go to torch's grouped GEMM (CUTLASS); all others, which
-torch would loop over after waiting for the device, to our Triton kernel. Shapes: n tokens, k experts per token,
+On NVIDIA GPUs of compute capability 9.x and 10.x bfloat16 products go to torch's grouped GEMM (CUTLASS); all others,
+which torch would loop over after waiting for the device, to our Triton kernel. Shapes: n tokens, k experts per token,
 E experts, m = n * k copies.
 """
 
@@ -350,7 +350,7 @@ def _torch_is_fast(x, *widths):
     """Whether torch's grouped GEMM runs as one kernel: bfloat16, 16-byte rows, and hardware it was written for."""
     if not x.is_cuda or x.dtype != torch.bfloat16 or any(width % 8 for width in widths):
         return False
-    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    return dispatch.nvidia_generation(x.device) in (9, 10)
 
 
 def _triton_takes(x):

@@ -1,5 +1,7 @@
 """Mixture-of-experts routing and grouped products against loops over experts in float64."""
 
+import importlib
+
 import pytest
 import torch
 from megamm_kernels import (
@@ -13,6 +15,7 @@ from megamm_kernels import (
 )
 from megamm_kernels.grouped_experts import grouped_experts_reference, grouped_linear_reference
 
+module = importlib.import_module("megamm_kernels.grouped_experts")  # the package has a function of this name
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 DTYPES = [torch.float64, torch.float32, torch.float16]
 SIZES = {
@@ -228,3 +231,29 @@ def test_torchs_newer_precision_setting_is_understood():
         assert float32_precision() == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+@pytest.mark.parametrize(
+    "name, capability, hip, fast",
+    [
+        ("A100", (8, 0), None, False),
+        ("H100", (9, 0), None, True),
+        ("B200", (10, 0), None, True),
+        ("RTX PRO 6000", (12, 0), None, False),
+        ("MI300, gfx942", (9, 4), "6.4", False),
+        ("MI350, gfx950", (9, 5), "7.0", False),
+    ],
+)
+def test_only_hopper_and_blackwell_use_the_grouped_product_of_torch(name, capability, hip, fast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    x = torch.zeros(8, 16, dtype=torch.bfloat16).as_subclass(OnGpu)
+    assert module._torch_is_fast(x, 16, 32) is fast
+    assert dispatch.nvidia_generation(x.device) == (None if hip else capability[0])
+    assert not module._torch_is_fast(x, 12)

@@ -1,6 +1,7 @@
 """Interval attention against its definition in float64, forward and backward."""
 
 import runpy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,16 +109,34 @@ def test_heads_are_cut_into_powers_of_two():
 
 
 @pytest.mark.skipif(not dispatch.HAS_TRITON, reason="needs triton")
-@pytest.mark.parametrize("limit", [99 * 1024, 163 * 1024, 227 * 1024], ids=["RTX", "A100", "H100"])
+@pytest.mark.parametrize("limit", [64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024], ids=["MI300", "RTX", "A100", "H100"])
 def test_tiles_fit_into_shared_memory(limit):
     from megamm_kernels.gpu import interval_attention as gpu
 
     for kernel, tables in gpu.TILES.items():
         for itemsize, table in zip((2, 4), tables, strict=True):
             for width, tiles in table.items():
+                if limit == 64 * 1024 and (itemsize, width) == (4, 256):
+                    continue  # the least tiles are too large; float32 is for checks
                 fitted = gpu.fit(kernel, tiles, width, itemsize, limit)
                 assert gpu.shared_bytes(kernel, fitted, width, itemsize) <= limit
                 assert fitted == tiles or limit < 227 * 1024
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(
+    "properties, limit",
+    [
+        ({"shared_memory_per_block": 48 << 10, "shared_memory_per_block_optin": 227 << 10}, 227 << 10),
+        ({"shared_memory_per_block": 64 << 10}, 64 << 10),
+    ],
+    ids=["H100", "MI300"],
+)
+def test_the_limit_of_shared_memory_is_read_on_any_gpu(properties, limit, monkeypatch):
+    from megamm_kernels.gpu import interval_attention as gpu
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+    assert gpu._shared_memory.__wrapped__(torch.device("cuda")) == limit
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1)])

@@ -1,6 +1,7 @@
 """Linear cross entropy against its definition in float64, whole and spread over the vocabulary."""
 
 import functools
+import importlib
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from megamm_kernels import dispatch, linear_cross_entropy
 from megamm_kernels.linear_cross_entropy import linear_cross_entropy_reference
 from ranks import free_port
 
+module = importlib.import_module("megamm_kernels.linear_cross_entropy")  # the package has a function of this name
 WIDTH, VOCAB = 24, 301
 # Triton takes z_loss as a float32, whatever the logits are.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -51,6 +53,28 @@ def test_matches_the_definition(device, rows, labelled, dtype):
         assert_close(got, expected, dtype)
     assert torch.equal(out.counts.double(), want.counts)
     assert [g.dtype for g in grads] == [dtype, dtype]
+
+
+@pytest.mark.parametrize("beta", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_of_16_bits_are_summed_in_float32(dtype, beta, device):
+    """Torch's widened product, which it has for CUDA alone: right, and added to a float32 sum without rounding."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((40, 256), (256, 72)))
+    total = torch.randn(40, 72, generator=generator).to(device) if beta else torch.full((40, 72), torch.nan).to(device)
+    want = a.double() @ b.double() + (total.double() if beta else 0)
+    size = a.double().abs() @ b.double().abs() + 1
+    module._add_product(total, a, b, beta)
+    # Elsewhere the product is rounded once, to its own type.
+    widened = device.type == "cuda" or dtype == torch.float32
+    eps = torch.finfo(torch.float32).eps * 16 if widened else torch.finfo(dtype).eps
+    assert total.dtype == torch.float32
+    assert ((total.double() - want).abs() <= eps * size).all()
+
+
+def test_torch_has_the_widened_product():
+    """Of every version that is allowed; whether it is right, the test above tells on a GPU."""
+    assert "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 @pytest.mark.parametrize("vocab", [1, 127, 128, 129])

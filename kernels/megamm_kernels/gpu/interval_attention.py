@@ -75,7 +75,8 @@ def fit(kernel: str, tiles: Tiles, width: int, itemsize: int, limit: int) -> Til
 @lru_cache
 def _shared_memory(device: torch.device) -> int:
     properties: Any = torch.cuda.get_device_properties(device)  # torch's type stub lacks the field
-    return properties.shared_memory_per_block_optin
+    # ROCm's torch may lack the first: its GPUs have one limit.
+    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
 
 
 def _tiles(kernel: str, q: torch.Tensor) -> Tiles:
