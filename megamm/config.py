@@ -46,8 +46,8 @@ class VisionConfig:
     depth: int | None = setting(None, min=1, max=10**4)
     """Number of blocks; by default model.depth."""
     head_dim: int | None = setting(None, min=2, max=10**4)
-    """Width of an attention head; by default model.head_dim where it divides the tower's width, otherwise the multiple
-    of 8 nearest to 64 that does."""
+    """Width of an attention head; by default model.head_dim where it divides the tower's width, otherwise the least
+    multiple of 8 from 64 to 128 that does, or else the largest below."""
     hidden: int | None = setting(None, min=1, max=10**7)
     """Hidden width of the feed-forward layers; by default as in the decoder, or 4 times the width (clip, siglip)."""
     activation: Literal["gelu", "quick_gelu", "gelu_tanh"] | None = None
