@@ -14,7 +14,8 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/laws:$(PYTHONPATH)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real own test faults kills lint format bench bench-kernels compiled gpu gpu-test gpu-bench gpu-train docker laws-alone site install \
+.PHONY: help demo demo-real own test faults kills lint format bench bench-kernels compiled gpu \
+	gpu-test gpu-bench gpu-train docker laws-alone site install \
 	install-test install-bench install-docs browser \
 	clean distclean
 
