@@ -31,7 +31,7 @@ def test_every_job_of_a_gpu_run_is_in_one_part(gpu, tmp_path):
     names = {part: [job.name for job in jobs(tmp_path)] for part, jobs in gpu.PARTS.items()}
     assert names["test"] == ["tests"] and names["train"] == ["train_step"]
     scripts = (gpu.ROOT / "kernels/bench").glob("*.py")
-    assert sorted(names["bench"]) == sorted(p.stem for p in scripts if "from harness import" in p.read_text())
+    assert sorted(names["bench"]) == sorted(p.stem for p in scripts if "\nfrom harness import" in p.read_text())
     assert names["bench"][0] == "interval_attention"
 
 
