@@ -3,7 +3,10 @@
 # Everything lives in .venv. PYTHON= names another interpreter that already has the packages: then nothing is installed,
 # and megamm is read from this folder.
 
-TORCH ?= torch==2.13.0
+# Without TORCH= this release, as its CPU build where no NVIDIA GPU is seen. TORCH_INDEX= is one more index to look in.
+TORCH_RELEASE := torch==2.13.0
+TORCH ?=
+TORCH_INDEX ?=
 BASE_PYTHON ?= python3
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
@@ -107,11 +110,19 @@ install-test: $(VENV)/.installed-test  ## .venv for tests and lint
 install-bench: $(VENV)/.installed-bench  ## .venv for benchmarks
 install-docs: $(VENV)/.installed-docs  ## .venv for the site
 
+PIP_TORCH = $(VENV)/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) numpy
+GPU_SEEN = $(findstring GPU 0,$(shell nvidia-smi -L 2>/dev/null))
+# Some indexes and systems have no build named +cpu: the plain one then, which is large on Linux.
+INSTALL_TORCH = $(if $(TORCH)$(GPU_SEEN),$(PIP_TORCH) $(or $(TORCH),$(TORCH_RELEASE)),\
+	$(PIP_TORCH) $(TORCH_RELEASE)+cpu 2>/dev/null || { \
+	echo "pip finds no $(TORCH_RELEASE)+cpu: installing $(TORCH_RELEASE) (TORCH_INDEX= names an index, docs/install.md)"; \
+	$(PIP_TORCH) $(TORCH_RELEASE); })
+
 # Stamps of the files they read, so that a second call does nothing.
 ifeq ($(PYTHON),$(VENV)/bin/python)
 $(VENV)/.installed: pyproject.toml
 	test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q $(TORCH) numpy
+	$(INSTALL_TORCH)
 	$(VENV)/bin/python -m pip install -q -e .
 	touch $@
 
