@@ -36,7 +36,8 @@ def _parser() -> ArgumentParser:
     add("--params", type=float, metavar="N", help="or: parameters of the run")
     add("--tokens", type=float, metavar="D", help="and its tokens")
     add("--group", metavar="NAME", help="of the fits; by default the plan's, or the only one")
-    add("--mixture", metavar="NAME", help="of the run, compared when it is scored")
+    add("--architecture", metavar="NAME", help="of the run, compared when it is scored; by default the plan's")
+    add("--mixture", metavar="NAME", help="likewise")
     add("--runs", metavar="runs.csv", type=Path, help="the fitted runs, whose validation set the run has to share")
     add("--note", default="", metavar="TEXT", help="kept with the forecast")
     score = commands.add_parser("score", help="compare a finished run with its forecast")
@@ -99,12 +100,11 @@ def _planned(arguments: argparse.Namespace) -> PlannedRun:
         # One set, as read_runs refuses a table of unlike ones.
         sets = {str(row["validation_set"]) for row in read_runs(arguments.runs).rows if row.get("validation_set")}
         validation = next(iter(sets)) if len(sets) == 1 else None
-    architecture = plan.get("model", {}).get("architecture")
     return PlannedRun(
         group=group,
         params=size[0],
         tokens=size[1],
-        architecture=architecture,
+        architecture=arguments.architecture or plan.get("model", {}).get("architecture"),
         mixture=arguments.mixture,
         validation_set=validation,
     )
