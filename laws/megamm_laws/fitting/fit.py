@@ -84,6 +84,10 @@ class Fit:
         )
 
     @property
+    def names(self) -> list[str]:
+        return list(power_law.PARAMETERS)
+
+    @property
     def flops_range(self) -> tuple[float, float]:
         flops = self.table.numbers("flops")
         return float(flops.min()), float(flops.max())

@@ -17,7 +17,7 @@ from megamm_laws.fitting.fit import (
     measured_runs,
     resample,
 )
-from megamm_laws.fitting.stability import SHOWN, drop_plan, drop_rows, refit
+from megamm_laws.fitting.stability import drop_refits
 from megamm_laws.law import power_law, solver
 from megamm_laws.law.forms import FORMS
 from megamm_laws.law.forms.base import Form, FormProblem
@@ -190,17 +190,14 @@ def fit_form(
 
 
 def drop_table(fit: FormFit) -> list[dict[str, Any]]:
-    """As stability.drop_table, from the optimum and a few other starts; a where the form implies a plain law."""
-    problem = fit.problem
-    plan = drop_plan(fit.table, fit.loss_column, len(fit.names) + SPARE_RUNS)
-    starts = np.concatenate([problem.to_theta(fit.parameters)[None], problem.starts(DROP_STARTS)])
-    theta, objective = refit(problem, starts, np.stack([weights for *_, weights in plan]))
-    parameters = problem.to_parameters(theta)
-    values = {name: parameters[:, i] for i, name in enumerate(fit.names) if name in SHOWN}
-    law = fit.law_of(parameters)
-    if law is not None:
-        values["a"] = law[0][:, 4] / (law[0][:, 2] + law[0][:, 4])
-    return drop_rows(plan, fit.table, values, objective, fit.noise_intervals)
+    """The drop-k table, from the optimum and a few other starts; see stability.drop_refits."""
+    starts = np.concatenate([fit.problem.to_theta(fit.parameters)[None], fit.problem.starts(DROP_STARTS)])
+
+    def law(parameters: np.ndarray) -> np.ndarray | None:
+        found = fit.law_of(parameters)
+        return None if found is None else found[0]
+
+    return drop_refits(fit, fit.problem, starts, len(fit.names) + SPARE_RUNS, law)
 
 
 def descend_all(problem: FormProblem, starts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

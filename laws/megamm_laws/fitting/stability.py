@@ -5,12 +5,13 @@ Runs of highest loss are often undertrained, and the largest ones alone say wher
 k at a time, and the exponents are printed for every k, whether they move or not.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from megamm_laws.fitting.fit import MIN_RUNS_HOLDOUT, Fit, distinct, fit_problem
-from megamm_laws.law import power_law, solver
+from megamm_laws.law import solver
 from megamm_laws.runs.table import RunTable
 
 STEPS = (1, 2, 3, 5, 10, 20)
@@ -22,14 +23,33 @@ SHOWN = ("E", *WATCHED)
 
 
 def drop_table(fit: Fit) -> list[dict[str, Any]]:
+    """The drop-k table of a fit of the plain law; see drop_refits."""
+    problem = fit_problem(fit.table, fit.loss_column, fit.constraints)
+    starts = np.concatenate([problem.to_theta(fit.parameters)[None], solver.starts(problem, STARTS_PER_AXIS)])
+    return drop_refits(fit, problem, np.clip(starts, *problem.bounds), MIN_RUNS_HOLDOUT, lambda parameters: parameters)
+
+
+def drop_refits(
+    fit: Any,
+    problem: Any,
+    starts: np.ndarray,
+    least: int,
+    law: Callable[[np.ndarray], np.ndarray | None],
+) -> list[dict[str, Any]]:
     """A row for k = 0 and for each k runs of highest loss, and of largest FLOPs, taken away; see drop_rows.
 
-    All refits are one batch: a dropped run has weight zero.
+    All refits are one batch: a dropped run has weight zero. ``fit`` is a Fit or a FormFit, ``problem`` its runs,
+    ``starts`` (s, P) where each refit begins, ``least`` the runs that must be left. ``law`` gives the plain law
+    (m, 5) that parameters (m, P) imply, or None; without it there is no a.
     """
-    plan = drop_plan(fit.table, fit.loss_column, MIN_RUNS_HOLDOUT)
-    best, objective = _refit(fit, np.stack([weights for *_, weights in plan]))
-    values = dict(zip(power_law.PARAMETERS, best.T)) | power_law.exponents(best, fit.flops_range, fit.kappa)
-    return drop_rows(plan, fit.table, {name: values[name] for name in SHOWN}, objective, fit.noise_intervals)
+    plan = drop_plan(fit.table, fit.loss_column, least)
+    theta, objective = refit(problem, starts, np.stack([weights for *_, weights in plan]))
+    parameters = problem.to_parameters(theta)
+    values = {name: column for name, column in zip(fit.names, parameters.T) if name in SHOWN}
+    implied = law(parameters)
+    if implied is not None:
+        values["a"] = implied[:, 4] / (implied[:, 2] + implied[:, 4])
+    return drop_rows(plan, fit.table, values, objective, fit.noise_intervals)
 
 
 def drop_plan(table: RunTable, loss_column: str, least: int) -> list[tuple[str, int, np.ndarray]]:
@@ -100,14 +120,6 @@ def drop_warnings(rows: list[dict[str, Any]], intervals: dict[str, list[float]])
 def _spans(table: RunTable, keep: np.ndarray) -> bool:
     """Whether the runs kept have 3 distinct sizes and lengths, without which nothing is determined."""
     return all(distinct(table.numbers(c)[keep]).max() >= 2 for c in ("params", "tokens"))
-
-
-def _refit(fit: Fit, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Optimum for each row of ``weights`` (m, n): parameters (m, 5) and objective (m,)."""
-    problem = fit_problem(fit.table, fit.loss_column, fit.constraints)
-    starts = np.concatenate([problem.to_theta(fit.parameters)[None], solver.starts(problem, STARTS_PER_AXIS)])
-    theta, objective = refit(problem, np.clip(starts, *problem.bounds), weights)
-    return problem.to_parameters(theta), objective
 
 
 def refit(problem: Any, starts: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
