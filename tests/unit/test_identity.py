@@ -124,7 +124,7 @@ def test_each_bad_field_is_one_clear_line(folder, bad):
 
 def test_other_versions_and_damaged_json(folder):
     edit(folder, lambda info: info.update(format_version=1))
-    with pytest.raises(InputError, match=r"format_version is 1, this version reads 2; prepare the dataset again$"):
+    with pytest.raises(InputError, match=r"is 1, this version reads 2 and 3; prepare the dataset again$"):
         ShardedDataset(folder, "train")
     for text in ("", "[]", "{", "null", '"x"', "[" * 100_000):
         (folder / "dataset.json").write_text(text)
