@@ -99,6 +99,20 @@ def test_marks_of_markdown_dialects(folder, text, expected):
     assert seen(folder, text, "page.md")[0] == expected
 
 
-def test_boxes_in_boxes_take_time_in_proportion():
-    deep = "\n".join(f"{'    ' * i}!!! note" for i in range(60)) + "\n" + "    " * 60 + "end"
-    assert "end" in render_markdown(deep)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(f"{'    ' * i}!!! note" for i in range(400)) + "\n" + "    " * 400 + "end",  # boxes in boxes
+        "!!!" + " " * 30_000 + "\x01 end",  # blanks that several parts of a pattern could share out
+        ":::a" + " " * 30_000 + "end",
+        "a" + " " * 30_000 + "end",
+        "!!! note\n" * 30_000 + "end",
+    ],
+)
+@pytest.mark.timeout(20)  # each takes a second or less; what grows by the square takes minutes
+def test_marks_take_time_in_proportion_to_the_page(text):
+    assert "end" in render_markdown(text)
+
+
+def test_a_line_break_in_a_paragraph_stays(folder):
+    assert seen(folder, "One  \ntwo.", "page.md")[0] == "One\ntwo."
