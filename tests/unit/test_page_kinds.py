@@ -44,6 +44,11 @@ def seen(folder: Path, body: str | bytes, name: str = "page.html") -> tuple[str,
         ("<p>Text.</p><form><label>Search</label><input name=q><button>Go</button></form>", "Text."),
         ("<pre>one<br>two\n<br/>  three</pre>", "one\ntwo\n\n  three"),
         ("<p>A</p><object data='a.png' type='image/png'>Shown</object>", f"A\n\n{PICTURE}Shown"),
+        (
+            "<p>A</p><object data='d.svg' type='image/svg+xml'><img src='a.png' alt='Drawn'></object>",
+            f"A\n\n{PICTURE}Drawn",
+        ),
+        ("<p>See <img src='a.png' alt='Screenshot of 2024.png'> here.</p>", f"See {PICTURE} here."),
         ("<p>A</p><object data='film.swf'><p>No film here.</p></object>", "A\n\nNo film here."),
         ("<p>So <math alttext='e^{x}'><mi>e</mi></math>.</p>", "So $e^{x}$."),
         (
@@ -116,3 +121,8 @@ def test_marks_take_time_in_proportion_to_the_page(text):
 
 def test_a_line_break_in_a_paragraph_stays(folder):
     assert seen(folder, "One  \ntwo.", "page.md")[0] == "One\ntwo."
+
+
+@pytest.mark.timeout(20)
+def test_headings_in_deep_headers_take_time_in_proportion_to_the_page(folder):
+    assert seen(folder, "<header>" * 1500 + "<h1>x</h1>" * 3000)[0] == "x"

@@ -12,7 +12,7 @@ from lxml import html as lxml_html
 
 from megamm.data.documents import Image, Text
 from megamm.data.images import ImageError, header_size
-from megamm.data.readers.page_furniture import is_dropped, lost_heading, menus
+from megamm.data.readers.page_furniture import is_dropped, menus
 
 LoadImage = Callable[[str], Image | None]
 """Given the ``src`` of an image, its bytes; None if it cannot be had (the callee notes why)."""
@@ -29,7 +29,7 @@ MAX_FRAMES = 10_000
 """Calls in each other that it takes to walk a page as deep as the parser allows (2,048 elements)."""
 ICON_MAX = 15
 """An image no larger than this on both sides is a bullet or an icon."""
-FILE_NAME = re.compile(r"(\S+[_.])(png|jpe?g|gif|svg|webp)", re.IGNORECASE)
+FILE_NAME = re.compile(r"(.*\.|\S+_)(png|jpe?g|gif|svg|webp)", re.IGNORECASE)
 """An alt text that says nothing: the name of the picture's file."""
 RAISED = str.maketrans("0123456789+-−=()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿ")
 LOWERED = str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎")
@@ -74,15 +74,20 @@ def html_spans(
     mains = root.xpath("//main") or root.xpath("//*[@role='main']")
     # Of several none is known to be the main one.
     content = mains[0] if len(mains) == 1 else root.find("body")
-    title = root.findtext("head/title")
-    # A heading mostly says the title again.
-    if content is not None and (heading := lost_heading(root, content, builder.menus)):
-        builder.add(f"{heading}\n\n")
-    elif title and not root.xpath("//h1|//h2|//h3|//h4"):
-        builder.add(f"{' '.join(title.split())}\n\n")
     if content is not None:
         builder.visit(content)
+    if title := _title(root, builder.has_heading):
+        builder.parts.insert(0, f"{title}\n\n")
     return builder.spans()
+
+
+def _title(root: etree._Element, has_heading: bool) -> str:
+    """What the page is called, where its content does not say it: its heading in what was left out, or its title."""
+    headings = root.xpath("//h1")
+    if headings:  # such as in a header above the main part
+        return "" if has_heading else " ".join(headings[0].text_content().split())
+    # A lower heading mostly says the title again.
+    return "" if root.xpath("//h2|//h3|//h4") else " ".join((root.findtext("head/title") or "").split())
 
 
 class _Builder:
@@ -91,6 +96,7 @@ class _Builder:
     def __init__(self, load_image: LoadImage, note: Callable[[str, str], None], menus: set[etree._Element]):
         self.load_image, self.note, self.menus = load_image, note, menus
         self.parts: list[str | _Alt | Image] = []
+        self.has_heading = False
         self.numbers: dict[etree._Element, int] = {}
         # Answers kept by element: without them a page of many pictures takes time by the square.
         self.alone: dict[etree._Element, bool] = {}
@@ -109,6 +115,7 @@ class _Builder:
             self.dropped(element)
         else:
             tag = element.tag
+            self.has_heading |= tag == "h1"
             if tag == "img":
                 self.image(element)
             elif tag == "br":
@@ -174,11 +181,15 @@ class _Builder:
         """A picture that is embedded as an object; of other objects what the page shows in their place."""
         source = element.get("data") or ""
         kind = element.get("type") or ""
-        if kind.startswith("image/") or re.search(r"\.(png|jpe?g|gif|webp|svgz?)$", source, re.IGNORECASE):
-            self.picture(source, " ".join(element.text_content().split()), self.is_alone(element))
-        else:
+        if not kind.startswith("image/") and not re.search(r"\.(png|jpe?g|gif|webp|svgz?)$", source, re.IGNORECASE):
             self.note(source or "object", "object element")
+            image = None
+        else:
+            image = self.load(source)
+        if image is None:
             self.children(element)
+        else:
+            self.show(image, source, " ".join(element.text_content().split()), self.is_alone(element))
 
     def list_item(self, element: etree._Element) -> None:
         parent = element.getparent()
@@ -202,17 +213,23 @@ class _Builder:
         # A data URI is often only a placeholder for the picture in data-src.
         if not source or source.startswith("data:"):
             source = element.get("data-src") or source  # images loaded late by a script
-        self.picture(source, alt, self.is_alone(element))
-        return None
+        return self.show(self.load(source), source, alt, self.is_alone(element))
 
-    def picture(self, source: str, alt: str, is_alone: bool) -> None:
-        """Add a picture and its alternative text; ``is_alone``: no text stands beside it in its block."""
-        if source.startswith("data:"):
-            image = load_data_uri(source)
-            if image is None:
-                self.note(source[:40], "broken image: damaged data URI")
-        else:
-            image = self.load_image(source)
+    def load(self, source: str) -> Image | None:
+        """The picture of an address; None if it cannot be had, which is told."""
+        if not source.startswith("data:"):
+            return self.load_image(source)
+        image = load_data_uri(source)
+        if image is None:
+            self.note(source[:40], "broken image: damaged data URI")
+        return image
+
+    def show(self, image: Image | None, source: str, alt: str, is_alone: bool) -> None:
+        """Add a picture, if there is one, and its alternative text.
+
+        Args:
+            is_alone: whether no text stands beside it in its block.
+        """
         if image is not None:
             try:
                 if max(header_size(image.data)) <= ICON_MAX:
@@ -220,7 +237,6 @@ class _Builder:
             except ImageError:
                 pass  # kept: preparation lists it as broken
             self.parts.append(image)
-        # An alt text that is a file's name says nothing.
         if alt and not FILE_NAME.fullmatch(alt):
             self.parts.append(_Alt(alt + ("\n\n" if is_alone else " ")))
         return None

@@ -41,19 +41,6 @@ def is_dropped(element: etree._Element, menus: set[etree._Element]) -> bool:
     return element in menus
 
 
-def lost_heading(root: etree._Element, content: etree._Element, menus: set[etree._Element]) -> str:
-    """The page's heading where it stands in what is left out, such as a header above the main part; else nothing."""
-
-    def is_read(heading: etree._Element) -> bool:
-        around = list(heading.iterancestors())
-        return content in around and not any(is_dropped(element, menus) for element in around)
-
-    headings = root.xpath("//h1")
-    if not headings or any(map(is_read, headings)):
-        return ""
-    return " ".join(headings[0].text_content().split())
-
-
 @dataclass
 class _Inside:
     """What is inside an element."""
