@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from megamm_laws.comparison.compare import check_flops, compare, verdict
-from megamm_laws.fitting.diagnostics import FAR
+from megamm_laws.fitting.diagnostics import FAR, TOO_FAR
 from megamm_laws.law import power_law
 from megamm_laws.law.fitted import Law
 from scipy.optimize import brentq
@@ -36,8 +36,6 @@ OFF_BUDGET = 0.1
 """Relative difference between the model's own FLOPs and the budget above which no training config is written."""
 UNLIKE = 2.0
 """Factor between the model planned and the one whose MFU was estimated above which that is warned of."""
-TOO_FAR = 100.0
-"""Multiple of the largest compute measured beyond which a plan is a guess, and no training config is written."""
 WRONG = (0.5, 2.0)
 """Sizes, as multiples of N*, whose cost at the same budget is told."""
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)

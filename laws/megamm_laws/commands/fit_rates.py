@@ -18,7 +18,7 @@ from megamm_laws.sweeps.outputs import law_text, planned_text, write_rates
 from megamm_laws.sweeps.rates import fit_rates
 
 
-def parser() -> ArgumentParser:
+def _parser() -> ArgumentParser:
     """The command line."""
     made = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
@@ -38,7 +38,7 @@ def parser() -> ArgumentParser:
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    arguments = _parser().parse_args()
     if (arguments.params is None) != (arguments.tokens is None):
         raise InputError("give both --params and --tokens of the planned run, or neither")
     check_out(arguments.out, folder=True)

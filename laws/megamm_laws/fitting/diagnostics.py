@@ -24,6 +24,8 @@ SHOWN = 10
 FEW_RATIOS = 4
 FAR = 10.0
 """Multiple of the largest measured compute beyond which a prediction is told to be an extrapolation."""
+TOO_FAR = 100.0
+"""The same, beyond which it is a guess: the law's form is a belief more than a measurement there."""
 WIDTHS_APART = 2.5
 HOLDOUT_SHARES = (0.1, HOLDOUT_SHARE, 0.4)
 FEW_UNITS = 5

@@ -18,6 +18,7 @@ import numpy as np
 
 from megamm_laws.errors import InputError
 from megamm_laws.files import read_json
+from megamm_laws.fitting.diagnostics import TOO_FAR
 from megamm_laws.fitting.fit import OBJECTIVE
 from megamm_laws.fitting.fits_file import FitEntry, read_fits_file
 from megamm_laws.forecasts.one_run import noise_between_runs, with_noise
@@ -26,8 +27,6 @@ from megamm_laws.law.fitted import Law
 
 SHARES = (80, 95)
 """Percent that the intervals hold."""
-FAR = 100.0
-"""Times the FLOPs of the largest run: beyond that a law's form is a belief more than a measurement."""
 SAME_SIZE = 0.01
 """A run rounds its tokens up to whole steps, and its width to whole heads: relative difference that is let pass."""
 CAUTIONS = 3
@@ -77,8 +76,8 @@ def make_forecast(fits: Path | str, run: PlannedRun, *, by: str, note: str = "")
     fit, law = laws.get("loss") or next(iter(laws.values()))
     flops = 6 * law.kappa * run.params * run.tokens
     beyond = flops / law.flops_range[1]
-    if beyond > FAR:
-        cautions.insert(0, f"extrapolation: {beyond:.3g} times the FLOPs of the largest run, far beyond {FAR:g}")
+    if beyond > TOO_FAR:
+        cautions.insert(0, f"extrapolation: {beyond:.3g} times the FLOPs of the largest run, far beyond {TOO_FAR:g}")
     return _signed(
         {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -139,14 +138,20 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def read_signed(path: Path | str, fields: tuple[str, ...]) -> dict[str, Any]:
-    """A forecast or a score from its file.
+FIELDS = {
+    "forecast": ("date", "by", "run", "losses"),
+    "score": ("forecast_sha256", "run", "losses", "remarks"),
+}
+"""What files hold at least, by what they are."""
+
+
+def check_signed(path: Path | str, content: dict[str, Any], what: str) -> dict[str, Any]:
+    """The content of a file, if it is a forecast or a score (``what``) as it was signed.
 
     Raises:
-        InputError: it cannot be read, is something else, or has been changed since it was signed.
+        InputError: it is something else, or has been changed since.
     """
-    content = read_json(path)
-    missing = [name for name in (*fields, "sha256") if name not in content]
+    missing = [name for name in (*FIELDS[what], "sha256") if name not in content]
     if missing:
         raise InputError(f"{path}: {', '.join(missing)}: missing; give a file that megamm-forecast wrote")
     if content["sha256"] != _digest(content):
@@ -155,13 +160,8 @@ def read_signed(path: Path | str, fields: tuple[str, ...]) -> dict[str, Any]:
 
 
 def read_forecast(path: Path | str) -> dict[str, Any]:
-    """A forecast from its file; raises as :func:`read_signed` does."""
-    return read_signed(path, ("date", "by", "run", "losses"))
-
-
-def read_score(path: Path | str) -> dict[str, Any]:
-    """A score from its file; raises as :func:`read_signed` does."""
-    return read_signed(path, ("forecast_sha256", "run", "losses", "remarks"))
+    """A forecast from its file; raises as :func:`check_signed` does, also where it cannot be read."""
+    return check_signed(path, read_json(path), "forecast")
 
 
 # ------------------------------------------------------------------------------------------------- scores

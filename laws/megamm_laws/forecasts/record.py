@@ -8,7 +8,7 @@ import numpy as np
 
 from megamm_laws.errors import InputError
 from megamm_laws.files import read_json
-from megamm_laws.forecasts.forecast import SHARES, read_forecast, read_score
+from megamm_laws.forecasts.forecast import SHARES, check_signed
 from megamm_laws.pictures.units import count, digits
 
 
@@ -49,19 +49,16 @@ def read_forecasts(folder: Path | str) -> list[Line]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder; name the folder that holds the forecasts")
-    files = sorted(folder.glob("*.json"))
-    scores = {}
-    for path in files:
-        if "forecast_sha256" in read_json(path):
-            score = read_score(path)
-            scores[score["forecast_sha256"]] = score
-    lines = []
-    for path in files:
+    forecasts, scores = {}, {}
+    for path in sorted(folder.glob("*.json")):
         content = read_json(path)
-        if "by" not in content or "losses" not in content:
-            continue
-        forecast = read_forecast(path)
-        found = scores.get(forecast["sha256"], {"losses": {}})["losses"]
+        if "forecast_sha256" in content:
+            scores[content["forecast_sha256"]] = check_signed(path, content, "score")["losses"]
+        elif "by" in content and "losses" in content:  # other files may lie beside them
+            forecasts[path] = check_signed(path, content, "forecast")
+    lines = []
+    for path, forecast in forecasts.items():
+        found = scores.get(forecast["sha256"], {})
         lines += [
             Line(name=path.stem, column=column, forecast=forecast, said=said, score=found.get(column))
             for column, said in forecast["losses"].items()

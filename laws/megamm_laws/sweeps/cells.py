@@ -182,20 +182,17 @@ def _with_values(table: RunTable, column: str, loss_column: str) -> tuple[RunTab
         found = {c: parse_number(f"{table.path}: {place}", c, row.get(c)) for c in COLUMNS if c in table.columns}
         rows.append({**row, **found})
     table = RunTable(path=table.path, rows=rows, lines=table.lines)
+    kept = {
+        f"without {column}": [row[column] is not None for row in table.rows],
+        f"without {loss_column}": [row.get(loss_column) is not None for row in table.rows],
+        "that are intermediate checkpoints": [row.get("checkpoint") != "intermediate" for row in table.rows],
+    }
     lines = []
-    for what, keep in (
-        (f"without {column}", [row[column] is not None for row in table.rows]),
-        (f"without {loss_column}", [row.get(loss_column) is not None for row in table.rows]),
-        ("that are intermediate checkpoints", [row.get("checkpoint") != "intermediate" for row in table.rows]),
-    ):
+    for what, keep in kept.items():
         if not all(keep):
             first = table.select(not k for k in keep).places[0]
             lines.append(f"{keep.count(False)} runs {what} were left out (the first: {first})")
-    whole = [
-        row[column] is not None and row.get(loss_column) is not None and row.get("checkpoint") != "intermediate"
-        for row in table.rows
-    ]
-    return table.select(whole), lines
+    return table.select(map(all, zip(*kept.values()))), lines
 
 
 def _cell(table: RunTable, column: str, loss_column: str, used: float | None, lines: list[str]) -> Cell:

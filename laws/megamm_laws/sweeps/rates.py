@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megamm_laws.errors import InputError
+from megamm_laws.fitting.diagnostics import FAR
 from megamm_laws.fitting.fit import check_draws
 from megamm_laws.law.percentiles import percentile_band
 from megamm_laws.runs.groups import native_runs
@@ -24,8 +25,6 @@ GROUPED_BY = ("architecture", "mixture")
 AXES = ("params", "tokens")
 APART = 0.2
 """Spread that log N and log D need beside each other for exponents of their own."""
-FAR = 10.0
-"""Factor beyond the swept sizes or budgets from which on an extrapolation is warned of."""
 OFF = 2.0
 """Noise deviations of a loss that a rate has to cost to be off its optimum."""
 
