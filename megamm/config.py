@@ -16,6 +16,10 @@ STEPS = 10**12
 """More steps than anybody trains."""
 
 
+Fit = Literal["squash", "crop", "pad", "native"]
+"""How an image becomes square, or keeps its shape (megamm.data.images.resize)."""
+
+
 def default_head_dim(width: int) -> int:
     """The least multiple of 8 from 64 to 128 that divides the width, a multiple of 8; or else the largest below."""
     # Narrower heads have more scores, whose exponentials then bind attention, not its products.
@@ -418,7 +422,7 @@ class TaskConfig:
     """Longest answer (vqa, caption)."""
     stop: str | None = None
     """Text before which an answer ends (vqa, caption)."""
-    fit: Literal["squash", "crop", "pad", "native"] | None = None
+    fit: Fit | None = None
     """How images become square, or native; by default as in the training data."""
     batch_size: int = setting(8, min=1, max=10**6)
     """Prompts that a rank answers at a time."""

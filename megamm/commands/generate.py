@@ -12,11 +12,13 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import get_args
 
 from megamm_laws.arguments import ArgumentParser
 from rich.console import Console
 from rich.progress import track
 
+from megamm.config import Fit
 from megamm.errors import exit_on_error
 from megamm.extras import require
 from megamm.files import check_out, write_text
@@ -42,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokenizer", metavar="FILE", help="tokenizer.json; by default that of the run's prepared data")
     add(
         "--fit",
-        choices=("squash", "crop", "pad", "native"),
+        choices=get_args(Fit),
         help="how images become square, or native; by default as in the data",
     )
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megamm.data.dataset_info import KINDS
-from megamm.data.images import DEFAULT_FIT, Fit
+from megamm.config import Fit
+from megamm.data.dataset_info import KINDS, repeats_line
+from megamm.data.images import DEFAULT_FIT
 from megamm.data.prepare import PrepareSettings, prepare
 from megamm.data.verify import verify
 from megamm.errors import exit_on_error
@@ -109,12 +110,8 @@ def print_summary(info: dict, out: str) -> None:
         means = [counts["num_text_tokens"] / number, counts["num_patches"] / number]
         table.add_row(split, *(f"{n:,}" for n in totals), *(f"{n:.1f}" for n in means))
     console.print(table)
-    equal, near = info["num_repeats"], info["num_near_repeats"]
-    if equal or near:
-        print(
-            f"{equal:,} documents repeat an earlier one, {near:,} more are nearly like one; repeats are not divided "
-            "between training and validation"
-        )
+    if line := repeats_line(info):
+        print(line)
     if info["num_skipped"]:
         table = Table(title=f"skipped: {info['num_skipped']:,} (listed in skipped.jsonl)", min_width=48)
         table.add_column("reason")

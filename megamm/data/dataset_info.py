@@ -116,6 +116,17 @@ def read_dataset_info(path: Path | str) -> dict:
     return info
 
 
+def repeats_line(info: dict) -> str:
+    """How many documents repeat others, in a sentence; nothing where none does."""
+    equal, near = info["num_repeats"], info["num_near_repeats"]
+    if not (equal or near):
+        return ""
+    return (
+        f"{equal:,} documents repeat an earlier one, {near:,} more are nearly like one; repeats are not divided "
+        "between training and validation."
+    )
+
+
 def is_native(info: dict) -> bool:
     """Whether a dataset's images have grids of their own; otherwise all are squares of ``image_size``."""
     return info["format_version"] == NATIVE_VERSION

@@ -11,14 +11,14 @@ import io
 import json
 import math
 import warnings
-from typing import Literal
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image as PillowImage
 
-Fit = Literal["squash", "crop", "pad", "native"]
+from megamm.config import Fit
+
 DEFAULT_FIT: Fit = "pad"
 """Nothing is lost, and a circle stays one."""
 

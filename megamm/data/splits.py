@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -17,7 +18,8 @@ class Documents:
     """What is kept of each document until all have been seen: about 50 bytes, and 64 for a longer text.
 
     A repeat is a document with the same content as another, or, in captions, with the same picture; a near repeat has
-    nearly the same text, or, in captions, nearly the same picture (megamm.data.near).
+    nearly the same text, or, in captions, nearly the same picture (megamm.data.near). Add all documents before asking
+    about them: what is found is kept, as it takes half a minute for a million.
     """
 
     def __init__(self):
@@ -68,11 +70,11 @@ class Documents:
 
     def num_repeats(self) -> int:
         """Documents whose content stood in an earlier one."""
-        return len(self) - len(np.unique(self._contents()))
+        return len(self) - len(np.unique(self._contents))
 
     def num_near_repeats(self) -> int:
         """Documents that are near an earlier one, or share its picture, without having its content."""
-        return len(self) - self.num_repeats() - len(np.unique(self._groups()))
+        return len(self) - self.num_repeats() - len(np.unique(self._groups))
 
     def hold_out(self, fraction: float) -> np.ndarray:
         """Choose the documents of validation: bool [num_documents].
@@ -85,7 +87,7 @@ class Documents:
         """
         chosen = np.zeros(len(self), bool)
         keys = self._keys()
-        groups = [self._groups(), self._contents()]
+        groups = [self._groups, self._contents]
         group = next((group for group in groups if group.any()), None)  # of only one group all have the number 0
         if not fraction or group is None:
             return chosen
@@ -131,6 +133,7 @@ class Documents:
         # Big-endian, so that numbers sort as the digests do.
         return np.frombuffer(bytes(self._digests), [("hash", ">u8"), ("rest", ">u8")])
 
+    @cached_property
     def _contents(self) -> np.ndarray:
         """int64 [num_documents]: a number for each content."""
         keys = self._keys()
@@ -141,12 +144,13 @@ class Documents:
         contents[order[1:]] = np.cumsum(differs)
         return contents
 
+    @cached_property
     def _groups(self) -> np.ndarray:
         """int64 [num_documents]: the group of documents that repeat each other, nearly or exactly."""
         entries = np.frombuffer(bytes(self._images), [("document", "<u8"), ("image", "<u8")])
         texts, pictures = np.array(self._texts, np.int64), np.array(self._pictures, np.int64)
         edges = [
-            near.equal(self._contents(), np.arange(len(self))),
+            near.equal(self._contents, np.arange(len(self))),
             near.equal(entries["image"], entries["document"].astype(np.int64)),
             near.near_texts(np.array(self._bands, np.uint64).reshape(len(texts), near.BANDS), texts),
             near.near_images(np.array(self._bits, np.uint64), pictures),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from megamm.data.dataset_info import repeats_line
 from megamm.data.shards import Example, ShardedDataset
 from megamm.report.style import CSS
 from megamm.report.tables import html_table, note
@@ -69,12 +70,7 @@ def _counts(info: dict, splits: dict[str, ShardedDataset]) -> str:
         size = sum(shard["num_bytes"] for shard in split["shards"])
         rows.append([escape(name), *(f"{cell:,}" for cell in cells), f"{size / 1e6:,.1f} MB"])
     heads = ["split", "documents", "images", "text tokens", "patches", "tokens in all", "on disk"]
-    equal, near = info["num_repeats"], info["num_near_repeats"]
-    told = (
-        f"{equal:,} documents repeat an earlier one, {near:,} more are nearly like one; repeats are not divided "
-        "between training and validation."
-    )
-    return html_table(heads, rows) + note(told if equal or near else "No document repeats another.")
+    return html_table(heads, rows) + note(repeats_line(info) or "No document repeats another.")
 
 
 def _lengths(splits: dict[str, ShardedDataset]) -> str:
