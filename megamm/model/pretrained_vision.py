@@ -164,7 +164,7 @@ def or_black(patches: torch.Tensor, grids: torch.Tensor, full: int) -> tuple[tor
     return patches.new_zeros(full, patches.shape[1]), grids.new_full((1, 2), math.isqrt(full))
 
 
-def raster_places(grids: torch.Tensor, num_patches: int, ratio: int) -> torch.Tensor:
+def raster_places(grids: torch.Tensor, num_patches: int, ratio: int) -> torch.Tensor | None:
     """Where the patches of a tower lie in raster order of each image, those of one patch of the model together.
 
     Args:
@@ -173,8 +173,10 @@ def raster_places(grids: torch.Tensor, num_patches: int, ratio: int) -> torch.Te
         ratio: of the sizes.
 
     Returns:
-        int64 [P * ratio^2], a permutation.
+        int64 [P * ratio^2], a permutation; None where both have the same patches, which stay as they are.
     """
+    if ratio == 1:
+        return None
     order, columns = patch_order(grids, num_patches)
     # Patches before the image, and the row and column in it, for [P, row, column in the patch].
     before = torch.arange(num_patches, device=order.device) - order
@@ -185,13 +187,13 @@ def raster_places(grids: torch.Tensor, num_patches: int, ratio: int) -> torch.Te
     return (rows_before[:, :, None] + column[:, None]).flatten()
 
 
-def cut_patches(patches: torch.Tensor, places: torch.Tensor, ratio: int) -> torch.Tensor:
+def cut_patches(patches: torch.Tensor, places: torch.Tensor | None, ratio: int) -> torch.Tensor:
     """Patches of the model [P, (ratio * p)^2 * 3] to those of a tower, [P * ratio^2, p^2 * 3] in raster order.
 
     Args:
         places: from :func:`raster_places`.
     """
-    if ratio == 1:
+    if places is None:
         return patches
     size = math.isqrt(patches.shape[1] // 3) // ratio
     # Patch, row and column of the tower's patch in it, values of that.
@@ -199,11 +201,11 @@ def cut_patches(patches: torch.Tensor, places: torch.Tensor, ratio: int) -> torc
     return torch.empty_like(parts).index_copy_(0, places, parts)
 
 
-def join_features(features: torch.Tensor, places: torch.Tensor, ratio: int) -> torch.Tensor:
+def join_features(features: torch.Tensor, places: torch.Tensor | None, ratio: int) -> torch.Tensor:
     """Features [rows, L, W] of a tower's patches to those of the model's, [rows, P / rows, ratio^2 W] (pixel shuffle).
 
-    Those of the tower's patches in one of the model's lie side by side. Where both are the same, as they are.
+    Those of the tower's patches in one of the model's lie side by side.
     """
-    if ratio == 1:
+    if places is None:
         return features
     return features.flatten(0, 1)[places].unflatten(0, (features.shape[0], -1, ratio**2)).flatten(2)

@@ -37,7 +37,8 @@ class CutBatch(Batch):
     Attributes:
         key_index: int64 [B, S], where each position of a row lies among the ranks' positions, end to end.
         own_positions: int64 [C, B, s], the positions of every rank.
-        grid_rows, grid_columns: int32 [B, S], from :func:`megamm.sequence.grid_positions`, which needs whole rows.
+        grid_places: int32 [2, B, s], rows and columns from :func:`megamm.sequence.grid_positions`, which needs whole
+            rows; empty where rotary positions are those in the sequence.
         feature_rows: int64 [P], the row of each image position's feature among those that the ranks' vision towers
             make, end to end; empty without a tower.
 
@@ -47,8 +48,7 @@ class CutBatch(Batch):
 
     key_index: torch.Tensor
     own_positions: torch.Tensor
-    grid_rows: torch.Tensor
-    grid_columns: torch.Tensor
+    grid_places: torch.Tensor
     feature_rows: torch.Tensor
 
 
@@ -78,12 +78,13 @@ def deal_positions(work: np.ndarray, num_ranks: int) -> np.ndarray:
     return (starts[:, :, None] + np.arange(length)).reshape(num_ranks, size)
 
 
-def cut_batch(batch: Batch, axis: Axis, image_patches: int | None) -> CutBatch:
+def cut_batch(batch: Batch, axis: Axis, image_patches: int | None, on_grid: bool = False) -> CutBatch:
     """This rank's positions of a batch on the CPU.
 
     Args:
         image_patches: patches of a full image, for a model with a vision tower: images are dealt to the ranks, each to
             one. None: a rank keeps the patches at its own positions.
+        on_grid: whether the rotary positions of patches are rows and columns.
     """
     work = keys_seen(batch.lo, batch.hi).numpy() + 1
     # [C, B, s]: each row is dealt by itself, as its documents say.
@@ -111,7 +112,10 @@ def cut_batch(batch: Batch, axis: Axis, image_patches: int | None) -> CutBatch:
     else:
         patches, grids, feature_rows = _deal_images(batch, image_patches, axis)
         feature_rows = feature_rows[at >= 0]
-    on_grid = grid_positions(batch.positions, batch.patch_index, batch.grids)
+    grid_places = batch.positions.new_zeros(2, 0)
+    if on_grid:
+        places = grid_positions(batch.positions, batch.patch_index, batch.grids)
+        grid_places = torch.stack([one.gather(1, own) for one in places])
     return CutBatch(
         **arrays,
         patches=patches,
@@ -120,8 +124,7 @@ def cut_batch(batch: Batch, axis: Axis, image_patches: int | None) -> CutBatch:
         label_index=labels[labels >= 0].sort().values,
         key_index=key_index,
         own_positions=own_positions,
-        grid_rows=on_grid[0].gather(1, own),
-        grid_columns=on_grid[1].gather(1, own),
+        grid_places=grid_places,
         feature_rows=feature_rows,
     )
 
@@ -193,7 +196,9 @@ def _cut_context(model: MultimodalModel, batch: CutBatch, dtype: torch.dtype, *,
     """The context of a rank's positions; see model.context.make_context."""
     config = model.config
     kinds, ends = position_kinds(config, batch), ends_seen(config, batch)
-    positions = batch.positions if config.image_positions == "sequence" else (batch.grid_rows, batch.grid_columns)
+    positions = (
+        batch.positions if config.image_positions == "sequence" else (batch.grid_places[0], batch.grid_places[1])
+    )
     make = partial(make_context, config, positions, head_dim=config.head_dim, dtype=dtype, **kinds)
     if method == "gather":
         # lo and hi still name positions of the whole row, which are the gathered keys once these are in its order.

@@ -31,6 +31,7 @@ class Engine:
         parts = {i: make_part(config, num_sources, world, stage) for i, stage in whole_or_stages(config, world, stats)}
         self.parts = list(parts.values())
         self.image_patches = tower_patches(config.model)
+        self.on_grid = config.model.image_positions == "grid"
         self.pipeline = None
         self.model: nn.Module
         if world.layout.pipeline == 1:
@@ -91,7 +92,7 @@ class Engine:
         axis = self.world.axis("context")
         if axis.size > 1:
             # On the CPU and before the copy: only this rank's share goes to the device.
-            batch = cut_batch(batch, axis, self.image_patches)
+            batch = cut_batch(batch, axis, self.image_patches, self.on_grid)
         return batch.to(self.world.device)
 
     def _split(self, outputs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -264,14 +264,14 @@ def test_models_see_each_image_in_its_shape(folder, architecture, options):
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_of_a_row_find_every_image_and_place(folder, num_ranks):
     (batch,) = batches(data_config(folder, row_length=96))[0]
-    cuts = [cut_batch(batch, Axis(rank=r, size=num_ranks), SIDE**2) for r in range(num_ranks)]
+    cuts = [cut_batch(batch, Axis(rank=r, size=num_ranks), SIDE**2, on_grid=True) for r in range(num_ranks)]
     # Every rank's tower gives equally many features, in one row; here a patch is its own feature.
     assert len({len(cut.patches) for cut in cuts}) == 1 and not len(cuts[0].patches) % SIDE**2
     assert all(cut.grids.prod(1).sum() == len(cut.patches) < len(cut.grids) * SIDE**2 for cut in cuts)
     features = torch.cat([cut.patches for cut in cuts])
     places = torch.stack(grid_positions(batch.positions, batch.patch_index, batch.grids))
     for cut, own in zip(cuts, cuts[0].own_positions, strict=True):
-        assert torch.equal(torch.stack((cut.grid_rows, cut.grid_columns)), places.gather(2, own.expand(2, -1, -1)))
+        assert torch.equal(cut.grid_places, places.gather(2, own.expand(2, -1, -1)))
         # Of each position of the whole rows, the number of its patch.
         number = torch.full((batch.tokens.numel(),), -1).index_copy(
             0, batch.patch_index, torch.arange(len(batch.patches))
