@@ -25,7 +25,7 @@ endif
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: install  ## built-in data, 41 small runs, fits, report: about ten minutes on two cores
+demo: install  ## built-in data, 41 small runs, fits, report: about a quarter of an hour on two cores
 	$(PYTHON) examples/demo.py
 
 demo-real: install  ## the same on documentation and clip art of Debian packages

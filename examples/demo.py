@@ -1,6 +1,6 @@
 """The whole way in one command: data -> tokenizer -> shards -> study -> laws -> report.
 
-    python examples/demo.py            built-in scenes, about ten minutes on two cores
+    python examples/demo.py            built-in scenes, about a quarter of an hour on two cores
     python examples/demo.py --real     Debian's manuals, stamps and dictionary, prepared by examples/real_data.sh
     python examples/demo.py --study moe_vs_dense
                                        a study of examples/studies at its smoke size, on the built-in scenes
